@@ -1,0 +1,28 @@
+"""Memory-efficient CPO, BCO and DPO losses for large vocabularies."""
+
+from fused_pref import reference
+from fused_pref.functional import bco_loss, cpo_loss, dpo_loss, sequence_logps, token_logps
+from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss
+from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.shift import RewardShift
+from fused_pref.udm import DensityRatio
+from fused_pref.validate import checks
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BCOLoss",
+    "BCOOutput",
+    "CPOLoss",
+    "DPOLoss",
+    "DensityRatio",
+    "PairOutput",
+    "RewardShift",
+    "bco_loss",
+    "checks",
+    "cpo_loss",
+    "dpo_loss",
+    "reference",
+    "sequence_logps",
+    "token_logps",
+]

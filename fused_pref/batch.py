@@ -1,0 +1,95 @@
+"""A validated batch of logits, its scored tokens, and their sums per sequence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_pref import backend, layout, validate
+from fused_pref.head.logits import TokenLogpsFunction
+from fused_pref.head.spec import LogitsSpec
+from fused_pref.objectives import narrow, ratio
+
+
+@dataclass(frozen=True)
+class LogitsBatch:
+    """Validated arguments of a call on logits; ``sequences`` is S."""
+
+    logits: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    spec: LogitsSpec
+    sequences: int
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, labels: Tensor, keywords: Mapping[str, Any], *, pairs: bool = False, means: bool = True
+    ) -> "LogitsBatch":
+        """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
+        packed = keywords["cu_seqlens"] is not None
+        spec = LogitsSpec.of(keywords)
+        rows, symbol = ("(N_total,)", "(N_total, V)") if packed else ("(S, T)", "(S, T, V)")
+        logits = validate.tensor("logits", logits, symbol, None, validate.FLOATS)
+        if logits.dim() != (2 if packed else 3) or logits.shape[-1] == 0:
+            raise validate.fail("logits", f"{symbol} with V >= 1", logits)
+        device, shape = logits.device, logits.shape[:-1]
+        labels = validate.tensor("labels", labels, rows, tuple(shape), validate.INTEGERS, device)
+        cu_seqlens, sequences = None, shape[0]
+        if packed:
+            cu_seqlens = validate.boundaries("cu_seqlens", keywords["cu_seqlens"], shape[0], device)
+            sequences = cu_seqlens.shape[0] - 1
+        if pairs and sequences % 2:
+            raise ValueError(f"labels must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
+        if spec.inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
+            raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
+        if validate.checking():
+            columns = logits.shape[-1]
+            good = (labels == spec.ignore_index) | ((labels >= 0) & (labels < columns))
+            validate.values("labels", labels, good, f"ignore_index = {spec.ignore_index} or in [0, V={columns})")
+        chosen = backend.resolve(keywords["backend"], logits.dtype, device)
+        spec = replace(spec, backend=chosen, logits_mean=spec.logits_mean if means else None)
+        return cls(logits, labels, cu_seqlens, spec, sequences)
+
+    def per_sequence(self, name: str, value: Any, dtypes: tuple[torch.dtype, ...] = validate.FLOATS) -> Tensor:
+        """Validate an argument with one entry per sequence, (S,), and detach it."""
+        return validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.logits.device).detach()
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Log-probs with the gradient, and means of z over the vocabulary, both shaped like the labels."""
+        return TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec)  # type: ignore[return-value]
+
+    def scores(self) -> "Scores":
+        """Score the tokens and sum them per sequence."""
+        logp, means = self.tokens()
+        sums = layout.sequence_sums(logp, self.cu_seqlens)
+        if validate.checking():
+            validate.values("the log-prob of each sequence", sums, sums.isfinite(), "finite")
+        spec = self.spec
+        targets = layout.targets_of(self.labels, self.cu_seqlens, shift=spec.shift, ignore_index=spec.ignore_index)
+        counts = layout.sequence_sums(targets != spec.ignore_index, self.cu_seqlens).long()
+        totals = positions = None
+        if spec.logits_mean is not None:
+            everywhere = spec.logits_mean == "all"
+            positions = layout.lengths_of(targets, self.cu_seqlens) if everywhere else counts
+            totals = layout.sequence_sums(means, self.cu_seqlens)
+        return Scores(sums, counts, totals, positions, logp.dtype)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-sequence sums of a batch: what the objectives are functions of."""
+
+    sums: Tensor  # (S,) float64 log-probs summed over the completion, with the gradient
+    counts: Tensor  # (S,) int64 scored tokens
+    totals: Tensor | None  # (S,) float64 sums over positions of the mean of z over the vocabulary
+    positions: Tensor | None  # (S,) int64 positions in those sums
+    dtype: torch.dtype  # of the results
+
+    def logits_mean(self, members: Tensor) -> Tensor | None:
+        """Mean of z over the sequences in ``members`` (S,) bool; 0 where they have no position."""
+        if self.totals is None or self.positions is None:
+            return None
+        total, positions = self.totals.where(members, 0).sum(), self.positions.where(members, 0).sum()
+        return narrow(ratio(total, positions), self.dtype)

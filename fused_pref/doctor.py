@@ -1,0 +1,90 @@
+"""``python -m fused_pref doctor``: which backend would be used here and why, and whether it is right."""
+
+import argparse
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import fused_pref as fp
+from fused_pref import backend
+
+# Bounds of the numerics contract: values, and gradients beyond what rounding them to the dtype costs.
+VALUE_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 if every self-check holds, else 1."""
+    print(f"fused_pref {fp.__version__}, Python {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "transformers", "trl", "scikit-learn"):
+        try:
+            print(f"  {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {package} is not installed")
+    worst = 0
+    for device in devices():
+        obstacle = backend.triton_obstacle(device)
+        chosen = backend.resolve("auto", torch.float32, device)
+        print(f"{describe(device)}: backend {chosen!r}" + (f", because {obstacle}" if obstacle else ""))
+        for name, dtype, value, gradient in self_checks(device):
+            good = value <= VALUE_BOUND and gradient <= GRADIENT_BOUND
+            worst |= not good
+            kind = str(dtype).removeprefix("torch.")
+            print(
+                f"  {'ok  ' if good else 'BAD '} {name} {kind}: value error {value:.1e}, gradient error {gradient:.1e}"
+            )
+    print(
+        "every self-check holds" if not worst else "a self-check failed: results on this machine are not to be trusted"
+    )
+    return int(worst)
+
+
+def devices() -> list[torch.device]:
+    """The CPU and the first device of each accelerator that computes in float64."""
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type != "mps":
+            found.append(torch.device(accelerator.type, 0))
+    return found
+
+
+def describe(device: torch.device) -> str:
+    """Name of a device."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def self_checks(device: torch.device) -> Iterator[tuple[str, torch.dtype, float, float]]:
+    """(objective, dtype, value error, gradient error) against the float64 reference on a small batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 9, 4099, generator=generator) * 3
+    labels = torch.randint(0, 4099, (4, 9), generator=generator)
+    labels[:, :2] = -100
+    ref_logps = torch.randn(4, generator=generator) * 4 - 40
+    desirable = torch.tensor([True, False, True, False])
+    cases: dict[str, tuple[Any, ...]] = {
+        "cpo_loss": (labels,),
+        "dpo_loss": (labels, ref_logps),
+        "bco_loss": (labels, desirable, ref_logps),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, tensors in cases.items():
+            arguments = [tensor.to(device) for tensor in tensors]
+            ours = logits.to(device, dtype).requires_grad_()
+            truth = ours.detach().double().requires_grad_()
+            loss = getattr(fp, name)(ours, *arguments).loss
+            true_loss = getattr(fp.reference, name)(truth, *arguments).loss
+            (gradient,) = torch.autograd.grad(loss, ours)
+            (true_gradient,) = torch.autograd.grad(true_loss, truth)
+            value = abs(loss.item() - true_loss.item()) / max(1.0, abs(true_loss.item()))
+            rounding = (true_gradient.to(dtype).double() - true_gradient).norm()
+            excess = (gradient.double() - true_gradient).norm() - 1.05 * rounding
+            yield name, dtype, value, max(0.0, (excess / true_gradient.norm()).item())

@@ -1,0 +1,251 @@
+"""The public functions of logits: validate everything, score the tokens, evaluate the objective.
+
+Keywords are described in :mod:`fused_pref.keywords` and shown by ``help()`` of each function. A malformed argument
+raises ``ValueError`` or ``TypeError`` before anything is computed or changed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from typing_extensions import Unpack
+
+from fused_pref import validate
+from fused_pref.batch import LogitsBatch
+from fused_pref.keywords import (
+    BCOLogitsKeywords,
+    CPOLogitsKeywords,
+    DPOLogitsKeywords,
+    LogitsKeywords,
+    SequenceLogitsKeywords,
+    takes,
+)
+from fused_pref.objectives import BCOSpec, PairSpec, bco_objective, narrow, pair_objective
+from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.shift import RewardShift
+
+
+@takes(LogitsKeywords)
+def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeywords]) -> Tensor:
+    """Log-prob of every scored token, differentiable.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; float32, bfloat16, float16 or float64; any strides.
+        labels: (S, T) or (N_total,) int64 or int32, as causal-LM labels come (see ``shift``).
+
+    Returns:
+        (S, T-1) with ``shift``, (S, T) without, (N_total,) packed; float32, float64 for float64 logits. 0 where
+        nothing is scored, never above 0, NaN for a label outside the vocabulary.
+
+    Raises:
+        ValueError, TypeError: a malformed argument.
+    """
+    batch = LogitsBatch.of(logits, labels, keywords, means=False)
+    logp, _ = batch.tokens()
+    return logp[:, :-1] if batch.spec.shift and batch.cu_seqlens is None else logp
+
+
+@takes(SequenceLogitsKeywords)
+def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLogitsKeywords]) -> Tensor:
+    """Log-prob of every completion, differentiable: the sum over its scored tokens, or their average.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``.
+        labels: (S, T) or (N_total,).
+
+    Returns:
+        (S,) float32, float64 for float64 logits; 0 for an empty completion.
+
+    Raises:
+        ValueError, TypeError: a malformed argument.
+    """
+    average = validate.flag("average", keywords["average"])
+    scores = LogitsBatch.of(logits, labels, keywords, means=False).scores()
+    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(scores.dtype)
+
+
+@takes(CPOLogitsKeywords)
+def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeywords]) -> PairOutput:
+    """Contrastive preference optimisation (arXiv 2401.08417): mean over pairs of L_prefer, plus cpo_alpha · NLL.
+
+    L_prefer is −(1−ε) logσ(βΔ) − ε logσ(−βΔ) with Δ = logps_w − logps_l for ``loss_type="sigmoid"``; or hinge, ipo,
+    simpo, and any of them under AlphaPO (``alpha``). NLL is the negative mean log-prob of the chosen tokens.
+
+    Args:
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
+        labels: (2B, T) or (N_total,).
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient.
+
+    Raises:
+        ValueError, TypeError: a malformed argument.
+    """
+    spec = PairSpec.cpo(keywords)
+    return _pair_loss(LogitsBatch.of(logits, labels, keywords, pairs=True), spec, keywords)
+
+
+@takes(DPOLogitsKeywords)
+def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
+    """Direct preference optimisation (arXiv 2305.18290) with Δ = (logps_w − ref_w) − (logps_l − ref_l).
+
+    Args:
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
+        labels: (2B, T) or (N_total,).
+        ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
+
+    Raises:
+        ValueError, TypeError: a malformed argument.
+    """
+    spec = PairSpec.dpo(keywords)
+    return _pair_loss(LogitsBatch.of(logits, labels, keywords, pairs=True), spec, keywords, ref_logps)
+
+
+@takes(BCOLogitsKeywords)
+def bco_loss(
+    logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[BCOLogitsKeywords]
+) -> BCOOutput:
+    """Binary classifier optimisation (arXiv 2404.04656): −logσ(r − δ) for desirable, −ρ logσ(−(r − δ)) for others.
+
+    Rewards are r = β (logps − ref_logps), δ is ``delta`` and ρ is ``sample_weight``. No gradient flows through δ. A
+    :class:`RewardShift` is updated as the last thing of a successful call.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order.
+        labels: (S, T) or (N_total,).
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`BCOOutput`; only ``loss`` carries a gradient.
+
+    Raises:
+        ValueError, TypeError: a malformed argument.
+    """
+    spec = BCOSpec.bco(keywords)
+    return _bco_loss(LogitsBatch.of(logits, labels, keywords), spec, keywords, desirable, ref_logps)
+
+
+class KnownSlopeFunction(torch.autograd.Function):
+    """Attach a loss to the per-sequence sums it was computed from, by the slope that was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
+        """(S,), 0-d, (S,) → 0-d."""
+        ctx.save_for_backward(slope)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """0-d → (S,)."""
+        (slope,) = ctx.saved_tensors
+        return (slope * grads[0]).double(), None, None
+
+
+def _ref_logps(batch: LogitsBatch, value: Any) -> Tensor:
+    value = batch.per_sequence("ref_logps", value)
+    validate.values("ref_logps", value, value.isfinite(), "finite")
+    return value.double()
+
+
+def _pair_loss(
+    batch: LogitsBatch, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Tensor | None = None
+) -> PairOutput:
+    pair_normalizer = validate.normalizer("pair_normalizer", keywords["pair_normalizer"])
+    token_normalizer = validate.normalizer("token_normalizer", keywords["token_normalizer"], zero=True)
+    if spec.reference:
+        ref_logps = _ref_logps(batch, ref_logps)
+    scores = batch.scores()
+    terms = pair_objective(
+        scores.sums.detach(),
+        scores.counts,
+        spec,
+        ref_logps=ref_logps,
+        pair_normalizer=pair_normalizer,
+        token_normalizer=token_normalizer,
+    )
+    loss, nll_loss, logps, rewards, slope = (
+        narrow(term, scores.dtype) for term in (terms.loss, terms.nll_loss, terms.logps, terms.rewards, terms.slope)
+    )
+    pairs = batch.sequences // 2
+    chosen = torch.arange(batch.sequences, device=loss.device) < pairs
+    return PairOutput(
+        loss=KnownSlopeFunction.apply(scores.sums, loss, slope),  # type: ignore[arg-type]
+        nll_loss=nll_loss,
+        chosen_logps=logps[:pairs],
+        rejected_logps=logps[pairs:],
+        chosen_rewards=rewards[:pairs],
+        rejected_rewards=rewards[pairs:],
+        chosen_logits_mean=scores.logits_mean(chosen),
+        rejected_logits_mean=scores.logits_mean(~chosen),
+    )
+
+
+def _bco_loss(
+    batch: LogitsBatch, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Tensor, ref_logps: Tensor
+) -> BCOOutput:
+    desirable = batch.per_sequence("desirable", desirable, (torch.bool,))
+    ref_logps = _ref_logps(batch, ref_logps)
+    sample_weight = keywords["sample_weight"]
+    if sample_weight is not None:
+        sample_weight = batch.per_sequence("sample_weight", sample_weight)
+        validate.values("sample_weight", sample_weight, sample_weight.isfinite() & (sample_weight >= 0), ">= 0")
+        sample_weight = sample_weight.double()
+    normalizers = _bco_normalizers(spec, keywords)
+    shift, state = keywords["delta"], None
+    delta = _fixed_delta(0.0 if isinstance(shift, RewardShift) else shift, ref_logps.device)
+    scores = batch.scores()
+    rewards = spec.beta * (scores.sums.detach() - ref_logps)
+    if isinstance(shift, RewardShift):
+        delta, state = shift.peek(rewards, desirable)
+    terms = bco_objective(rewards, desirable, delta, spec, sample_weight=sample_weight, **normalizers)
+    slope = narrow(terms.slope, scores.dtype)
+    output = BCOOutput(
+        KnownSlopeFunction.apply(scores.sums, narrow(terms.loss, scores.dtype), slope),
+        narrow(delta, scores.dtype),
+        narrow(scores.sums.detach(), scores.dtype),
+        narrow(rewards, scores.dtype),
+        scores.logits_mean(desirable),
+        scores.logits_mean(~desirable),
+        desirable.sum(),
+        (~desirable).sum(),
+        desirable=desirable,
+    )
+    if isinstance(shift, RewardShift):
+        shift.commit(state)
+    return output
+
+
+def _fixed_delta(delta: Any, device: torch.device) -> Tensor:
+    """A number or 0-d tensor as a detached 0-d float64 tensor."""
+    if isinstance(delta, Tensor):
+        if delta.dim() != 0 or not delta.is_floating_point():
+            raise validate.fail("delta", "a RewardShift, a finite number or a 0-d floating tensor", delta)
+        return delta.detach().to(device, torch.float64)
+    number = validate.finite("delta", delta, "a RewardShift, a finite number or a 0-d tensor")
+    return torch.full((), number, dtype=torch.float64, device=device)
+
+
+def _bco_normalizers(spec: BCOSpec, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The normalizer that the reduction uses; the other one is refused rather than ignored."""
+    sequences, classes = keywords["sequence_normalizer"], keywords["class_normalizer"]
+    if sequences is not None and spec.reduction != "mean":
+        raise ValueError(f'sequence_normalizer needs reduction="mean"; got reduction={spec.reduction!r}')
+    if classes is not None:
+        if spec.reduction != "class_mean":
+            raise ValueError(f'class_normalizer needs reduction="class_mean"; got reduction={spec.reduction!r}')
+        if not isinstance(classes, tuple | list) or len(classes) != 2:
+            raise validate.fail("class_normalizer", "a pair (n+, n-)", classes, TypeError)
+        if classes[0] is None or classes[1] is None:
+            raise validate.fail("class_normalizer", "a pair (n+, n-) of numbers or 0-d tensors", classes, TypeError)
+        classes = tuple(validate.normalizer("class_normalizer", count, zero=True) for count in classes)
+    return {
+        "sequence_normalizer": validate.normalizer("sequence_normalizer", sequences),
+        "class_normalizer": classes,
+    }

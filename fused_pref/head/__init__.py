@@ -1,0 +1,1 @@
+"""From logits or hidden states to token log-probs and gradients."""

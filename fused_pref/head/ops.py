@@ -1,0 +1,102 @@
+"""The token operations as custom ops: opaque to ``torch.compile``, one schema for every backend.
+
+All take the batch as ``logits`` ((S, T, V) or (N_total, V), any strides), ``labels`` ((S, T) or (N_total,)) and
+``cu_seqlens`` ((S+1,) or None), and the constants of :class:`fused_pref.head.spec.LogitsSpec`.
+"""
+
+import torch
+from torch import Tensor
+
+from fused_pref.head import streaming
+from fused_pref.head.spec import Transform
+from fused_pref.layout import targets_of
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the token math: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("fused_pref::token_logps_fwd", mutates_args=())
+def token_logps_fwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    logits_mean: str | None,
+    backend: str,
+    shift: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of the label that each position scores.
+
+    Returns:
+        logp, shape of ``labels``: 0 where nothing is scored, NaN for a label outside the vocabulary;
+        statistics (3, *labels.shape): row maximum of z, Σ exp(z − maximum), and the same sum without the target;
+        mean of z over the vocabulary, shape of ``labels``: 0 where ``logits_mean`` does not ask for it.
+        Float32, float64 for float64 logits.
+    """
+    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+    transform = Transform(softcap, logit_scale, temperature)
+    dtype = accumulator_dtype(logits.dtype)
+    return streaming.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
+
+
+@token_logps_fwd.register_fake
+def _(logits, labels, cu_seqlens, logits_mean, *constants):  # type: ignore[no-untyped-def]
+    dtype = accumulator_dtype(logits.dtype)
+    statistics = logits.new_empty((3, *labels.shape), dtype=dtype)
+    return logits.new_empty(labels.shape, dtype=dtype), statistics, logits.new_empty(labels.shape, dtype=dtype)
+
+
+@torch.library.custom_op("fused_pref::token_logps_bwd", mutates_args=())
+def token_logps_bwd(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    statistics: Tensor,
+    grad_logp: Tensor,
+    backend: str,
+    shift: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+) -> Tensor:
+    """Gradient of the logits, a_n (onehot − softmax) with a_n = ``grad_logp``, shaped like ``labels``.
+
+    Returns:
+        Contiguous, shape and dtype of ``logits``; rows that score nothing are 0.
+    """
+    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+    transform = Transform(softcap, logit_scale, temperature)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    streaming.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
+    return dlogits
+
+
+@token_logps_bwd.register_fake
+def _(logits, *arguments):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fused_pref::token_logps_bwd_", mutates_args=("logits",))
+def token_logps_bwd_(
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    statistics: Tensor,
+    grad_logp: Tensor,
+    backend: str,
+    shift: bool,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+) -> None:
+    """As :func:`token_logps_bwd`, over the logits."""
+    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+    transform = Transform(softcap, logit_scale, temperature)
+    streaming.token_logps_bwd(logits, logits, targets, statistics, grad_logp, ignore_index, transform)

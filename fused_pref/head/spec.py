@@ -1,0 +1,86 @@
+"""The constants of a call: the logits transform, and which label each position scores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fused_pref import validate
+from fused_pref.keywords import TokenKeywords, choices
+
+LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Validated constants of z = softcap(logit_scale · x) / temperature, softcap(x) = c·tanh(x/c)."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> "Transform":
+        """From the shared keywords."""
+        softcap, logit_scale = keywords["softcap"], keywords["logit_scale"]
+        if validate.finite("logit_scale", logit_scale, "a finite number other than 0") == 0:
+            raise validate.fail("logit_scale", "a finite number other than 0", logit_scale)
+        return cls(
+            softcap=None if softcap is None else validate.positive("softcap", softcap),
+            logit_scale=float(logit_scale),
+            temperature=validate.positive("temperature", keywords["temperature"]),
+        )
+
+    @property
+    def identity(self) -> bool:
+        """Whether z = x."""
+        return self.softcap is None and self.logit_scale == self.temperature
+
+    def apply_(self, x: Tensor) -> Tensor:
+        """Transform a block in place."""
+        if self.softcap is not None:
+            return x.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return x if self.identity else x.mul_(self.logit_scale / self.temperature)
+
+    def chain_(self, dz: Tensor, x: Tensor) -> Tensor:
+        """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone.
+
+        1 − tanh² is formed as 4u/(1+u)² with u = exp(−2|x|·scale/c), which does not cancel where the softcap saturates.
+        """
+        if self.softcap is not None:
+            u = x.to(dz.dtype, copy=True).abs_().mul_(-2 * abs(self.logit_scale) / self.softcap).exp_()
+            dz.mul_(u)
+            dz.div_(u.add_(1).square_())
+            return dz.mul_(4 * self.logit_scale / self.temperature)
+        return dz if self.identity else dz.mul_(self.logit_scale / self.temperature)
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """Validated constants of a call on logits; ``backend`` is the one that was chosen."""
+
+    backend: str
+    shift: bool
+    ignore_index: int
+    transform: Transform
+    logits_mean: str | None
+    inplace_backward: bool
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any], backend: str = "auto") -> "LogitsSpec":
+        """From the shared keywords."""
+        return cls(
+            backend=backend,
+            shift=validate.flag("shift", keywords["shift"]),
+            ignore_index=validate.integer("ignore_index", keywords["ignore_index"]),
+            transform=Transform.of(keywords),
+            logits_mean=validate.choice("logits_mean", keywords["logits_mean"], LOGITS_MEANS),
+            inplace_backward=validate.flag("inplace_backward", keywords["inplace_backward"]),
+        )
+
+    @property
+    def constants(self) -> tuple[str, bool, int, float | None, float, float]:
+        """What every op takes: backend, shift, ignore_index and the transform."""
+        t = self.transform
+        return self.backend, self.shift, self.ignore_index, t.softcap, t.logit_scale, t.temperature

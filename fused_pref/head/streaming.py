@@ -1,0 +1,121 @@
+"""Token log-probs of logits and their gradient in PyTorch, on any device, a block of rows at a time.
+
+The row statistics are chosen so that nothing cancels: the row maximum m, and Σ exp(z − m) with and without the
+target's entry. Then logp = −log1p(others/e_y) and the target's 1 − p = others/sum are exact where the target has
+nearly all the mass, and logp ≤ 0 always.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_pref.head.spec import Transform
+
+# Entries of a block: small enough for the second-level cache on a CPU, large enough to fill a GPU.
+CPU_BLOCK = 2**18
+DEVICE_BLOCK = 2**22
+
+
+class Rows:
+    """The rows of logits of any strides, read and written by blocks of row numbers, never copied as a whole."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.columns = logits.shape[-1]
+        self.count = logits.shape[:-1].numel()
+        try:
+            self.flat: Tensor | None = logits.view(self.count, self.columns)
+        except RuntimeError:
+            self.flat = None
+
+    def _places(self, rows: Tensor) -> tuple[Tensor, ...]:
+        if self.logits.dim() == 2:
+            return (rows,)
+        length = self.logits.shape[1]
+        return torch.div(rows, length, rounding_mode="floor"), rows % length
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Copy of these rows, (n, V)."""
+        return self.flat.index_select(0, rows) if self.flat is not None else self.logits[self._places(rows)]
+
+    def write(self, rows: Tensor, block: Tensor) -> None:
+        """Overwrite these rows; a 0-d block fills them."""
+        if self.flat is not None:
+            self.flat[rows] = block
+        else:
+            self.logits[self._places(rows)] = block
+
+
+def blocks(wanted: Tensor, columns: int) -> Iterator[Tensor]:
+    """Row numbers to visit, block by block: the wanted ones on a CPU; all elsewhere, where asking would synchronise."""
+    if wanted.device.type == "cpu":
+        rows, size = wanted.nonzero()[:, 0], CPU_BLOCK
+    else:
+        rows, size = torch.arange(wanted.numel(), device=wanted.device), DEVICE_BLOCK
+    yield from rows.split(max(1, size // columns))
+
+
+def token_logps_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    transform: Transform,
+    logits_mean: str | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fused_pref.head.ops.token_logps_fwd`; ``dtype`` is that of the token math."""
+    source, labels = Rows(logits), targets.flatten()
+    scored = labels != ignore_index
+    logp = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
+    statistics = torch.zeros((3, *labels.shape), dtype=dtype, device=logits.device)
+    means = torch.zeros_like(logp)
+    for rows in blocks(scored, source.columns):
+        z = transform.apply_(source.read(rows).to(dtype))
+        if logits_mean is not None:
+            means[rows] = z.mean(1).where(scored[rows] | (logits_mean == "all"), 0)
+        y = labels[rows].long()
+        valid = (y >= 0) & (y < source.columns)
+        y = y.where(valid, 0)[:, None]
+        top = z.amax(1)
+        zy = z.gather(1, y)[:, 0] - top
+        others = z.sub_(top[:, None]).exp_().scatter_(1, y, 0).sum(1).where(valid, torch.nan)
+        ey = zy.exp()
+        value = torch.where(others < ey, -torch.log1p(others / ey), zy - torch.log(others + ey))
+        logp[rows] = value.where(scored[rows], 0)
+        statistics[:, rows] = torch.stack((top, others + ey, others))
+    if logits_mean == "all" and logits.device.type == "cpu":
+        for rows in blocks(~scored, source.columns):
+            means[rows] = transform.apply_(source.read(rows).to(dtype)).mean(1)
+    shape = targets.shape
+    return logp.view(shape), statistics.view(3, *shape), means.view(shape)
+
+
+def token_logps_bwd(
+    dlogits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    grad_logp: Tensor,
+    ignore_index: int,
+    transform: Transform,
+) -> None:
+    """Write a_n (onehot − softmax) into ``dlogits``, which may be ``logits``; see :func:`fused_pref.head.ops`."""
+    source, sink, labels = Rows(logits), Rows(dlogits), targets.flatten()
+    dtype = statistics.dtype
+    scored, upstream = labels != ignore_index, grad_logp.flatten().to(dtype)
+    top, total, others = statistics.view(3, -1)
+    for rows in blocks(scored, source.columns):
+        raw = source.read(rows)
+        y = labels[rows].long()
+        y = y.where((y >= 0) & (y < source.columns), 0)[:, None]
+        factor = upstream[rows] / total[rows]
+        dz = transform.apply_(raw.to(dtype, copy=True)).sub_(top[rows, None]).exp_().mul_(-factor[:, None])
+        dz.scatter_(1, y, (factor * others[rows])[:, None])
+        transform.chain_(dz, raw)
+        if logits.device.type != "cpu":
+            dz = dz.where(scored[rows, None], 0)
+        sink.write(rows, dz.to(dlogits.dtype))
+    if logits.device.type == "cpu":
+        for rows in blocks(~scored, source.columns):
+            sink.write(rows, dlogits.new_zeros(()))

@@ -1,0 +1,217 @@
+"""Every public keyword, once: name, type, default and meaning.
+
+A keyword table is a ``TypedDict`` whose values are annotated with :class:`Keyword`. Functions, their references,
+their linear twins and their modules name the table they take (``**keywords: Unpack[CPOKeywords]`` for the type
+checker, ``@takes(CPOKeywords)`` for the runtime), so that a default cannot differ between them.
+``takes`` shows the table in ``inspect.signature`` and ``help()``, fills in defaults and refuses unknown names.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from torch import Tensor
+from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    from fused_pref.shift import RewardShift
+
+Number = int | float
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Keyword(NamedTuple):
+    """Default and meaning of one keyword."""
+
+    default: Any
+    meaning: str
+
+
+class TokenKeywords(TypedDict, total=False):
+    """Keywords of every function."""
+
+    ignore_index: Annotated[int, Keyword(-100, "label of a position that is not scored")]
+    shift: Annotated[
+        bool,
+        Keyword(True, "position t scores label t+1 of its sequence; False when the caller has shifted the labels"),
+    ]
+    cu_seqlens: Annotated[
+        Tensor | None,
+        Keyword(
+            None,
+            "int32 or int64 (S+1,) boundaries of packed sequences, from 0 to N_total, never falling; inputs are then "
+            "(N_total, ...) and a sequence may be empty",
+        ),
+    ]
+    softcap: Annotated[float | None, Keyword(None, "c > 0 of softcap(x) = c tanh(x/c), applied after logit_scale")]
+    logit_scale: Annotated[float, Keyword(1.0, "factor on the raw logits, finite and not 0")]
+    temperature: Annotated[float, Keyword(1.0, "divisor > 0 of the softcapped logits")]
+    backend: Annotated[
+        Literal["auto", "triton", "torch"], Keyword("auto", "which implementation computes the token terms")
+    ]
+    logits_mean: Annotated[
+        Literal["all", "completion"] | None,
+        Keyword(
+            "all",
+            "which positions the reported means of the transformed logits cover: all of them (TRL's CPO), the scored "
+            "ones (TRL's DPO), or None for no means; without effect on functions that return log-probs only",
+        ),
+    ]
+
+
+class LogitsKeywords(TokenKeywords, total=False):
+    """Keywords of the functions of logits."""
+
+    inplace_backward: Annotated[
+        bool,
+        Keyword(
+            False,
+            "write the gradient over the logits; a second backward then raises; under torch.compile, where the "
+            "compiler owns the buffers, the gradient is written apart",
+        ),
+    ]
+
+
+class PairKeywords(TypedDict, total=False):
+    """Keywords of the pairwise objectives."""
+
+    beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob differences; for ipo the regularisation strength")]
+    label_smoothing: Annotated[
+        float, Keyword(0.0, "probability in [0, 1) that a preference is flipped; no effect on hinge and ipo")
+    ]
+    pair_normalizer: Annotated[
+        Number | Tensor | None,
+        Keyword(None, "replaces the number of pairs B in means over pairs (> 0; number or 0-d tensor)"),
+    ]
+    token_normalizer: Annotated[
+        Number | Tensor | None,
+        Keyword(None, "replaces the number of scored chosen tokens in the NLL (>= 0; number or 0-d tensor)"),
+    ]
+
+
+class CPOKeywords(PairKeywords, total=False):
+    """Keywords of the CPO objective."""
+
+    loss_type: Annotated[
+        Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"],
+        Keyword("sigmoid", "the preference term; alphapo is simpo with cpo_alpha = 0"),
+    ]
+    cpo_alpha: Annotated[float, Keyword(1.0, "weight >= 0 of the NLL of the chosen completions; 0: not computed")]
+    simpo_gamma: Annotated[float, Keyword(0.5, "target margin gamma of simpo, finite")]
+    alpha: Annotated[float, Keyword(0.0, "AlphaPO's exponent, finite; 0 leaves log-probs as they are")]
+    nll_reduction: Annotated[
+        Literal["token", "sequence"],
+        Keyword("token", "NLL as a mean over scored chosen tokens, or over pairs of summed log-probs"),
+    ]
+
+
+class DPOKeywords(PairKeywords, total=False):
+    """Keywords of the DPO objective."""
+
+    loss_type: Annotated[Literal["sigmoid", "hinge", "ipo"], Keyword("sigmoid", "the preference term")]
+
+
+class BCOKeywords(TypedDict, total=False):
+    """Keywords of the BCO objective."""
+
+    beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob ratios: rewards are beta (logps - ref_logps)")]
+    delta: Annotated[
+        "RewardShift | float | Tensor", Keyword(0.0, "reward shift: a RewardShift, a finite number or a 0-d tensor")
+    ]
+    sample_weight: Annotated[
+        Tensor | None, Keyword(None, "(S,) factors >= 0 on the losses, as from DensityRatio; None: 1")
+    ]
+    reduction: Annotated[
+        Literal["mean", "class_mean"],
+        Keyword("mean", "pooled mean over sequences (TRL), or the sum of the two class means (the paper)"),
+    ]
+    sequence_normalizer: Annotated[
+        Number | Tensor | None,
+        Keyword(None, 'replaces the number of sequences S in reduction="mean" (> 0; number or 0-d tensor)'),
+    ]
+    class_normalizer: Annotated[
+        tuple[Number | Tensor, Number | Tensor] | None,
+        Keyword(None, 'replaces (n+, n-), the class counts, in reduction="class_mean" (>= 0; numbers or 0-d tensors)'),
+    ]
+
+
+class SequenceKeywords(TypedDict, total=False):
+    """Keywords of the per-sequence log-probs."""
+
+    average: Annotated[bool, Keyword(False, "divide each sum by the number of scored tokens of its sequence")]
+
+
+class SequenceLogitsKeywords(SequenceKeywords, LogitsKeywords, total=False):
+    """Keywords of :func:`fused_pref.sequence_logps`."""
+
+
+class CPOLogitsKeywords(CPOKeywords, LogitsKeywords, total=False):
+    """Keywords of :func:`fused_pref.cpo_loss`."""
+
+
+class DPOLogitsKeywords(DPOKeywords, LogitsKeywords, total=False):
+    """Keywords of :func:`fused_pref.dpo_loss`."""
+
+
+class BCOLogitsKeywords(BCOKeywords, LogitsKeywords, total=False):
+    """Keywords of :func:`fused_pref.bco_loss`."""
+
+
+@functools.cache
+def table(keywords: type) -> dict[str, tuple[Any, Keyword]]:
+    """Name → (type, :class:`Keyword`) of a keyword table, in the order of definition."""
+    hints = get_type_hints(keywords, include_extras=True, localns={"RewardShift": Any})
+    entries: dict[str, tuple[Any, Keyword]] = {}
+    for name, hint in hints.items():
+        annotation, keyword = get_args(hint)
+        entries[name] = (annotation, keyword)
+    return entries
+
+
+def choices(keywords: type, name: str) -> tuple[str, ...]:
+    """The strings that a ``Literal`` keyword of a table allows."""
+    annotation = table(keywords)[name][0]
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return tuple(value for literal in literals for value in get_args(literal))
+
+
+def takes(keywords: type) -> Callable[[Function], Function]:
+    """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table."""
+    entries = table(keywords)
+    defaults = {name: keyword.default for name, (_, keyword) in entries.items()}
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            for name in given:
+                if name not in defaults and name not in own:
+                    raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}")
+            return function(*args, **{**defaults, **given})
+
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())[:-1]
+        own = {parameter.name for parameter in parameters}
+        shown = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=keyword.default, annotation=annotation)
+            for name, (annotation, keyword) in entries.items()
+        ]
+        call.__signature__ = signature.replace(parameters=parameters + shown)  # type: ignore[attr-defined]
+        lines = [
+            f"    {name} (default {keyword.default!r}): {keyword.meaning}." for name, (_, keyword) in entries.items()
+        ]
+        call.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nKeywords:\n" + "\n".join(lines)
+        return cast(Function, call)
+
+    return decorate

@@ -1,0 +1,101 @@
+"""What the objectives return. Only ``loss`` carries a gradient."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class PairOutput(NamedTuple):
+    """Result of a pairwise objective over B pairs; fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        loss: 0-d, differentiable.
+        nll_loss: 0-d, the unweighted NLL of the chosen completions (0 where it is not computed).
+        chosen_logps, rejected_logps: (B,), summed over the completion, averaged for ipo and simpo.
+        chosen_rewards, rejected_rewards: (B,), beta times the log-probs as they enter the objective.
+        chosen_logits_mean, rejected_logits_mean: 0-d, mean of the transformed logits; None with ``logits_mean=None``.
+    """
+
+    loss: Tensor
+    nll_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logits_mean: Tensor | None
+    rejected_logits_mean: Tensor | None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised."""
+        pairs = max(self.chosen_logps.numel(), 1)
+        chosen, rejected = self.chosen_rewards, self.rejected_rewards
+        means = {
+            "rewards/chosen": chosen.sum() / pairs,
+            "rewards/rejected": rejected.sum() / pairs,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype).sum() / pairs,
+            "rewards/margins": (chosen - rejected).sum() / pairs,
+            "logps/chosen": self.chosen_logps.sum() / pairs,
+            "logps/rejected": self.rejected_logps.sum() / pairs,
+            "nll_loss": self.nll_loss,
+        }
+        if self.chosen_logits_mean is not None and self.rejected_logits_mean is not None:
+            means["logits/chosen"] = self.chosen_logits_mean
+            means["logits/rejected"] = self.rejected_logits_mean
+        return means
+
+
+class _BCOFields(NamedTuple):
+    loss: Tensor
+    delta: Tensor
+    logps: Tensor
+    rewards: Tensor
+    chosen_logits_mean: Tensor | None
+    rejected_logits_mean: Tensor | None
+    chosen_count: Tensor
+    rejected_count: Tensor
+
+
+class BCOOutput(_BCOFields):
+    """Result of the BCO objective over S sequences; fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        loss: 0-d, differentiable.
+        delta: 0-d, the reward shift that was used.
+        logps: (S,), summed over the completion.
+        rewards: (S,), beta (logps - ref_logps).
+        chosen_logits_mean, rejected_logits_mean: 0-d, mean of the transformed logits of the desirable and undesirable
+            sequences, 0 where there is none; None with ``logits_mean=None``.
+        chosen_count, rejected_count: 0-d int64, desirable and undesirable sequences.
+        desirable: bool (S,), the classes as they were passed; not one of the tuple's items.
+    """
+
+    desirable: Tensor
+
+    def __new__(cls, *fields: Any, desirable: Tensor) -> "BCOOutput":
+        """The tuple's items in order, and the classes beside them."""
+        self = super().__new__(cls, *fields)
+        self.desirable = desirable
+        return self
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised.
+
+        Class means do not reduce over ranks, so sums (``rewards/chosen_sum``, …) and counts (``count/chosen``, …) are
+        given beside them. A mean over a class that is absent is 0, and so is the margin.
+        """
+        chosen, rejected = self.desirable, ~self.desirable
+        both = (self.chosen_count > 0) & (self.rejected_count > 0)
+        means: dict[str, Tensor] = {"delta": self.delta}
+        for side, members, count, logits_mean in (
+            ("chosen", chosen, self.chosen_count, self.chosen_logits_mean),
+            ("rejected", rejected, self.rejected_count, self.rejected_logits_mean),
+        ):
+            sums = {"rewards": self.rewards.where(members, 0).sum(), "logps": self.logps.where(members, 0).sum()}
+            if logits_mean is not None:
+                sums["logits"] = logits_mean * count
+            for name, total in sums.items():
+                means[f"{name}/{side}_sum"] = total
+                means[f"{name}/{side}"] = total / count.clamp(min=1)
+            means[f"count/{side}"] = count
+        means["rewards/margins"] = (means["rewards/chosen"] - means["rewards/rejected"]).where(both, 0)
+        return means

@@ -1,0 +1,298 @@
+"""The specification: every function of logits in plain PyTorch, differentiated by autograd.
+
+The signatures are those of the functions specified; ``backend`` and ``inplace_backward`` say how to compute and have
+no effect here, and arguments are not validated. Tensors as large as the logits are made several times over.
+
+Symbols: S sequences, B pairs (S = 2B), T padded length, V vocabulary; w chosen, l rejected; ε label smoothing, σ the
+logistic function. Token math is float32 (float64 for float64 logits); sums of log-probs and what follows are float64.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_pref.keywords import (
+    BCOLogitsKeywords,
+    CPOLogitsKeywords,
+    DPOLogitsKeywords,
+    LogitsKeywords,
+    Number,
+    SequenceLogitsKeywords,
+    TokenKeywords,
+    takes,
+)
+from fused_pref.outputs import BCOOutput, PairOutput
+
+Cover = Literal["all", "completion"] | None
+
+__all__ = ["bco_loss", "cpo_loss", "dpo_loss", "sequence_logps", "token_logps"]
+
+
+@takes(LogitsKeywords)
+def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeywords]) -> Tensor:
+    """Log-prob of every scored token, log softmax(z)[y], differentiable.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; any floating dtype.
+        labels: (S, T) or (N_total,) integers, as causal-LM labels come (see ``shift``).
+
+    Returns:
+        (S, T-1) with ``shift`` ((S, 0) for T = 0), (S, T) without, (N_total,) packed; float32, float64 for float64
+        logits. 0 where nothing is scored, NaN for a label outside the vocabulary.
+    """
+    logp = _score(logits, labels, keywords).logp.view(labels.shape)
+    return logp[:, :-1] if keywords["shift"] and keywords["cu_seqlens"] is None else logp
+
+
+@takes(SequenceLogitsKeywords)
+def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLogitsKeywords]) -> Tensor:
+    """Log-prob of every completion, differentiable: Σ logp over its scored tokens, or their average.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``.
+        labels: (S, T) or (N_total,).
+
+    Returns:
+        (S,) float32, float64 for float64 logits; 0 for an empty completion.
+    """
+    tokens = _score(logits, labels, keywords)
+    return _cast(tokens.sums / tokens.lengths if keywords["average"] else tokens.sums, tokens.logp.dtype)
+
+
+@takes(CPOLogitsKeywords)
+def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeywords]) -> PairOutput:
+    """Contrastive preference optimisation (CPO, arXiv 2401.08417): mean over pairs of ℓ(Δ), plus cpo_alpha · NLL.
+
+    Δ = r(logps_w) − r(logps_l), where logps are summed over the completion, averaged for ipo and simpo, and r is the
+    identity or AlphaPO's transform (``alpha``, arXiv 2501.03884). ℓ is ``loss_type``: see :func:`_preference`.
+    NLL is −Σ logp / number over the scored chosen tokens, or −mean over pairs of summed logps_w. Rewards are β r(logps).
+
+    Args:
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
+        labels: (2B, T) or (N_total,).
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient.
+    """
+    loss_type, cpo_alpha, beta = keywords["loss_type"], keywords["cpo_alpha"], keywords["beta"]
+    if loss_type == "alphapo":
+        loss_type, cpo_alpha = "simpo", 0.0
+    tokens = _score(logits, labels, keywords)
+    logps = tokens.sums / tokens.lengths if loss_type in ("ipo", "simpo") else tokens.sums
+    transformed = _alphapo(logps, keywords["alpha"])
+    pairs = len(logps) // 2
+    delta = transformed[:pairs] - transformed[pairs:]
+    losses = _preference(loss_type, delta, beta, keywords["label_smoothing"], keywords["simpo_gamma"])
+    pair_count = _given(keywords["pair_normalizer"], pairs)
+    loss, nll = _ratio(losses.sum(), pair_count), losses.new_zeros(())
+    if cpo_alpha != 0:
+        token_count = _given(keywords["token_normalizer"], tokens.counts[:pairs].sum())
+        nll_count = token_count if keywords["nll_reduction"] == "token" else pair_count
+        nll = -_ratio(tokens.sums[:pairs].sum(), nll_count)
+        loss = loss + cpo_alpha * nll
+    return _pair_output(tokens, loss, nll, logps, beta * transformed, keywords["logits_mean"])
+
+
+@takes(DPOLogitsKeywords)
+def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
+    """Direct preference optimisation (DPO, arXiv 2305.18290): mean over pairs of ℓ(Δ).
+
+    Δ = (logps_w − ref_w) − (logps_l − ref_l), for ipo with both log-ratios divided by the length; ℓ is ``loss_type``:
+    see :func:`_preference`. Rewards are β(logps − ref_logps) of the sums.
+
+    Args:
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
+        labels: (2B, T) or (N_total,).
+        ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
+    """
+    loss_type, beta = keywords["loss_type"], keywords["beta"]
+    tokens = _score(logits, labels, keywords)
+    log_ratios = tokens.sums - ref_logps.detach().double()
+    lengths = tokens.lengths if loss_type == "ipo" else torch.ones_like(tokens.lengths)
+    entering_w, entering_l = (log_ratios / lengths).tensor_split(2)
+    losses = _preference(loss_type, entering_w - entering_l, beta, keywords["label_smoothing"])
+    loss = _ratio(losses.sum(), _given(keywords["pair_normalizer"], len(losses)))
+    logps, rewards = tokens.sums / lengths, beta * log_ratios
+    return _pair_output(tokens, loss, torch.zeros_like(loss), logps, rewards, keywords["logits_mean"])
+
+
+@takes(BCOLogitsKeywords)
+def bco_loss(
+    logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[BCOLogitsKeywords]
+) -> BCOOutput:
+    """Binary classifier optimisation (BCO, arXiv 2404.04656): −logσ(r − δ) for desirable, −ρ logσ(−(r − δ)) for others.
+
+    r = β(logps − ref_logps), δ is ``delta`` (no gradient flows through it) and ρ ``sample_weight``, a factor on the
+    loss of either class. ``reduction``: the mean over all sequences, or the sum of the two class means.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order.
+        labels: (S, T) or (N_total,).
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`BCOOutput`; only ``loss`` carries a gradient. A ``RewardShift`` is updated last.
+    """
+    tokens = _score(logits, labels, keywords)
+    rewards = keywords["beta"] * (tokens.sums - ref_logps.detach().double())
+    shift: Any = keywords["delta"]
+    learned = hasattr(shift, "peek")
+    delta, state = shift.peek(rewards.detach(), desirable) if learned else (shift, None)
+    delta = torch.as_tensor(delta, dtype=torch.float64, device=rewards.device).detach()
+
+    losses = torch.where(desirable, -F.logsigmoid(rewards - delta), -F.logsigmoid(-(rewards - delta)))
+    if keywords["sample_weight"] is not None:
+        losses = losses * keywords["sample_weight"].detach().double()
+    if keywords["reduction"] == "mean":
+        loss = _ratio(losses.sum(), _given(keywords["sequence_normalizer"], len(losses)))
+    else:
+        positives, negatives = _given(keywords["class_normalizer"], (desirable.sum(), (~desirable).sum()))
+        loss = _ratio(losses[desirable].sum(), positives) + _ratio(losses[~desirable].sum(), negatives)
+
+    dtype, cover = tokens.logp.dtype, keywords["logits_mean"]
+    values = (_cast(value, dtype) for value in (loss, delta, tokens.sums.detach(), rewards.detach()))
+    means = (_logits_mean(tokens, desirable, cover), _logits_mean(tokens, ~desirable, cover))
+    output = BCOOutput(*values, *means, desirable.sum(), (~desirable).sum(), desirable=desirable)
+    if learned:
+        shift.commit(state)
+    return output
+
+
+def _preference(loss_type: str, delta: Tensor, beta: float, epsilon: float, gamma: float = 0.0) -> Tensor:
+    """ℓ(Δ) per pair, (B,) → (B,)."""
+    if loss_type == "sigmoid":  # CPO, DPO; with ε the conservative form
+        return _cross_entropy(beta * delta, epsilon)
+    if loss_type == "simpo":  # arXiv 2405.14734
+        return _cross_entropy(beta * delta - gamma, epsilon)
+    if loss_type == "hinge":  # SLiC, arXiv 2305.10425
+        return torch.relu(1 - beta * delta)
+    if loss_type == "ipo":  # arXiv 2310.12036
+        return (delta - 1 / (2 * beta)) ** 2
+    raise ValueError(f"loss_type: {loss_type!r}")
+
+
+def _cross_entropy(x: Tensor, epsilon: float) -> Tensor:
+    """−(1−ε) logσ(x) − ε logσ(−x), without the second term (0 · ∞ at x = ∞) for ε = 0."""
+    loss = -(1 - epsilon) * F.logsigmoid(x)
+    return loss - epsilon * F.logsigmoid(-x) if epsilon else loss
+
+
+def _alphapo(logps: Tensor, alpha: float) -> Tensor:
+    """(1 − p^−α)/α = −expm1(min(−α·logps, 80))/α; its gradient is 0 beyond the clamp. The identity for α = 0."""
+    return -torch.expm1((-alpha * logps).clamp(max=80)) / alpha if alpha else logps
+
+
+class _Tokens(NamedTuple):
+    """A batch as one row of P positions: S·T padded, N_total packed."""
+
+    logits: Tensor  # (P, V) transformed, without gradient
+    logp: Tensor  # (P,) 0 where not scored
+    scored: Tensor  # (P,) bool
+    sequence: Tensor  # (P,) int64, the sequence of a position
+    sums: Tensor  # (S,) float64, of logp
+    counts: Tensor  # (S,) int64, scored tokens
+    lengths: Tensor  # (S,) int64, what an average divides by: counts, 1 for an empty completion
+
+
+def _score(logits: Tensor, labels: Tensor, keywords: TokenKeywords) -> _Tokens:
+    """Score every target. Only rows of scored positions enter: others get a zero gradient whatever they hold."""
+    sequence, sequences = _sequence_of(labels, keywords["cu_seqlens"])
+    targets = _targets(labels.flatten().long(), sequence, keywords["shift"], keywords["ignore_index"])
+    scored = targets != keywords["ignore_index"]
+    rows = logits.flatten(0, -2)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    label_logps = _label_logps(_transform(rows[scored], keywords), targets[scored])
+    logp = torch.zeros_like(rows[:, 0]).masked_scatter(scored, label_logps)
+    sums = torch.zeros(sequences, dtype=torch.float64, device=rows.device)
+    sums = sums.index_add(0, sequence, _cast(logp, torch.float64))
+    counts = torch.bincount(sequence[scored], minlength=sequences)
+    z = _transform(rows.detach(), keywords)
+    return _Tokens(z, logp, scored, sequence, sums, counts, counts.clamp(min=1))
+
+
+def _sequence_of(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """The sequence of every position, (P,) int64, and their number S."""
+    sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
+    lengths = labels.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+    return torch.arange(sequences, device=labels.device).repeat_interleave(lengths), sequences
+
+
+def _targets(labels: Tensor, sequence: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    """The label that each position scores, (P,): its own, or with ``shift`` the next one of its sequence, if any."""
+    if not shift:
+        return labels
+    targets = torch.full_like(labels, ignore_index)
+    targets[:-1] = labels[1:].where(sequence[1:] == sequence[:-1], ignore_index)
+    return targets
+
+
+def _transform(logits: Tensor, keywords: TokenKeywords) -> Tensor:
+    """The logits transform, z = softcap(logit_scale · logits) / temperature with softcap(x) = c tanh(x/c)."""
+    z, c = keywords["logit_scale"] * logits, keywords["softcap"]
+    return (z if c is None else c * torch.tanh(z / c)) / keywords["temperature"]
+
+
+def _label_logps(z: Tensor, targets: Tensor) -> Tensor:
+    """Per row log softmax(z)[y], (N, V), (N,) → (N,); NaN, and so its gradient, where y is outside the vocabulary."""
+    inside = (targets >= 0) & (targets < z.shape[-1])
+    logp = z.log_softmax(-1).gather(-1, targets.where(inside, 0)[:, None])[:, 0]
+    return logp * torch.where(inside, 1.0, torch.nan).to(logp.dtype)
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _ratio(total: Tensor, count: Number | Tensor) -> Tensor:
+    """A total over a count, 0-d; 0 with zero gradient where the count is 0."""
+    count = torch.as_tensor(count, dtype=torch.float64, device=total.device)
+    return torch.where(count > 0, total / count.where(count > 0, 1), 0)
+
+
+def _logits_mean(tokens: _Tokens, members: Tensor, cover: Cover) -> Tensor | None:
+    """Mean of z over the vocabulary and the positions of the ``members`` (S,) bool; 0 where there is no position."""
+    if cover is None:
+        return None
+    positions = members[tokens.sequence]
+    z = tokens.logits[positions & tokens.scored if cover == "completion" else positions].double()
+    return _cast(_ratio(z.sum(), z.numel()), tokens.logp.dtype)
+
+
+def _pair_output(
+    tokens: _Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewards: Tensor, cover: Cover
+) -> PairOutput:
+    dtype = tokens.logp.dtype
+    chosen = torch.arange(len(logps), device=logps.device) < len(logps) // 2
+    logps_w, logps_l = _cast(logps.detach(), dtype).tensor_split(2)
+    rewards_w, rewards_l = _cast(rewards.detach(), dtype).tensor_split(2)
+    means = (_logits_mean(tokens, chosen, cover), _logits_mean(tokens, ~chosen, cover))
+    return PairOutput(_cast(loss, dtype), _cast(nll.detach(), dtype), logps_w, logps_l, rewards_w, rewards_l, *means)
+
+
+class _Cast(torch.autograd.Function):
+    """A cast in which finite float64 values, and gradients on their way back, saturate where float32 would overflow."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = value.dtype
+        return _saturate(value, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _saturate(grads[0], ctx.dtype), None
+
+
+def _saturate(value: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(torch.bfloat16).max
+    return value.clamp(-largest, largest).where(value.isfinite(), value).to(dtype)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else _Cast.apply(value, dtype)  # type: ignore[return-value]

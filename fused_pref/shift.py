@@ -1,0 +1,191 @@
+"""BCO's reward shift δ as a module with exactly resumable state."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fused_pref import validate
+
+KINDS = ("running_mean", "ema", "fixed")
+UPDATES = ("forward", "step")
+
+
+@dataclass(frozen=True)
+class ShiftState:
+    """State of a shift: per class (desirable, undesirable), ``mean`` float64 (2,) and ``count`` int64 (2,).
+
+    ``running_mean`` uses the first entry alone, pooled over both classes. ``pending_sum`` and ``pending_count`` are
+    what forwards have gathered since the last :meth:`RewardShift.step`.
+    """
+
+    mean: Tensor
+    count: Tensor
+    pending_sum: Tensor
+    pending_count: Tensor
+
+
+class RewardShift(nn.Module):
+    """Reward shift δ of BCO (arXiv 2404.04656), subtracted from every reward.
+
+    Args:
+        kind: ``"running_mean"``: pooled cumulative mean of all rewards seen. ``"ema"``: ½(m⁺ + m⁻) of per-class
+            exponential moving averages of class means, m ← decay·m + (1−decay)·mean, each starting at its first mean
+            and unchanged while its class is absent; the one that exists, or 0. ``"fixed"``: always ``value``.
+        decay: of ``"ema"``, in [0, 1).
+        value: of ``"fixed"``, finite.
+        update: ``"forward"``: a forward in training mode with gradients enabled updates with its batch, then uses δ.
+            ``"step"``: δ is that of the last :meth:`step` (0 before the first); such forwards only gather statistics.
+        process_group: ranks over which statistics are reduced where ``torch.distributed`` is initialised; None is the
+            whole world, as for ``SyncBatchNorm``. Every rank then calls every updating forward (or ``step``).
+
+    Evaluation, ``no_grad`` and recomputation inside a backward never update (so reentrant activation checkpointing,
+    whose first pass runs without gradients, never does: use the non-reentrant form around a loss). A reward that is
+    NaN or infinite makes its own loss NaN but is left out of the statistics, so that one bad batch does not spoil δ
+    for good. The state is float64 and int64, stays so under ``.bfloat16()``, and is part of ``state_dict``.
+
+    Raises:
+        ValueError, TypeError: unknown ``kind`` or ``update``, ``decay`` outside [0, 1), ``value`` not finite.
+    """
+
+    mean: Tensor
+    count: Tensor
+    pending_sum: Tensor
+    pending_count: Tensor
+
+    def __init__(
+        self,
+        kind: Literal["running_mean", "ema", "fixed"] = "running_mean",
+        *,
+        decay: float = 0.9,
+        value: float = 0.0,
+        update: Literal["forward", "step"] = "forward",
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        self.kind = validate.choice("kind", kind, KINDS)
+        self.decay = validate.within("decay", decay, 0.0, 1.0)
+        self.value = validate.finite("value", value)
+        self.update = validate.choice("update", update, UPDATES)
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise validate.fail("process_group", "a torch.distributed.ProcessGroup or None", process_group, TypeError)
+        self.process_group = process_group
+        self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("pending_sum", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("pending_count", torch.zeros(2, dtype=torch.int64))
+
+    def forward(self, rewards: Tensor, desirable: Tensor) -> Tensor:
+        """δ for a batch, 0-d float64, after the update that ``update`` asks for.
+
+        Args:
+            rewards: (S,), β(logps − ref_logps).
+            desirable: bool (S,).
+        """
+        delta, state = self.peek(rewards, desirable)
+        self.commit(state)
+        return delta
+
+    def peek(self, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, ShiftState | None]:
+        """δ for a batch, and the state to :meth:`commit` once the batch has succeeded (None: unchanged)."""
+        state = ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)
+        if self.kind == "fixed" or not self.training or not torch.is_grad_enabled() or _in_backward():
+            return self._delta(state), None
+        rewards = rewards.detach().double()
+        members = torch.stack((desirable, ~desirable)) & rewards.isfinite()
+        total = torch.where(members, rewards, 0).sum(1)
+        number = members.sum(1)
+        if self.update == "step":
+            gathered = replace(state, pending_sum=state.pending_sum + total, pending_count=state.pending_count + number)
+            return self._delta(state), gathered
+        folded = self._fold(state, *self._reduce(total, number))
+        return self._delta(folded), folded
+
+    @torch.no_grad()
+    def commit(self, state: ShiftState | None) -> None:
+        """Take over a state from :meth:`peek`."""
+        if state is not None:
+            for field in fields(state):
+                getattr(self, field.name).copy_(getattr(state, field.name))
+
+    def step(self) -> None:
+        """Fold in what was gathered since the last call, over all ranks; for ``update="step"``, else nothing.
+
+        Call it once per optimiser step, beside ``optimizer.step()``.
+        """
+        if self.kind == "fixed" or self.update != "step":
+            return
+        state = ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)
+        folded = self._fold(state, *self._reduce(state.pending_sum, state.pending_count))
+        self.commit(
+            replace(
+                folded,
+                pending_sum=torch.zeros_like(state.pending_sum),
+                pending_count=torch.zeros_like(state.pending_count),
+            )
+        )
+
+    def _fold(self, state: ShiftState, total: Tensor, number: Tensor) -> ShiftState:
+        if self.kind == "running_mean":
+            total, number = _pool(total), _pool(number)
+        count = state.count + number
+        mean = total / number.clamp(min=1)
+        if self.kind == "running_mean":
+            moved = state.mean + (mean - state.mean) * (number.double() / count.clamp(min=1))
+        else:
+            moved = torch.where(state.count > 0, self.decay * state.mean + (1 - self.decay) * mean, mean)
+        return replace(state, mean=torch.where(number > 0, moved, state.mean), count=count)
+
+    def _delta(self, state: ShiftState) -> Tensor:
+        if self.kind == "fixed":
+            return torch.full_like(state.mean[0], self.value)
+        if self.kind == "running_mean":
+            return state.mean[0].clone()
+        exists = (state.count > 0).double()
+        return (state.mean * exists).sum() / exists.sum().clamp(min=1)
+
+    def _reduce(self, total: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return total, number
+        both = torch.cat((total, number.double()))
+        dist.all_reduce(both, group=self.process_group)
+        return both[:2], both[2:].round().long()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RewardShift":
+        """Move the state with the module but keep its dtypes."""
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewardShift":
+        copied = RewardShift(
+            self.kind, decay=self.decay, value=self.value, update=self.update, process_group=self.process_group
+        ).to(self.mean.device)
+        copied.load_state_dict(self.state_dict())
+        return copied.train(self.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A process group belongs to a process: it is left out of pickles."""
+        return {**super().__getstate__(), "process_group": None} if self.process_group else super().__getstate__()
+
+    def extra_repr(self) -> str:
+        """The options that matter to the kind."""
+        options = {"ema": f", decay={self.decay}", "fixed": f", value={self.value}"}.get(self.kind, "")
+        return f"{self.kind!r}{options}, update={self.update!r}"
+
+
+def _pool(classes: Tensor) -> Tensor:
+    return torch.stack((classes.sum(), torch.zeros_like(classes[0])))
+
+
+def _in_backward() -> bool:
+    """Whether this forward is a recomputation (activation checkpointing)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1

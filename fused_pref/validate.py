@@ -1,0 +1,172 @@
+"""Argument checks: every message names the argument, what was expected and what came."""
+
+import contextlib
+import contextvars
+import itertools
+import math
+import numbers
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+_checks = contextvars.ContextVar("fused_pref_checks", default=False)
+
+
+@contextlib.contextmanager
+def checks() -> Iterator[None]:
+    """Within this context, also check values that live on a device, at the price of host synchronisations.
+
+    Labels outside the vocabulary, malformed ``cu_seqlens``, NaN or infinite ``ref_logps``, ``sample_weight`` below 0,
+    normalizers that are not positive and log-probs that are NaN or infinite raise ``ValueError`` there.
+    ``FUSED_PREF_CHECKS=1`` in the environment does the same for the whole process. Compiled graphs are not checked.
+    """
+    token = _checks.set(True)
+    try:
+        yield
+    finally:
+        _checks.reset(token)
+
+
+def checking() -> bool:
+    """Whether :func:`checks` is in force."""
+    if torch.compiler.is_compiling():
+        return False
+    return _checks.get() or os.environ.get("FUSED_PREF_CHECKS", "0") not in ("", "0")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether reading values of this tensor is free (on the CPU, not while compiling) or asked for."""
+    return checking() or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def describe(value: Any) -> str:
+    """What came, for a message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def fail(name: str, expected: str, value: Any, error: type[Exception] = ValueError) -> Exception:
+    """The exception to raise for argument ``name``."""
+    return error(f"{name} must be {expected}; got {describe(value)}")
+
+
+def finite(name: str, value: Any, expected: str = "a finite number") -> float:
+    """A finite real number (bools are not numbers)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise fail(name, expected, value, TypeError)
+    if not math.isfinite(value):
+        raise fail(name, expected, value)
+    return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above 0."""
+    expected = "a finite number > 0"
+    if finite(name, value, expected) <= 0:
+        raise fail(name, expected, value)
+    return float(value)
+
+
+def within(name: str, value: Any, low: float, high: float) -> float:
+    """A number in [low, high)."""
+    expected = f"a number in [{low:g}, {high:g})"
+    if not low <= finite(name, value, expected) < high:
+        raise fail(name, expected, value)
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise fail(name, "True or False", value, TypeError)
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer (bools are not)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise fail(name, "an integer", value, TypeError)
+    return int(value)
+
+
+def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> Any:
+    """One of the allowed values."""
+    if value is not None and not isinstance(value, str):
+        raise fail(name, f"one of {allowed}", value, TypeError)
+    if value not in allowed:
+        raise fail(name, f"one of {allowed}", value)
+    return value
+
+
+def tensor(
+    name: str,
+    value: Any,
+    symbol: str,
+    shape: tuple[int, ...] | None,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> Tensor:
+    """A dense tensor of this shape (None: any), one of these dtypes, on this device (None: any).
+
+    ``symbol`` is the shape in the symbols of the documentation, as ``"(S, T)"``.
+    """
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    expected = f"a {kinds} tensor {symbol}"
+    if not isinstance(value, Tensor):
+        raise fail(name, expected, value, TypeError)
+    if value.layout is not torch.strided or value.is_quantized:
+        raise TypeError(f"{name} must be dense; got layout {value.layout}: call .to_dense() or .dequantize() first")
+    if value.is_meta:
+        raise fail(name, "on a device that holds values", value)
+    if value.dtype not in dtypes:
+        raise fail(name, expected, value, TypeError)
+    if shape is not None and tuple(value.shape) != shape:
+        raise fail(name, f"{symbol} = {shape}", value)
+    if device is not None and value.device != device:
+        raise fail(name, f"on {device} like the other tensors", value)
+    return value
+
+
+def boundaries(name: str, value: Any, total: int, device: torch.device) -> Tensor:
+    """``cu_seqlens`` of packed inputs of ``total`` positions."""
+    value = tensor(name, value, "(S+1,)", None, (torch.int32, torch.int64), device)
+    if value.dim() != 1 or value.numel() < 1:
+        raise fail(name, "(S+1,) with S+1 >= 1", value)
+    if readable(value):
+        ends = value.tolist()
+        if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in itertools.pairwise(ends)):
+            shown = f"{ends[:8]}{'…' if len(ends) > 8 else ''} ending at {ends[-1]}"
+            raise ValueError(f"{name} must start at 0, never fall and end at N_total = {total}; got {shown}")
+    return value
+
+
+def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor | None:
+    """A count to divide by: None, a number or a 0-d tensor, above 0 (``zero``: or 0)."""
+    if value is None:
+        return None
+    expected = f"a finite number or 0-d tensor {'>=' if zero else '>'} 0"
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype is torch.bool or value.is_complex():
+            raise fail(name, expected, value)
+        if not readable(value):
+            return value.detach()
+        checked: Any = value.item()
+    else:
+        checked = value
+    if finite(name, checked, expected) < 0 or (checked == 0 and not zero):
+        raise fail(name, expected, checked)
+    return value.detach() if isinstance(value, Tensor) else float(value)
+
+
+def values(name: str, value: Tensor, good: Tensor, expected: str) -> None:
+    """Under :func:`checks`, raise for the first entry along the first dimension that is not ``good``."""
+    if checking() and not bool(good.all()):
+        place = (~good).nonzero()[0].tolist()
+        raise ValueError(f"{name} must be {expected}; got {value[tuple(place)].item()} at {place}")

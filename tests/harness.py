@@ -1,0 +1,118 @@
+"""Batches, fp64 oracles and measures shared by the tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fused_pref as fp
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """Padded logits and labels; ``packed`` gives the same sequences without padding."""
+
+    logits: Tensor
+    labels: Tensor
+
+    def packed(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [self.logits[s, :n] for s, n in enumerate(lengths)]
+        labels = [self.labels[s, :n] for s, n in enumerate(lengths)]
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(self.labels.device, torch.int32)
+        return torch.cat(rows), torch.cat(labels), ends
+
+
+def make_batch(
+    sequences: int,
+    length: int,
+    vocabulary: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mask: str = "some",
+    device: str = "cpu",
+    seed: int = 0,
+    scale: float = 3.0,
+) -> Batch:
+    """Random logits; ``mask``: none, some (prompt and padding), one (token each), empty (a completion), all."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(sequences, length, vocabulary, generator=generator) * scale
+    labels = torch.randint(0, vocabulary, (sequences, length), generator=generator)
+    if labels.numel():
+        labels.view(-1)[0], labels.view(-1)[-1] = 0, vocabulary - 1
+    if mask == "some":
+        for s in range(sequences):
+            labels[s, : (s % 3)] = IGNORE
+            labels[s, length - s % 2 :] = IGNORE
+    elif mask == "one":
+        labels[:, : length - 1] = IGNORE
+    elif mask == "empty" and sequences:
+        labels[sequences // 2] = IGNORE
+    elif mask == "all":
+        labels[:] = IGNORE
+    return Batch(logits.to(device, dtype), labels.to(device))
+
+
+def reference_logps(sequences: int, device: str = "cpu", seed: int = 7) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(sequences, generator=generator) * 4 - 15).to(device)
+
+
+def run(function: Callable[..., Any], logits: Tensor, *args: Any, **keywords: Any) -> tuple[Any, Tensor]:
+    """Output and gradient of the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    output = function(leaf, *args, **keywords)
+    (output.loss if hasattr(output, "loss") else output.sum()).backward()
+    assert leaf.grad is not None
+    return output, leaf.grad
+
+
+def assert_values(ours: Tensor, truth: Tensor, tolerance: float = 2e-5, what: str = "value") -> None:
+    """|ours − truth| within tolerance · max(1, |truth|), everywhere."""
+    assert ours.shape == truth.shape, what
+    error = (ours.double() - truth.double()).abs() / truth.double().abs().clamp(min=1)
+    assert error.numel() == 0 or error.max() <= tolerance, f"{what}: error {error.max():.3g}"
+
+
+def assert_gradient(ours: Tensor, truth: Tensor, tolerance: float = 5e-5, what: str = "gradient") -> None:
+    """Relative Frobenius error within tolerance, plus what rounding the truth itself to the dtype costs."""
+    assert ours.shape == truth.shape, what
+    assert ours.isfinite().all(), what
+    rounding = (truth.to(ours.dtype).double() - truth).norm()
+    error = (ours.double() - truth).norm()
+    assert error <= tolerance * truth.norm() + 1.05 * rounding, f"{what}: {error:.3g} against {truth.norm():.3g}"
+
+
+def assert_parity(name: str, logits: Tensor, *args: Any, **keywords: Any) -> Any:
+    """Every field and the gradient of ``fp.<name>`` against the reference in float64."""
+    ours, grad = run(getattr(fp, name), logits, *args, **keywords)
+    reference = {key: value for key, value in keywords.items() if key != "inplace_backward"}
+    truth, true_grad = run(getattr(fp.reference, name), logits.double(), *args, **reference)
+    if isinstance(ours, Tensor):
+        assert_values(ours, truth)
+    else:
+        for field in ours._fields:
+            mine, other = getattr(ours, field), getattr(truth, field)
+            assert (mine is None) == (other is None), field
+            if mine is not None:
+                assert_values(mine, other, what=field)
+                assert mine.requires_grad == (field == "loss"), field
+    assert_gradient(grad, true_grad)
+    assert grad.dtype == logits.dtype
+    return ours
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Largest sum of CPU tensor bytes alive at once that ``function`` allocated."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak

@@ -1,0 +1,106 @@
+"""torch.compile(fullgraph=True) over the losses, and what importing costs."""
+
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from harness import make_batch, reference_logps
+
+import fused_pref as fp
+
+REF = reference_logps(4)
+DESIRABLE = torch.tensor([True, False, True, False])
+
+BACKENDS = [
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a compiler")),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def losses(shift: fp.RewardShift) -> dict[str, Any]:
+    return {
+        "cpo": lambda z, y: fp.cpo_loss(z, y, loss_type="simpo", alpha=0.1, softcap=9.0),
+        "dpo": lambda z, y: fp.dpo_loss(z, y, REF.to(z.device), label_smoothing=0.1),
+        "bco": lambda z, y: fp.bco_loss(z, y, DESIRABLE.to(z.device), REF.to(z.device), delta=shift),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["cpo", "dpo", "bco"])
+def test_fullgraph(name: str, backend: str, device: str) -> None:
+    if backend == "inductor" and name != "bco":
+        pytest.skip("one objective through inductor is enough: the token terms are the same opaque ops")
+    eager_shift, compiled_shift = fp.RewardShift().to(device), fp.RewardShift().to(device)
+    eager = losses(eager_shift)[name]
+    function = losses(compiled_shift)[name]
+    compiled = torch.compile(lambda z, y: function(z * 2, y), fullgraph=True, backend=backend)
+    for seed in range(2):
+        batch = make_batch(4, 6, 17, device=device, seed=seed)
+        first, second = batch.logits.clone().requires_grad_(), batch.logits.clone().requires_grad_()
+        ours, theirs = compiled(first, batch.labels), eager(second * 2, batch.labels)
+        assert type(ours) is type(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
+        for key, value in theirs.metrics().items():
+            torch.testing.assert_close(ours.metrics()[key], value)
+        ours.loss.backward()
+        theirs.loss.backward()
+        torch.testing.assert_close(first.grad, second.grad)
+    torch.testing.assert_close(compiled_shift.mean, eager_shift.mean)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fullgraph_packed_and_inplace(device: str) -> None:
+    batch = make_batch(4, 6, 17, device=device)
+    logits, labels, ends = batch.packed([4, 0, 6, 2])
+
+    def step(z: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return fp.cpo_loss(z * 1.5, y, cu_seqlens=ends, inplace_backward=True).metrics()["rewards/margins"] + (
+            fp.sequence_logps(z * 1.5, y, cu_seqlens=ends, average=True).sum()
+        )
+
+    first, second = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours = torch.compile(step, fullgraph=True, backend="aot_eager")(first, labels, ends)
+    theirs = step(second, labels, ends)
+    torch.testing.assert_close(ours, theirs)
+    ours.backward()
+    theirs.backward()
+    torch.testing.assert_close(first.grad, second.grad)
+
+
+def test_custom_ops_are_well_formed() -> None:
+    from fused_pref.head.ops import token_logps_bwd, token_logps_bwd_, token_logps_fwd
+
+    batch = make_batch(2, 3, 7)
+    constants = ("torch", True, -100, 3.0, 1.0, 1.0)
+    forward = (batch.logits, batch.labels, None, "all", *constants)
+    logp, statistics, _ = token_logps_fwd(*forward)
+    arguments = (batch.logits, batch.labels, None, statistics, logp, *constants)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(token_logps_fwd, forward, test_utils=checks)
+    torch.library.opcheck(token_logps_bwd, arguments, test_utils=checks)
+    torch.library.opcheck(token_logps_bwd_, arguments, test_utils=checks)
+
+
+def test_import_is_light() -> None:
+    """Nothing heavy is imported, and the torch backend works where Triton is absent."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fused_pref as fp\n"
+        "heavy = {'sklearn', 'transformers', 'trl', 'matplotlib', 'rich', 'scipy'} & set(sys.modules)\n"
+        "loss = fp.cpo_loss(torch.randn(2, 3, 5), torch.randint(0, 5, (2, 3))).loss\n"
+        "print(sorted(heavy), bool(loss.isfinite()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["[]", "True"]
