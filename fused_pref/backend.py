@@ -1,4 +1,7 @@
-"""Which implementation computes the token terms."""
+"""Which implementation computes the token terms and the reductions."""
+
+import functools
+import importlib.util
 
 import torch
 
@@ -6,15 +9,39 @@ from fused_pref import validate
 from fused_pref.keywords import TokenKeywords, choices
 
 BACKENDS = choices(TokenKeywords, "backend")
+DEVICES = ("cuda", "xpu")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a module that was set to None
+        return False
+
+
+@functools.cache
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
 
 
 def triton_obstacle(device: torch.device) -> str | None:
     """Why the Triton backend cannot serve tensors on ``device``; None if it can."""
-    return "this version has no Triton kernels"
+    if not _triton_installed():
+        return "Triton is not installed (pip install triton, on Linux)"
+    if device.type in DEVICES:
+        return None
+    if device.type != "cpu":
+        return f"it has no kernels for {device.type} tensors"
+    if not _interpreted():
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
+    return None
 
 
 def resolve(backend: str, dtype: torch.dtype, device: torch.device) -> str:
-    """``"triton"`` or ``"torch"``.
+    """``"triton"`` or ``"torch"``; ``"auto"`` is Triton on the devices it compiles for.
 
     Raises:
         TypeError: ``backend="triton"`` with float64.
@@ -23,11 +50,11 @@ def resolve(backend: str, dtype: torch.dtype, device: torch.device) -> str:
     validate.choice("backend", backend, BACKENDS)
     if backend == "triton" and dtype == torch.float64:
         raise TypeError('backend="triton" computes in float32; for float64 inputs use backend="torch" or "auto"')
-    if backend == "torch" or dtype == torch.float64:
+    if backend == "torch" or dtype == torch.float64 or (backend == "auto" and device.type not in DEVICES):
         return "torch"
     obstacle = triton_obstacle(device)
     if obstacle is None:
         return "triton"
     if backend == "triton":
-        raise ValueError(f'backend="triton" is not available: {obstacle}; use backend="torch" or "auto"')
+        raise ValueError(f'backend="triton" is not available: {obstacle}; or use backend="torch" or "auto"')
     return "torch"

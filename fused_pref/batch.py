@@ -1,4 +1,4 @@
-"""A validated batch of logits, its scored tokens, and their sums per sequence."""
+"""A validated batch of logits and its scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref import backend, layout, validate
+from fused_pref import backend, validate
 from fused_pref.head.logits import TokenLogpsFunction
+from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.spec import LogitsSpec
-from fused_pref.objectives import narrow, ratio
+from fused_pref.reductions import Scores, sequence_scores
 
 
 @dataclass(frozen=True)
@@ -60,36 +61,15 @@ class LogitsBatch:
         """Log-probs with the gradient, and means of z over the vocabulary, both shaped like the labels."""
         return TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec)  # type: ignore[return-value]
 
-    def scores(self) -> "Scores":
+    def scores(self) -> Scores:
         """Score the tokens and sum them per sequence."""
         logp, means = self.tokens()
-        sums = layout.sequence_sums(logp, self.cu_seqlens)
+        scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
         if validate.checking():
-            validate.values("the log-prob of each sequence", sums, sums.isfinite(), "finite")
-        spec = self.spec
-        targets = layout.targets_of(self.labels, self.cu_seqlens, shift=spec.shift, ignore_index=spec.ignore_index)
-        counts = layout.sequence_sums(targets != spec.ignore_index, self.cu_seqlens).long()
-        totals = positions = None
-        if spec.logits_mean is not None:
-            everywhere = spec.logits_mean == "all"
-            positions = layout.lengths_of(targets, self.cu_seqlens) if everywhere else counts
-            totals = layout.sequence_sums(means, self.cu_seqlens)
-        return Scores(sums, counts, totals, positions, logp.dtype)
+            validate.values("the log-prob of each sequence", scores.sums, scores.sums.isfinite(), "finite")
+        return scores
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Per-sequence sums of a batch: what the objectives are functions of."""
-
-    sums: Tensor  # (S,) float64 log-probs summed over the completion, with the gradient
-    counts: Tensor  # (S,) int64 scored tokens
-    totals: Tensor | None  # (S,) float64 sums over positions of the mean of z over the vocabulary
-    positions: Tensor | None  # (S,) int64 positions in those sums
-    dtype: torch.dtype  # of the results
-
-    def logits_mean(self, members: Tensor) -> Tensor | None:
-        """Mean of z over the sequences in ``members`` (S,) bool; 0 where they have no position."""
-        if self.totals is None or self.positions is None:
-            return None
-        total, positions = self.totals.where(members, 0).sum(), self.positions.where(members, 0).sum()
-        return narrow(ratio(total, positions), self.dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the results."""
+        return accumulator_dtype(self.logits.dtype)

@@ -22,8 +22,9 @@ from fused_pref.keywords import (
     SequenceLogitsKeywords,
     takes,
 )
-from fused_pref.objectives import BCOSpec, PairSpec, bco_objective, narrow, pair_objective
+from fused_pref.objectives import BCOSpec, PairSpec
 from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.reductions import evaluate_bco, evaluate_pair
 from fused_pref.shift import RewardShift
 
 
@@ -62,8 +63,9 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
         ValueError, TypeError: a malformed argument.
     """
     average = validate.flag("average", keywords["average"])
-    scores = LogitsBatch.of(logits, labels, keywords, means=False).scores()
-    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(scores.dtype)
+    batch = LogitsBatch.of(logits, labels, keywords, means=False)
+    scores = batch.scores()
+    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(batch.dtype)
 
 
 @takes(CPOLogitsKeywords)
@@ -145,13 +147,13 @@ class KnownSlopeFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """0-d → (S,)."""
         (slope,) = ctx.saved_tensors
-        return (slope * grads[0]).double(), None, None
+        return slope * grads[0], None, None
 
 
 def _ref_logps(batch: LogitsBatch, value: Any) -> Tensor:
     value = batch.per_sequence("ref_logps", value)
     validate.values("ref_logps", value, value.isfinite(), "finite")
-    return value.double()
+    return value
 
 
 def _pair_loss(
@@ -162,28 +164,17 @@ def _pair_loss(
     if spec.reference:
         ref_logps = _ref_logps(batch, ref_logps)
     scores = batch.scores()
-    terms = pair_objective(
-        scores.sums.detach(),
-        scores.counts,
-        spec,
-        ref_logps=ref_logps,
-        pair_normalizer=pair_normalizer,
-        token_normalizer=token_normalizer,
-    )
-    loss, nll_loss, logps, rewards, slope = (
-        narrow(term, scores.dtype) for term in (terms.loss, terms.nll_loss, terms.logps, terms.rewards, terms.slope)
-    )
-    pairs = batch.sequences // 2
-    chosen = torch.arange(batch.sequences, device=loss.device) < pairs
+    result = evaluate_pair(scores, spec, ref_logps, pair_normalizer, token_normalizer, batch.spec, batch.dtype)
+    pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
     return PairOutput(
-        loss=KnownSlopeFunction.apply(scores.sums, loss, slope),  # type: ignore[arg-type]
-        nll_loss=nll_loss,
-        chosen_logps=logps[:pairs],
-        rejected_logps=logps[pairs:],
-        chosen_rewards=rewards[:pairs],
-        rejected_rewards=rewards[pairs:],
-        chosen_logits_mean=scores.logits_mean(chosen),
-        rejected_logits_mean=scores.logits_mean(~chosen),
+        loss=KnownSlopeFunction.apply(scores.sums, result.loss, result.slope),  # type: ignore[arg-type]
+        nll_loss=result.nll_loss,
+        chosen_logps=result.logps[:pairs],
+        rejected_logps=result.logps[pairs:],
+        chosen_rewards=result.rewards[:pairs],
+        rejected_rewards=result.rewards[pairs:],
+        chosen_logits_mean=result.chosen_logits_mean if means else None,
+        rejected_logits_mean=result.rejected_logits_mean if means else None,
     )
 
 
@@ -196,40 +187,35 @@ def _bco_loss(
     if sample_weight is not None:
         sample_weight = batch.per_sequence("sample_weight", sample_weight)
         validate.values("sample_weight", sample_weight, sample_weight.isfinite() & (sample_weight >= 0), ">= 0")
-        sample_weight = sample_weight.double()
     normalizers = _bco_normalizers(spec, keywords)
-    shift, state = keywords["delta"], None
-    delta = _fixed_delta(0.0 if isinstance(shift, RewardShift) else shift, ref_logps.device)
+    delta = _delta(keywords["delta"])
     scores = batch.scores()
-    rewards = spec.beta * (scores.sums.detach() - ref_logps)
-    if isinstance(shift, RewardShift):
-        delta, state = shift.peek(rewards, desirable)
-    terms = bco_objective(rewards, desirable, delta, spec, sample_weight=sample_weight, **normalizers)
-    slope = narrow(terms.slope, scores.dtype)
-    output = BCOOutput(
-        KnownSlopeFunction.apply(scores.sums, narrow(terms.loss, scores.dtype), slope),
-        narrow(delta, scores.dtype),
-        narrow(scores.sums.detach(), scores.dtype),
-        narrow(rewards, scores.dtype),
-        scores.logits_mean(desirable),
-        scores.logits_mean(~desirable),
-        desirable.sum(),
-        (~desirable).sum(),
+    result = evaluate_bco(
+        scores, spec, desirable, ref_logps, delta, sample_weight, normalizers, batch.spec, batch.dtype
+    )
+    means = batch.spec.logits_mean is not None
+    return BCOOutput(
+        KnownSlopeFunction.apply(scores.sums, result.loss, result.slope),
+        result.delta,
+        result.logps,
+        result.rewards,
+        result.chosen_logits_mean if means else None,
+        result.rejected_logits_mean if means else None,
+        result.chosen_count,
+        result.rejected_count,
         desirable=desirable,
     )
-    if isinstance(shift, RewardShift):
-        shift.commit(state)
-    return output
 
 
-def _fixed_delta(delta: Any, device: torch.device) -> Tensor:
-    """A number or 0-d tensor as a detached 0-d float64 tensor."""
+def _delta(delta: Any) -> RewardShift | float | Tensor:
+    """A RewardShift, a finite number or a detached 0-d tensor."""
+    if isinstance(delta, RewardShift):
+        return delta
     if isinstance(delta, Tensor):
         if delta.dim() != 0 or not delta.is_floating_point():
             raise validate.fail("delta", "a RewardShift, a finite number or a 0-d floating tensor", delta)
-        return delta.detach().to(device, torch.float64)
-    number = validate.finite("delta", delta, "a RewardShift, a finite number or a 0-d tensor")
-    return torch.full((), number, dtype=torch.float64, device=device)
+        return delta.detach()
+    return validate.finite("delta", delta, "a RewardShift, a finite number or a 0-d tensor")
 
 
 def _bco_normalizers(spec: BCOSpec, keywords: Mapping[str, Any]) -> dict[str, Any]:

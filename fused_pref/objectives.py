@@ -46,6 +46,20 @@ class PairSpec:
         """Whether log-probs enter as averages over the completion."""
         return self.loss_type in ("ipo", "simpo")
 
+    @property
+    def constants(self) -> tuple[bool, str, float, float, float, float, float, str]:
+        """What the Triton objective takes."""
+        return (
+            self.average,
+            self.loss_type,
+            self.beta,
+            self.label_smoothing,
+            self.cpo_alpha,
+            self.simpo_gamma,
+            self.alpha,
+            self.nll_reduction,
+        )
+
     @classmethod
     def cpo(cls, keywords: Mapping[str, Any]) -> "PairSpec":
         """From CPO's keywords."""
@@ -240,8 +254,13 @@ def bco_objective(
     return BCOTerms(loss, torch.where(desirable, ratio(slope, positives), ratio(slope, negatives)))
 
 
-def narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a float64 result without turning a large finite value into infinity; NaN and infinity stay."""
+def saturate(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keep what is finite in float64 finite in ``dtype``; NaN and infinity stay."""
     if dtype == value.dtype:
         return value
-    return torch.where(value.isinf(), value, value.clamp(-LARGEST, LARGEST)).to(dtype)
+    return torch.where(value.isinf(), value, value.clamp(-LARGEST, LARGEST))
+
+
+def narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a float64 result without turning a large finite value into infinity."""
+    return saturate(value, dtype).to(dtype)

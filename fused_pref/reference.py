@@ -68,7 +68,7 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
 
     Δ = r(logps_w) − r(logps_l), where logps are summed over the completion, averaged for ipo and simpo, and r is the
     identity or AlphaPO's transform (``alpha``, arXiv 2501.03884). ℓ is ``loss_type``: see :func:`_preference`.
-    NLL is −Σ logp / number over the scored chosen tokens, or −mean over pairs of summed logps_w. Rewards are β r(logps).
+    NLL is −Σ logp / number over scored chosen tokens, or −mean over pairs of summed logps_w. Rewards are β r(logps).
 
     Args:
         logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.

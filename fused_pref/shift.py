@@ -88,10 +88,19 @@ class RewardShift(nn.Module):
         self.commit(state)
         return delta
 
+    @property
+    def collective(self) -> bool:
+        """Whether an updating forward talks to other ranks."""
+        return self.update == "forward" and dist.is_available() and dist.is_initialized()
+
+    def updating(self) -> bool:
+        """Whether a forward would update now: training, with gradients, and not a recomputation in a backward."""
+        return self.kind != "fixed" and self.training and torch.is_grad_enabled() and not _in_backward()
+
     def peek(self, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, ShiftState | None]:
         """δ for a batch, and the state to :meth:`commit` once the batch has succeeded (None: unchanged)."""
         state = ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)
-        if self.kind == "fixed" or not self.training or not torch.is_grad_enabled() or _in_backward():
+        if not self.updating():
             return self._delta(state), None
         rewards = rewards.detach().double()
         members = torch.stack((desirable, ~desirable)) & rewards.isfinite()

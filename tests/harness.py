@@ -100,7 +100,9 @@ def assert_parity(name: str, logits: Tensor, *args: Any, **keywords: Any) -> Any
             if mine is not None:
                 assert_values(mine, other, what=field)
                 assert mine.requires_grad == (field == "loss"), field
-    assert_gradient(grad, true_grad)
+    # Triton's interpreter truncates where a GPU rounds to bfloat16.
+    truncates = keywords.get("backend") == "triton" and logits.device.type == "cpu" and logits.dtype == torch.bfloat16
+    assert_gradient(grad, true_grad, 2**-7 if truncates else 5e-5)
     assert grad.dtype == logits.dtype
     return ours
 

@@ -38,8 +38,12 @@ def token_logps_fwd(
         mean of z over the vocabulary, shape of ``labels``: 0 where ``logits_mean`` does not ask for it.
         Float32, float64 for float64 logits.
     """
-    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
     transform = Transform(softcap, logit_scale, temperature)
+    if backend == "triton":
+        from fused_pref.kernels import logprob
+
+        return logprob.token_logps_fwd(logits, labels, cu_seqlens, logits_mean, shift, ignore_index, transform)
+    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
     dtype = accumulator_dtype(logits.dtype)
     return streaming.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
 
@@ -70,10 +74,9 @@ def token_logps_bwd(
     Returns:
         Contiguous, shape and dtype of ``logits``; rows that score nothing are 0.
     """
-    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-    transform = Transform(softcap, logit_scale, temperature)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    streaming.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
+    transform = Transform(softcap, logit_scale, temperature)
+    _gradient_into(dlogits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
     return dlogits
 
 
@@ -97,6 +100,28 @@ def token_logps_bwd_(
     temperature: float,
 ) -> None:
     """As :func:`token_logps_bwd`, over the logits."""
-    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
     transform = Transform(softcap, logit_scale, temperature)
-    streaming.token_logps_bwd(logits, logits, targets, statistics, grad_logp, ignore_index, transform)
+    _gradient_into(logits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
+
+
+def _gradient_into(
+    dlogits: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    statistics: Tensor,
+    grad_logp: Tensor,
+    backend: str,
+    shift: bool,
+    ignore_index: int,
+    transform: Transform,
+) -> None:
+    if backend == "triton":
+        from fused_pref.kernels import dlogits as kernel
+
+        kernel.token_logps_bwd(
+            dlogits, logits, labels, cu_seqlens, statistics, grad_logp, shift, ignore_index, transform
+        )
+    else:
+        targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+        streaming.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)

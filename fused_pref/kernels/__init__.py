@@ -1,0 +1,4 @@
+"""Triton kernels. Importing this package imports Triton.
+
+Kernels end in ``_kernel``, their launchers have the name of the operation. Shapes are given as ``# [N, V]``.
+"""

@@ -1,0 +1,86 @@
+"""Launch configurations: a fixed default per (architecture, bytes of an entry), and a search that is opt-in.
+
+``FUSED_PREF_TUNE=1`` times the candidates on the first call of each (kernel, dtype, vocabulary) and keeps the fastest
+for the process.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Config:
+    """Entries a program handles at a time, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+# A thread reads at least 16 bytes at a time, and holds few enough entries that several programs share a processor.
+FORWARD: dict[tuple[str, int], Config] = {
+    ("sm_80", 2): Config(4096, 8),
+    ("sm_80", 4): Config(2048, 8),
+    ("sm_90", 2): Config(4096, 8),
+    ("sm_90", 4): Config(4096, 8),
+    ("sm_100", 2): Config(8192, 8),
+    ("sm_100", 4): Config(4096, 8),
+    ("gfx942", 2): Config(4096, 8),
+    ("gfx942", 4): Config(2048, 8),
+}
+BACKWARD: dict[tuple[str, int], Config] = {
+    ("sm_80", 2): Config(4096, 8),
+    ("sm_80", 4): Config(2048, 8),
+    ("sm_90", 2): Config(4096, 8),
+    ("sm_90", 4): Config(2048, 8),
+    ("sm_100", 2): Config(4096, 8),
+    ("sm_100", 4): Config(2048, 8),
+    ("gfx942", 2): Config(4096, 8),
+    ("gfx942", 4): Config(2048, 8),
+}
+CANDIDATES = [Config(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
+# Tokens or sequences that a reduction program handles at a time.
+REDUCTION = Config(1024, 4)
+# The interpreter pays per operation: one wide block. Its "processors" are few, so that tests split rows.
+INTERPRETER = Config(8192, 1)
+INTERPRETER_PROCESSORS = 4
+
+_tuned: dict[tuple[object, ...], Config] = {}
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture whose configurations a device takes; an unknown one takes those of its nearest elder."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return INTERPRETER_PROCESSORS
+
+
+def choose(table: dict[tuple[str, int], Config], device: torch.device, dtype: torch.dtype, columns: int) -> Config:
+    """The default configuration for a device, cut to the vocabulary."""
+    if device.type == "cpu":
+        return INTERPRETER
+    config = table[architecture(device), dtype.itemsize]
+    return Config(min(config.block, max(1024, triton.next_power_of_2(columns))), config.num_warps)
+
+
+def tuned(key: tuple[object, ...], default: Config, launch: Callable[[Config], None]) -> Config:
+    """The default, or with ``FUSED_PREF_TUNE=1`` the fastest candidate, timed once per key."""
+    if os.environ.get("FUSED_PREF_TUNE") != "1" or torch.compiler.is_compiling():
+        return default
+    if key not in _tuned:
+        timed = [(triton.testing.do_bench(lambda c=config: launch(c)), config) for config in (default, *CANDIDATES)]
+        _tuned[key] = min(timed, key=lambda pair: float(pair[0]))[1]  # type: ignore[arg-type]
+    return _tuned[key]

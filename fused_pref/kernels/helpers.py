@@ -1,0 +1,74 @@
+"""Small device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about 1e-7 relative: a series near 0, where the exponential form would cancel."""
+    u = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - u) / (1.0 + u)
+    q = x * x
+    series = x * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -magnitude, magnitude))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0 to about 1e-7 relative: the area-tangent series where log would cancel."""
+    s = x / (2.0 + x)
+    q = s * s
+    series = 2.0 * s * (1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9)))))
+    return tl.where(x < 0.5, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def transform(x, inner, outer, SOFTCAP: tl.constexpr):
+    """z = outer · tanh(inner · x) with a softcap, z = inner · x without."""
+    if SOFTCAP:
+        return outer * tanh(inner * x)
+    else:
+        return inner * x
+
+
+@triton.jit
+def chain(dz, x, inner, outer, SOFTCAP: tl.constexpr):
+    """∂/∂x from ∂/∂z; 1 − tanh² as 4u/(1+u)² does not cancel where the softcap saturates."""
+    if SOFTCAP:
+        u = tl.exp(-2.0 * tl.abs(inner * x))
+        return dz * (outer * inner) * (4.0 * u / ((1.0 + u) * (1.0 + u)))
+    else:
+        return dz * inner
+
+
+@triton.jit
+def sequence_end(row, cu_seqlens, sequences):
+    """End of the packed sequence that holds ``row``: the first boundary beyond it, by bisection."""
+    low = row * 0 + 1
+    high = row * 0 + sequences
+    while low < high:
+        middle = (low + high) // 2
+        beyond = tl.load(cu_seqlens + middle).to(tl.int64) > row
+        low = tl.where(beyond, low, middle + 1)
+        high = tl.where(beyond, middle, high)
+    return tl.load(cu_seqlens + low).to(tl.int64)
+
+
+@triton.jit
+def target_of(
+    row, labels, cu_seqlens, length, sequences, stride_s, stride_t, ignore_index,
+    PACKED: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """The label (int64) that ``row`` (int64) scores, ``ignore_index`` if none."""
+    s = row // length
+    t = row - s * length
+    if SHIFT:
+        if PACKED:
+            end = sequence_end(row, cu_seqlens, sequences)
+        else:
+            end = row * 0 + length
+        y = tl.load(labels + s * stride_s + (t + 1) * stride_t, mask=t + 1 < end, other=ignore_index)
+    else:
+        y = tl.load(labels + s * stride_s + t * stride_t)
+    return y.to(tl.int64)
