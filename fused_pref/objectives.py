@@ -171,10 +171,10 @@ def alpha_reward(logps: Tensor, alpha: float) -> tuple[Tensor, Tensor | float]:
 
 
 def ratio(total: Tensor, count: float | Tensor) -> Tensor:
-    """``total / count``, and ``total`` (an empty sum) where nothing was counted."""
+    """``total / count``; 0 where the count is 0, but NaN if the total is not finite."""
     if isinstance(count, Tensor):
-        return total / torch.where(count > 0, count, 1)
-    return total / (count if count > 0 else 1)
+        return total / torch.where(count > 0, count.double(), torch.inf)
+    return total / (count if count > 0 else torch.inf)
 
 
 def pair_objective(

@@ -91,7 +91,7 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     if cpo_alpha != 0:
         token_count = _given(keywords["token_normalizer"], tokens.counts[:pairs].sum())
         nll_count = token_count if keywords["nll_reduction"] == "token" else pair_count
-        nll = -_ratio(tokens.sums[:pairs].sum(), nll_count)
+        nll = _ratio(-tokens.sums[:pairs].sum(), nll_count)
         loss = loss + cpo_alpha * nll
     return _pair_output(tokens, loss, nll, logps, beta * transformed, keywords["logits_mean"])
 
@@ -251,9 +251,9 @@ def _given(value: Any, default: Any) -> Any:
 
 
 def _ratio(total: Tensor, count: Number | Tensor) -> Tensor:
-    """A total over a count, 0-d; 0 with zero gradient where the count is 0."""
+    """A total over a count, 0-d; 0 with zero gradient where the count is 0, but NaN if the total is not finite."""
     count = torch.as_tensor(count, dtype=torch.float64, device=total.device)
-    return torch.where(count > 0, total / count.where(count > 0, 1), 0)
+    return total / count.where(count > 0, torch.inf)
 
 
 def _logits_mean(tokens: _Tokens, members: Tensor, cover: Cover) -> Tensor | None:

@@ -27,6 +27,7 @@ CPO = [
     {"label_smoothing": 0.3, "cpo_alpha": 0.5, "nll_reduction": "sequence"},
     {"alpha": -0.1, "beta": 0.4},
     {"pair_normalizer": 7, "token_normalizer": torch.tensor(31)},
+    {"token_normalizer": torch.tensor(0)},
 ]
 DPO = [{}, {"loss_type": "hinge", "beta": 0.5}, {"loss_type": "ipo"}, {"label_smoothing": 0.2, "pair_normalizer": 5.0}]
 BCO = [
@@ -34,6 +35,7 @@ BCO = [
     {"delta": 0.7, "beta": 0.3},
     {"delta": torch.tensor(-1.5), "reduction": "class_mean"},
     {"reduction": "class_mean", "class_normalizer": (torch.tensor(9.0), 4)},
+    {"reduction": "class_mean", "class_normalizer": (torch.tensor(0), 3)},
     {"sample_weight": torch.tensor([1.0, 0.5, 3.0, 10.0]), "sequence_normalizer": 11},
 ]
 TRANSFORMS = [{"softcap": 5.0, "logit_scale": 1.7, "temperature": 0.6}, {"temperature": 3.0}, {"logit_scale": -0.5}]

@@ -22,12 +22,12 @@ UPDATES = {None: 0, "forward": 1, "step": 2}
 
 @triton.jit
 def _count(value, pointer, POINTER: tl.constexpr):
-    """A normalizer, as a number or in memory, that is safe to divide by: what it counts is empty where it is 0."""
+    """A normalizer, as a number or in memory; infinity for 0, so that a finite total over it is 0."""
     if POINTER:
         value = tl.load(pointer).to(tl.float64)
     else:
         value = tl.cast(value, tl.float64)
-    return tl.where(value > 0, value, 1.0)
+    return tl.where(value > 0, value, float("inf"))
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _pair_objective_kernel(
                 w = start + tl.arange(0, BLOCK)
                 tokens += tl.load(counts + w, mask=w < pairs, other=0)
             found = _total(tokens).to(tl.float64)
-            nll_number = tl.where(found > 0, found, 1.0)
+            nll_number = tl.where(found > 0, found, float("inf"))
         else:
             nll_number = _count(token_count, token_normalizer, TOKEN_POINTER)
     loss = tl.zeros([BLOCK], tl.float64)
