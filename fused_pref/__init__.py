@@ -1,7 +1,18 @@
 """Memory-efficient CPO, BCO and DPO losses for large vocabularies."""
 
 from fused_pref import reference
-from fused_pref.functional import bco_loss, cpo_loss, dpo_loss, sequence_logps, token_logps
+from fused_pref.functional import (
+    bco_loss,
+    cpo_loss,
+    dpo_loss,
+    linear_bco_loss,
+    linear_cpo_loss,
+    linear_dpo_loss,
+    linear_sequence_logps,
+    linear_token_logps,
+    sequence_logps,
+    token_logps,
+)
 from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss
 from fused_pref.outputs import BCOOutput, PairOutput
 from fused_pref.shift import RewardShift
@@ -22,6 +33,11 @@ __all__ = [
     "checks",
     "cpo_loss",
     "dpo_loss",
+    "linear_bco_loss",
+    "linear_cpo_loss",
+    "linear_dpo_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "reference",
     "sequence_logps",
     "token_logps",

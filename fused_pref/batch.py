@@ -1,75 +1,213 @@
-"""A validated batch of logits and its scores."""
+"""Validated batches, of logits or of hidden states and a weight, and their scores."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fused_pref import backend, validate
+from fused_pref.head.call import HeadCall, product_dtype, wanted_gradients
+from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
+from fused_pref.head.grouped import Slope
 from fused_pref.head.logits import TokenLogpsFunction
 from fused_pref.head.ops import accumulator_dtype
-from fused_pref.head.spec import LogitsSpec
+from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
 from fused_pref.reductions import Scores, sequence_scores
+
+Attach = Callable[[Tensor, Tensor], Tensor]
+
+
+class Local(NamedTuple):
+    """What makes the coefficients of a unit known before the batch is done."""
+
+    unit: int  # sequences of a unit: 2 for a pair, else 1
+    slope: Slope
+
+
+class Scored(NamedTuple):
+    """Scores of a batch, and how a loss of them gets its gradient: (loss, ∂loss/∂sums (S,)) → differentiable loss."""
+
+    scores: Scores
+    attach: Attach
+
+
+class KnownSlopeFunction(torch.autograd.Function):
+    """Attach a loss to the per-sequence sums it was computed from, by the slope that was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
+        """(S,), 0-d, (S,) → 0-d."""
+        ctx.save_for_backward(slope)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """0-d → (S,)."""
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None, None
 
 
 @dataclass(frozen=True)
-class LogitsBatch:
-    """Validated arguments of a call on logits; ``sequences`` is S."""
+class Batch:
+    """What every call has; ``sequences`` is S, ``dtype`` that of the results."""
 
-    logits: Tensor
     labels: Tensor
     cu_seqlens: Tensor | None
-    spec: LogitsSpec
+    spec: TokenSpec
     sequences: int
+    dtype: torch.dtype
+
+    def per_sequence(self, name: str, value: Any, dtypes: tuple[torch.dtype, ...] = validate.FLOATS) -> Tensor:
+        """Validate an argument with one entry per sequence, (S,), and detach it."""
+        return validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.labels.device).detach()
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Log-probs with the gradient, and means of z over the vocabulary, both shaped like the labels."""
+        raise TypeError(f"{type(self).__name__} has no tokens")
+
+    def scores(self, local: Local | None = None) -> Scored:
+        """Score the tokens and sum them per sequence; ``local`` lets a linear head form its gradients at once."""
+        scores = self._sums(*self.tokens())
+        return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums))
+
+    def _sums(self, logp: Tensor, means: Tensor) -> Scores:
+        scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
+        if validate.checking():
+            validate.values("the log-prob of each sequence", scores.sums, scores.sums.isfinite(), "finite")
+        return scores
+
+
+@dataclass(frozen=True)
+class LogitsBatch(Batch):
+    """Arguments of a call on logits, (S, T, V) or (N_total, V)."""
+
+    spec: LogitsSpec
+    logits: Tensor
 
     @classmethod
     def of(
         cls, logits: Tensor, labels: Tensor, keywords: Mapping[str, Any], *, pairs: bool = False, means: bool = True
     ) -> "LogitsBatch":
         """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
-        packed = keywords["cu_seqlens"] is not None
         spec = LogitsSpec.of(keywords)
-        rows, symbol = ("(N_total,)", "(N_total, V)") if packed else ("(S, T)", "(S, T, V)")
-        logits = validate.tensor("logits", logits, symbol, None, validate.FLOATS)
-        if logits.dim() != (2 if packed else 3) or logits.shape[-1] == 0:
-            raise validate.fail("logits", f"{symbol} with V >= 1", logits)
-        device, shape = logits.device, logits.shape[:-1]
-        labels = validate.tensor("labels", labels, rows, tuple(shape), validate.INTEGERS, device)
-        cu_seqlens, sequences = None, shape[0]
-        if packed:
-            cu_seqlens = validate.boundaries("cu_seqlens", keywords["cu_seqlens"], shape[0], device)
-            sequences = cu_seqlens.shape[0] - 1
-        if pairs and sequences % 2:
-            raise ValueError(f"labels must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
+        logits = _positions("logits", logits, "V", keywords)
         if spec.inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
             raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
-        if validate.checking():
-            columns = logits.shape[-1]
-            good = (labels == spec.ignore_index) | ((labels >= 0) & (labels < columns))
-            validate.values("labels", labels, good, f"ignore_index = {spec.ignore_index} or in [0, V={columns})")
-        chosen = backend.resolve(keywords["backend"], logits.dtype, device)
-        spec = replace(spec, backend=chosen, logits_mean=spec.logits_mean if means else None)
-        return cls(logits, labels, cu_seqlens, spec, sequences)
-
-    def per_sequence(self, name: str, value: Any, dtypes: tuple[torch.dtype, ...] = validate.FLOATS) -> Tensor:
-        """Validate an argument with one entry per sequence, (S,), and detach it."""
-        return validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.logits.device).detach()
+        labels, cu_seqlens, sequences = _labels(labels, logits, logits.shape[-1], keywords, spec, pairs=pairs)
+        spec = _resolved(spec, keywords, logits.dtype, logits.device, means=means)
+        return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(logits.dtype), logits)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """Log-probs with the gradient, and means of z over the vocabulary, both shaped like the labels."""
+        """See :class:`Batch`."""
         return TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec)  # type: ignore[return-value]
 
-    def scores(self) -> Scores:
-        """Score the tokens and sum them per sequence."""
-        logp, means = self.tokens()
-        scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
-        if validate.checking():
-            validate.values("the log-prob of each sequence", scores.sums, scores.sums.isfinite(), "finite")
-        return scores
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the results."""
-        return accumulator_dtype(self.logits.dtype)
+@dataclass(frozen=True)
+class LinearBatch(Batch):
+    """Arguments of a call on hidden states, (S, T, D) or (N_total, D), and a head's weight (V, D) and bias (V,)."""
+
+    spec: LinearSpec
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        keywords: Mapping[str, Any],
+        *,
+        pairs: bool = False,
+        means: bool = True,
+    ) -> "LinearBatch":
+        """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
+        spec = LinearSpec.of(keywords)
+        hidden = _positions("hidden", hidden, "D", keywords)
+        device, features = hidden.device, hidden.shape[-1]
+        dtype = product_dtype(hidden)
+        # Autocast casts what enters a product; elsewhere the two must agree.
+        dtypes = (hidden.dtype,) if dtype == hidden.dtype else tuple({hidden.dtype, dtype, torch.float32})
+        weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
+        if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
+            raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)
+        bias = keywords["bias"]
+        if bias is not None:
+            bias = validate.tensor("bias", bias, "(V,)", weight.shape[:1], dtypes, device)
+        labels, cu_seqlens, sequences = _labels(labels, hidden, weight.shape[0], keywords, spec, pairs=pairs)
+        spec = _resolved(spec, keywords, dtype, device, means=means)
+        return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias)
+
+    def call(self, unit: int = 0) -> HeadCall:
+        """What the head is asked for; ``unit`` as in :class:`Local`, 0 where coefficients are not known."""
+        wanted = wanted_gradients(self.hidden, self.weight, self.bias)
+        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """See :class:`Batch`."""
+        scored = self._score(None)
+        return scored[0], scored[1]
+
+    def scores(self, local: Local | None = None) -> Scored:
+        """See :class:`Batch`."""
+        logp, means, gradients = self._score(local)
+        scores = self._sums(logp, means)
+        if gradients is None:
+            return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums))
+
+        def attach(loss: Tensor, slope: Tensor) -> Tensor:
+            return KnownGradientsFunction.apply(*tensors, loss, *gradients)  # type: ignore[return-value]
+
+        tensors = (self.hidden, self.weight, self.bias)
+        return Scored(scores, attach)
+
+    def _score(self, local: Local | None) -> tuple[Tensor, Tensor, Any]:
+        call = self.call(0 if local is None else local.unit)
+        tensors = (self.hidden, self.weight, self.bias)
+        rows = call.rows(self.labels, self.cu_seqlens)
+        plan = call.plan(call.head(*tensors), rows)
+        if plan.name == "grouped" and local is not None:
+            return known_gradients(call, *tensors, self.labels, rows, plan, local.slope)
+        logp, means = LinearTokenLogpsFunction.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
+        return logp, means, None
+
+
+def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) -> Tensor:
+    """Validate a tensor of one row a position, padded or packed."""
+    packed = keywords["cu_seqlens"] is not None
+    symbol = f"(N_total, {size})" if packed else f"(S, T, {size})"
+    value = validate.tensor(name, value, symbol, None, validate.FLOATS)
+    if value.dim() != (2 if packed else 3) or value.shape[-1] == 0:
+        raise validate.fail(name, f"{symbol} with {size} >= 1", value)
+    return value
+
+
+def _labels(
+    labels: Any, source: Tensor, columns: int, keywords: Mapping[str, Any], spec: TokenSpec, *, pairs: bool
+) -> tuple[Tensor, Tensor | None, int]:
+    """Validate labels and boundaries; also gives S."""
+    packed, shape = keywords["cu_seqlens"] is not None, tuple(source.shape[:-1])
+    symbol = "(N_total,)" if packed else "(S, T)"
+    labels = validate.tensor("labels", labels, symbol, shape, validate.INTEGERS, source.device)
+    cu_seqlens, sequences = None, shape[0]
+    if packed:
+        cu_seqlens = validate.boundaries("cu_seqlens", keywords["cu_seqlens"], shape[0], source.device)
+        sequences = cu_seqlens.shape[0] - 1
+    if pairs and sequences % 2:
+        raise ValueError(f"labels must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
+    if validate.checking():
+        good = (labels == spec.ignore_index) | ((labels >= 0) & (labels < columns))
+        validate.values("labels", labels, good, f"ignore_index = {spec.ignore_index} or in [0, V={columns})")
+    return labels, cu_seqlens, sequences
+
+
+def _resolved(spec: Any, keywords: Mapping[str, Any], dtype: torch.dtype, device: torch.device, *, means: bool) -> Any:
+    """The spec with the backend that was chosen."""
+    chosen = backend.resolve(keywords["backend"], dtype, device)
+    return replace(spec, backend=chosen, logits_mean=spec.logits_mean if means else None)

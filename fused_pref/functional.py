@@ -1,4 +1,4 @@
-"""The public functions of logits: validate everything, score the tokens, evaluate the objective.
+"""The public functions, of logits and of a linear head: validate everything, score the tokens, evaluate the objective.
 
 Keywords are described in :mod:`fused_pref.keywords` and shown by ``help()`` of each function. A malformed argument
 raises ``ValueError`` or ``TypeError`` before anything is computed or changed.
@@ -9,22 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
 from fused_pref import validate
-from fused_pref.batch import LogitsBatch
+from fused_pref.batch import Batch, LinearBatch, Local, LogitsBatch
+from fused_pref.bound import BCOObjective, PairObjective
 from fused_pref.keywords import (
+    BCOLinearKeywords,
     BCOLogitsKeywords,
+    CPOLinearKeywords,
     CPOLogitsKeywords,
+    DPOLinearKeywords,
     DPOLogitsKeywords,
+    LinearKeywords,
     LogitsKeywords,
+    SequenceLinearKeywords,
     SequenceLogitsKeywords,
     takes,
 )
 from fused_pref.objectives import BCOSpec, PairSpec
 from fused_pref.outputs import BCOOutput, PairOutput
-from fused_pref.reductions import evaluate_bco, evaluate_pair
 from fused_pref.shift import RewardShift
 
 
@@ -43,9 +47,7 @@ def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeyword
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    batch = LogitsBatch.of(logits, labels, keywords, means=False)
-    logp, _ = batch.tokens()
-    return logp[:, :-1] if batch.spec.shift and batch.cu_seqlens is None else logp
+    return _token_logps(LogitsBatch.of(logits, labels, keywords, means=False))
 
 
 @takes(SequenceLogitsKeywords)
@@ -63,9 +65,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
         ValueError, TypeError: a malformed argument.
     """
     average = validate.flag("average", keywords["average"])
-    batch = LogitsBatch.of(logits, labels, keywords, means=False)
-    scores = batch.scores()
-    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(batch.dtype)
+    return _sequence_logps(LogitsBatch.of(logits, labels, keywords, means=False), average)
 
 
 @takes(CPOLogitsKeywords)
@@ -133,41 +133,148 @@ def bco_loss(
     return _bco_loss(LogitsBatch.of(logits, labels, keywords), spec, keywords, desirable, ref_logps)
 
 
-class KnownSlopeFunction(torch.autograd.Function):
-    """Attach a loss to the per-sequence sums it was computed from, by the slope that was computed with it."""
+@takes(LinearKeywords)
+def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[LinearKeywords]) -> Tensor:
+    """:func:`token_logps` of the logits hidden · weightᵀ + bias, which are never made.
 
-    @staticmethod
-    def forward(ctx: Any, sums: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
-        """(S,), 0-d, (S,) → 0-d."""
-        ctx.save_for_backward(slope)
-        return loss.clone()
+    Args:
+        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; float32, bfloat16, float16 or float64; any strides.
+        weight: (V, D) of the dtype of ``hidden`` (under autocast also float32).
+        labels: (S, T) or (N_total,) int64 or int32, as causal-LM labels come (see ``shift``).
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """0-d → (S,)."""
-        (slope,) = ctx.saved_tensors
-        return slope * grads[0], None, None
+    Returns:
+        As :func:`token_logps`; differentiable in ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
+    """
+    return _token_logps(LinearBatch.of(hidden, weight, labels, keywords, means=False))
 
 
-def _ref_logps(batch: LogitsBatch, value: Any) -> Tensor:
+@takes(SequenceLinearKeywords)
+def linear_sequence_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
+) -> Tensor:
+    """:func:`sequence_logps` of the logits hidden · weightᵀ + bias, which are never made.
+
+    Args:
+        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``.
+        weight: (V, D).
+        labels: (S, T) or (N_total,).
+
+    Returns:
+        (S,) float32, float64 for float64 inputs; 0 for an empty completion.
+
+    Raises:
+        ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
+    """
+    average = validate.flag("average", keywords["average"])
+    return _sequence_logps(LinearBatch.of(hidden, weight, labels, keywords, means=False), average)
+
+
+@takes(CPOLinearKeywords)
+def linear_cpo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
+) -> PairOutput:
+    """:func:`cpo_loss` from hidden states and the head's weight, in the memory of the gradients.
+
+    Only scored tokens enter the products. Every pair is on its own, so that three products are enough for loss and
+    gradients. :func:`fused_pref.explain` shows the plan a call takes.
+
+    Args:
+        hidden: (2B, T, D), chosen sequences first, then rejected; or (N_total, D) with ``cu_seqlens``.
+        weight: (V, D).
+        labels: (2B, T) or (N_total,).
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient.
+
+    Raises:
+        ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
+    """
+    spec = PairSpec.cpo(keywords)
+    return _pair_loss(LinearBatch.of(hidden, weight, labels, keywords, pairs=True), spec, keywords)
+
+
+@takes(DPOLinearKeywords)
+def linear_dpo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
+) -> PairOutput:
+    """:func:`dpo_loss` from hidden states and the head's weight, as :func:`linear_cpo_loss`.
+
+    Args:
+        hidden: (2B, T, D), chosen sequences first, then rejected; or (N_total, D) with ``cu_seqlens``.
+        weight: (V, D).
+        labels: (2B, T) or (N_total,).
+        ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
+
+    Raises:
+        ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
+    """
+    spec = PairSpec.dpo(keywords)
+    return _pair_loss(LinearBatch.of(hidden, weight, labels, keywords, pairs=True), spec, keywords, ref_logps)
+
+
+@takes(BCOLinearKeywords)
+def linear_bco_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    **keywords: Unpack[BCOLinearKeywords],
+) -> BCOOutput:
+    """:func:`bco_loss` from hidden states and the head's weight, in the memory of the gradients.
+
+    Three products where δ is known beforehand: a number, a tensor, or a :class:`RewardShift` with ``update="step"``;
+    three to four where this batch moves it.
+
+    Args:
+        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; sequences in any order.
+        weight: (V, D).
+        labels: (S, T) or (N_total,).
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`BCOOutput`; only ``loss`` carries a gradient.
+
+    Raises:
+        ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
+    """
+    spec = BCOSpec.bco(keywords)
+    return _bco_loss(LinearBatch.of(hidden, weight, labels, keywords), spec, keywords, desirable, ref_logps)
+
+
+def _token_logps(batch: Batch) -> Tensor:
+    logp, _ = batch.tokens()
+    return logp[:, :-1] if batch.spec.shift and batch.cu_seqlens is None else logp
+
+
+def _sequence_logps(batch: Batch, average: bool) -> Tensor:
+    scores, _ = batch.scores()
+    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(batch.dtype)
+
+
+def _ref_logps(batch: Batch, value: Any) -> Tensor:
     value = batch.per_sequence("ref_logps", value)
     validate.values("ref_logps", value, value.isfinite(), "finite")
     return value
 
 
-def _pair_loss(
-    batch: LogitsBatch, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Tensor | None = None
-) -> PairOutput:
+def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Any = None) -> PairOutput:
     pair_normalizer = validate.normalizer("pair_normalizer", keywords["pair_normalizer"])
     token_normalizer = validate.normalizer("token_normalizer", keywords["token_normalizer"], zero=True)
-    if spec.reference:
-        ref_logps = _ref_logps(batch, ref_logps)
-    scores = batch.scores()
-    result = evaluate_pair(scores, spec, ref_logps, pair_normalizer, token_normalizer, batch.spec, batch.dtype)
+    ref_logps = _ref_logps(batch, ref_logps) if spec.reference else None
+    objective = PairObjective(spec, ref_logps, pair_normalizer, token_normalizer)
+    scores, attach = batch.scores(Local(2, objective.slope))
+    result = objective(scores, batch.spec, batch.dtype)
     pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
     return PairOutput(
-        loss=KnownSlopeFunction.apply(scores.sums, result.loss, result.slope),  # type: ignore[arg-type]
+        loss=attach(result.loss, result.slope),
         nll_loss=result.nll_loss,
         chosen_logps=result.logps[:pairs],
         rejected_logps=result.logps[pairs:],
@@ -178,9 +285,7 @@ def _pair_loss(
     )
 
 
-def _bco_loss(
-    batch: LogitsBatch, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Tensor, ref_logps: Tensor
-) -> BCOOutput:
+def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Any, ref_logps: Any) -> BCOOutput:
     desirable = batch.per_sequence("desirable", desirable, (torch.bool,))
     ref_logps = _ref_logps(batch, ref_logps)
     sample_weight = keywords["sample_weight"]
@@ -189,13 +294,12 @@ def _bco_loss(
         validate.values("sample_weight", sample_weight, sample_weight.isfinite() & (sample_weight >= 0), ">= 0")
     normalizers = _bco_normalizers(spec, keywords)
     delta = _delta(keywords["delta"])
-    scores = batch.scores()
-    result = evaluate_bco(
-        scores, spec, desirable, ref_logps, delta, sample_weight, normalizers, batch.spec, batch.dtype
-    )
+    objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
+    scores, attach = batch.scores(Local(1, objective.slope) if objective.local else None)
+    result = objective(scores, batch.spec, batch.dtype)
     means = batch.spec.logits_mean is not None
     return BCOOutput(
-        KnownSlopeFunction.apply(scores.sums, result.loss, result.slope),
+        attach(result.loss, result.slope),
         result.delta,
         result.logps,
         result.rewards,

@@ -84,6 +84,31 @@ class LogitsKeywords(TokenKeywords, total=False):
     ]
 
 
+class LinearKeywords(TokenKeywords, total=False):
+    """Keywords of the functions of hidden states and a weight."""
+
+    bias: Annotated[Tensor | None, Keyword(None, "(V,) of the head, in the dtype of the weight; differentiable")]
+    memory_budget: Annotated[
+        int | None,
+        Keyword(
+            None,
+            "bytes of workspace beyond inputs, gradients and results (> 0); None: 256 MiB or the bytes of the "
+            "weight's gradient, whichever is more",
+        ),
+    ]
+    tp_group: Annotated[
+        Any, Keyword(None, "process group of a vocab-parallel head, whose weight is this rank's contiguous rows")
+    ]
+    max_valid_tokens: Annotated[
+        int | None,
+        Keyword(
+            None,
+            "upper bound on N, the number of scored tokens, that spares the one host synchronisation; more tokens "
+            "than that raise on a CPU and give NaN elsewhere",
+        ),
+    ]
+
+
 class PairKeywords(TypedDict, total=False):
     """Keywords of the pairwise objectives."""
 
@@ -167,6 +192,22 @@ class DPOLogitsKeywords(DPOKeywords, LogitsKeywords, total=False):
 
 class BCOLogitsKeywords(BCOKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.bco_loss`."""
+
+
+class SequenceLinearKeywords(SequenceKeywords, LinearKeywords, total=False):
+    """Keywords of :func:`fused_pref.linear_sequence_logps`."""
+
+
+class CPOLinearKeywords(CPOKeywords, LinearKeywords, total=False):
+    """Keywords of :func:`fused_pref.linear_cpo_loss`."""
+
+
+class DPOLinearKeywords(DPOKeywords, LinearKeywords, total=False):
+    """Keywords of :func:`fused_pref.linear_dpo_loss`."""
+
+
+class BCOLinearKeywords(BCOKeywords, LinearKeywords, total=False):
+    """Keywords of :func:`fused_pref.linear_bco_loss`."""
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_pref import layout
-from fused_pref.head.spec import LogitsSpec
+from fused_pref.head.spec import TokenSpec
 from fused_pref.objectives import BCOSpec, PairSpec, bco_objective, narrow, pair_objective, ratio, saturate
 from fused_pref.shift import RewardShift, ShiftState
 
@@ -52,7 +52,7 @@ class BCOResult(NamedTuple):
     slope: Tensor  # (S,) ∂loss/∂sums
 
 
-def sequence_scores(logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: LogitsSpec) -> Scores:
+def sequence_scores(logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: TokenSpec) -> Scores:
     """Sum what was computed per token over each sequence; arguments shaped like ``labels``."""
     if spec.backend == "triton":
         return Scores(*SequenceScoresFunction.apply(logp, means, labels, cu_seqlens, spec))
@@ -69,7 +69,7 @@ def evaluate_pair(
     ref_logps: Tensor | None,
     pair_normalizer: float | Tensor | None,
     token_normalizer: float | Tensor | None,
-    logits: LogitsSpec,
+    logits: TokenSpec,
     dtype: torch.dtype,
 ) -> PairResult:
     """CPO or DPO; the arguments of :func:`fused_pref.objectives.pair_objective`, results in ``dtype``."""
@@ -109,7 +109,7 @@ def evaluate_bco(
     delta: Tensor | float | RewardShift,
     sample_weight: Tensor | None,
     normalizers: Mapping[str, Any],
-    logits: LogitsSpec,
+    logits: TokenSpec,
     dtype: torch.dtype,
 ) -> BCOResult:
     """BCO; the arguments of :func:`fused_pref.objectives.bco_objective`, results in ``dtype``.
@@ -205,7 +205,7 @@ class SequenceScoresFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: LogitsSpec
+        ctx: Any, logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: TokenSpec
     ) -> tuple[Tensor, ...]:
         """See :class:`Scores`."""
         constants = (spec.logits_mean, spec.shift, spec.ignore_index)

@@ -97,6 +97,12 @@ class RewardShift(nn.Module):
         """Whether a forward would update now: training, with gradients, and not a recomputation in a backward."""
         return self.kind != "fixed" and self.training and torch.is_grad_enabled() and not _in_backward()
 
+    def known(self) -> Tensor | None:
+        """δ of the next forward, 0-d float64, where it does not depend on that forward's batch; else None."""
+        if self.update == "forward" and self.updating():
+            return None
+        return self._delta(ShiftState(self.mean, self.count, self.pending_sum, self.pending_count))
+
     def peek(self, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, ShiftState | None]:
         """δ for a batch, and the state to :meth:`commit` once the batch has succeeded (None: unchanged)."""
         state = ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)

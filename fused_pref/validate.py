@@ -96,6 +96,13 @@ def integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def at_least(name: str, value: Any, least: int) -> int | None:
+    """None, or an integer of at least ``least``."""
+    if value is not None and integer(name, value) < least:
+        raise fail(name, f"an integer >= {least}, or None", value)
+    return value
+
+
 def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> Any:
     """One of the allowed values."""
     if value is not None and not isinstance(value, str):
@@ -121,6 +128,11 @@ def tensor(
     expected = f"a {kinds} tensor {symbol}"
     if not isinstance(value, Tensor):
         raise fail(name, expected, value, TypeError)
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor: call .full_tensor() to gather it, inside FSDP run the head "
+            "in the forward of the module that owns it"
+        )
     if value.layout is not torch.strided or value.is_quantized:
         raise TypeError(f"{name} must be dense; got layout {value.layout}: call .to_dense() or .dequantize() first")
     if value.is_meta:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from fused_pref import validate
 from fused_pref.keywords import TokenKeywords, choices
@@ -37,6 +38,11 @@ class Transform:
         """Whether z = x."""
         return self.softcap is None and self.logit_scale == self.temperature
 
+    @property
+    def slope(self) -> float:
+        """∂z/∂x where it is a constant; 1 with a softcap, whose slope :meth:`chain_` applies entry by entry."""
+        return 1.0 if self.softcap is not None else self.logit_scale / self.temperature
+
     def apply_(self, x: Tensor) -> Tensor:
         """Transform a block in place."""
         if self.softcap is not None:
@@ -57,30 +63,62 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class LogitsSpec:
-    """Validated constants of a call on logits; ``backend`` is the one that was chosen."""
+class TokenSpec:
+    """Validated constants of every call; ``backend`` is the one that was chosen."""
 
     backend: str
     shift: bool
     ignore_index: int
     transform: Transform
     logits_mean: str | None
-    inplace_backward: bool
 
     @classmethod
-    def of(cls, keywords: Mapping[str, Any], backend: str = "auto") -> "LogitsSpec":
+    def of(cls, keywords: Mapping[str, Any]) -> Self:
         """From the shared keywords."""
         return cls(
-            backend=backend,
+            backend="auto",
             shift=validate.flag("shift", keywords["shift"]),
             ignore_index=validate.integer("ignore_index", keywords["ignore_index"]),
             transform=Transform.of(keywords),
             logits_mean=validate.choice("logits_mean", keywords["logits_mean"], LOGITS_MEANS),
-            inplace_backward=validate.flag("inplace_backward", keywords["inplace_backward"]),
+            **cls.own(keywords),
         )
+
+    @classmethod
+    def own(cls, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Constants that only some calls have."""
+        return {}
 
     @property
     def constants(self) -> tuple[str, bool, int, float | None, float, float]:
         """What every op takes: backend, shift, ignore_index and the transform."""
         t = self.transform
         return self.backend, self.shift, self.ignore_index, t.softcap, t.logit_scale, t.temperature
+
+
+@dataclass(frozen=True)
+class LogitsSpec(TokenSpec):
+    """Validated constants of a call on logits."""
+
+    inplace_backward: bool
+
+    @classmethod
+    def own(cls, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`fused_pref.keywords.LogitsKeywords`."""
+        return {"inplace_backward": validate.flag("inplace_backward", keywords["inplace_backward"])}
+
+
+@dataclass(frozen=True)
+class LinearSpec(TokenSpec):
+    """Validated constants of a call on hidden states and a weight; None in ``memory_budget`` is its default."""
+
+    memory_budget: int | None
+    max_valid_tokens: int | None
+
+    @classmethod
+    def own(cls, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`fused_pref.keywords.LinearKeywords`."""
+        if keywords["tp_group"] is not None:
+            raise validate.fail("tp_group", "None: vocab-parallel heads are not supported", keywords["tp_group"])
+        bounds = {"memory_budget": 1, "max_valid_tokens": 0}
+        return {name: validate.at_least(name, keywords[name], least) for name, least in bounds.items()}

@@ -1,0 +1,99 @@
+"""Objectives bound to their tensors: evaluated on a whole batch, or only the slope of some of its sequences."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_pref.head.spec import TokenSpec
+from fused_pref.objectives import BCOSpec, PairSpec, bco_objective, pair_objective, saturate
+from fused_pref.reductions import BCOResult, PairResult, Scores, evaluate_bco, evaluate_pair
+from fused_pref.shift import RewardShift
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """CPO or DPO with its validated arguments."""
+
+    spec: PairSpec
+    ref_logps: Tensor | None
+    pair_normalizer: float | Tensor | None
+    token_normalizer: float | Tensor | None
+
+    def __call__(self, scores: Scores, tokens: TokenSpec, dtype: torch.dtype) -> PairResult:
+        """On the whole batch."""
+        return evaluate_pair(
+            scores, self.spec, self.ref_logps, self.pair_normalizer, self.token_normalizer, tokens, dtype
+        )
+
+    def slope(self, members: tuple[slice, ...], sums: Tensor, lengths: Tensor) -> Tensor:
+        """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
+        pairs = lengths.shape[0] // 2
+        ref_logps = None if self.ref_logps is None else _pick(self.ref_logps, members).double()
+        terms = pair_objective(
+            sums,
+            _pick(lengths, members),
+            self.spec,
+            ref_logps=ref_logps,
+            pair_normalizer=pairs if self.pair_normalizer is None else self.pair_normalizer,
+            token_normalizer=lengths[:pairs].sum() if self.token_normalizer is None else self.token_normalizer,
+        )
+        return saturate(terms.slope, torch.float32)
+
+
+@dataclass(frozen=True)
+class BCOObjective:
+    """BCO with its validated arguments."""
+
+    spec: BCOSpec
+    desirable: Tensor
+    ref_logps: Tensor
+    delta: RewardShift | Tensor | float
+    sample_weight: Tensor | None
+    normalizers: Mapping[str, Any]
+
+    def __call__(self, scores: Scores, tokens: TokenSpec, dtype: torch.dtype) -> BCOResult:
+        """On the whole batch; updates a RewardShift."""
+        return evaluate_bco(
+            scores,
+            self.spec,
+            self.desirable,
+            self.ref_logps,
+            self.delta,
+            self.sample_weight,
+            self.normalizers,
+            tokens,
+            dtype,
+        )
+
+    @property
+    def local(self) -> bool:
+        """Whether δ is known before this batch is scored."""
+        return not isinstance(self.delta, RewardShift) or self.delta.known() is not None
+
+    def slope(self, members: tuple[slice, ...], sums: Tensor, lengths: Tensor) -> Tensor:
+        """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
+        delta = self.delta.known() if isinstance(self.delta, RewardShift) else self.delta
+        rewards = self.spec.beta * (sums - _pick(self.ref_logps, members).double())
+        normalizers = dict(self.normalizers)
+        if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:
+            normalizers["sequence_normalizer"] = lengths.shape[0]
+        if self.spec.reduction == "class_mean" and normalizers["class_normalizer"] is None:
+            normalizers["class_normalizer"] = (self.desirable.sum(), (~self.desirable).sum())
+        weight = None if self.sample_weight is None else _pick(self.sample_weight, members).double()
+        terms = bco_objective(
+            rewards,
+            _pick(self.desirable, members),
+            torch.as_tensor(delta, dtype=torch.float64, device=rewards.device),
+            self.spec,
+            sample_weight=weight,
+            **normalizers,
+        )
+        return saturate(terms.slope, torch.float32)
+
+
+def _pick(values: Tensor, members: tuple[slice, ...]) -> Tensor:
+    """The entries of these runs of sequences."""
+    return torch.cat([values[run] for run in members])

@@ -1,0 +1,168 @@
+"""A call of the linear head: which dtype, which gradients, which plan; and the means of the logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_pref.head import linear
+from fused_pref.head import slab as torch_slab
+from fused_pref.head.linear import Head
+from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose, device_of
+from fused_pref.head.rows import ValidRows, valid_rows
+from fused_pref.head.spec import LinearSpec
+from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK, Rows
+
+NAMES = ("hidden", "weight", "bias")
+
+
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
+    """Which gradients a backward will ask for; asked before ``apply``, inside which every mode says no."""
+    if not torch.is_grad_enabled():
+        return frozenset()
+    tensors = zip(NAMES, (hidden, weight, bias), strict=True)
+    return frozenset(name for name, tensor in tensors if tensor is not None and tensor.requires_grad)
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of the products: that of the hidden states, under autocast that of autocast."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """Everything about a call but its tensors.
+
+    Attributes:
+        spec: the constants.
+        dtype: of the products.
+        wanted: gradients that a backward will ask for.
+        unit: sequences of a unit whose coefficients are known in the forward: 2 (a pair), 1, or 0 if they are not.
+    """
+
+    spec: LinearSpec
+    dtype: torch.dtype
+    wanted: frozenset[str]
+    unit: int = 0
+
+    def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head at work."""
+        spec = self.spec
+        return Head(hidden, weight, bias, self.dtype, spec.transform, spec.ignore_index, spec.backend)
+
+    def rows(self, labels: Tensor, cu_seqlens: Tensor | None) -> ValidRows:
+        """The rows to project."""
+        spec = self.spec
+        return valid_rows(
+            labels,
+            cu_seqlens,
+            shift=spec.shift,
+            ignore_index=spec.ignore_index,
+            max_valid_tokens=spec.max_valid_tokens,
+        )
+
+    def problem(self, head: Head, rows: ValidRows) -> Problem:
+        """What the planner sees."""
+        weight, budget = head.weight, self.spec.memory_budget
+        counts = rows.counts
+        if self.unit == 2:
+            half = len(counts) // 2
+            counts = tuple(w + l for w, l in zip(counts[:half], counts[half:], strict=True))
+        return Problem(
+            tokens=rows.number,
+            positions=head.hidden.shape[:-1].numel(),
+            hidden=weight.shape[1],
+            vocabulary=weight.shape[0],
+            itemsize=self.dtype.itemsize,
+            weight_itemsize=weight.dtype.itemsize,
+            gradients=self.wanted,
+            local=self.unit > 0,
+            units=counts,
+            budget=max(DEFAULT_BUDGET, weight.numel() * weight.dtype.itemsize) if budget is None else budget,
+            device=device_of(weight.device.type),
+            late_scale=weight.dtype == torch.float16,
+            gathered=rows.places is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
+            cast_weight=0 if self.dtype == weight.dtype else weight.numel() * self.dtype.itemsize,
+        )
+
+    def plan(self, head: Head, rows: ValidRows) -> Plan:
+        """See :func:`fused_pref.head.plan.choose`."""
+        return choose(self.problem(head, rows))
+
+    @property
+    def totals(self) -> bool:
+        """Whether Σ z must be taken from the logits: only a softcap hides it."""
+        return self.spec.logits_mean is not None and self.spec.transform.softcap is not None
+
+    def means(self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor) -> Tensor:
+        """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
+
+        Args:
+            head: the head.
+            rows: the valid rows.
+            labels: (S, T) or (N_total,).
+            totals: Σ z of the valid rows in the shape of the labels, used with a softcap only.
+        """
+        if self.spec.logits_mean is None or labels.numel() == 0:
+            return torch.zeros_like(totals)
+        if self.totals:
+            if self.spec.logits_mean == "all":
+                totals = totals + self._unscored_totals(head, rows, labels)
+            return totals / head.columns
+        means = linear_means(head).view(labels.shape)
+        if self.spec.logits_mean == "completion":
+            means = means * rows.spread(torch.ones_like(rows.targets, dtype=means.dtype), labels)
+        return means
+
+    def _unscored_totals(self, head: Head, rows: ValidRows, labels: Tensor) -> Tensor:
+        """Σ z where nothing is scored: a softcap leaves no way around the logits of those rows too."""
+        scored = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+        valid = torch.ones_like(rows.targets, dtype=torch.bool) if rows.padding is None else ~rows.padding
+        rows.put(scored, valid)
+        number = labels.numel() - (sum(rows.counts) if rows.counts else 0)
+        places = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
+        targets = torch.full((number,), head.ignore_index, device=labels.device)
+        others = ValidRows(places, targets, rows.lengths)
+        problem = self.problem(head, others)
+        plan = choose(Problem(**{**vars(problem), "gradients": frozenset()}))
+        statistics = linear.logprob(head, others, plan, total=True)
+        found = others.spread(statistics[torch_slab.TOTAL], labels)
+        return found.masked_fill_(scored.view(labels.shape), 0)
+
+
+def linear_means(head: Head) -> Tensor:
+    """Mean over the vocabulary of every position's logits, scale · (h · mean(W) + mean(b)); (P,)."""
+    mean = column_means(head.w, head.accumulator)
+    shift = 0.0 if head.b is None else head.b.to(head.accumulator).mean()
+    source = Rows(head.hidden.detach())
+    result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
+    step = _block_rows(head.hidden)
+    for start in range(0, source.count, step):
+        stop = min(start + step, source.count)
+        if source.flat is not None:
+            h = source.flat[start:stop]
+        else:
+            h = source.read(torch.arange(start, stop, device=result.device))
+        torch.mv(h.to(head.dtype).to(mean.dtype), mean, out=result[start:stop])
+    return result.add_(shift).mul_(head.transform.slope)
+
+
+def column_means(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean of each column of (V, D) in ``dtype``, (D,)."""
+    if weight.device.type != "cpu" or weight.dtype == dtype:
+        return weight.mean(0, dtype=dtype)
+    # Summing 16-bit entries across rows is slow on a CPU: blocks in float32 go through a product with ones.
+    step = _block_rows(weight)
+    block = torch.empty((min(step, weight.shape[0]), weight.shape[1]), dtype=dtype)
+    total = torch.zeros(weight.shape[1], dtype=dtype)
+    for start in range(0, weight.shape[0], step):
+        part = block[: weight.shape[0] - start].copy_(weight[start : start + step])
+        total.addmv_(part.t(), part.new_ones(part.shape[0]))
+    return total / weight.shape[0]
+
+
+def _block_rows(x: Tensor) -> int:
+    return max(1, (CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK) // max(x.shape[-1], 1))

@@ -1,0 +1,134 @@
+"""The linear head as differentiable functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_pref.head import linear
+from fused_pref.head import slab as torch_slab
+from fused_pref.head.call import HeadCall
+from fused_pref.head.grouped import Slope, grouped
+from fused_pref.head.linear import Gradients
+from fused_pref.head.logits import OnceDifferentiableFunction
+from fused_pref.head.plan import Plan
+from fused_pref.head.rows import ValidRows
+from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK
+
+
+class LinearTokenLogpsFunction(torch.autograd.Function):
+    """(hidden, weight, bias, labels) → (logp, mean of z), per position; any upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rows: ValidRows,
+        plan: Plan,
+        call: HeadCall,
+    ) -> tuple[Tensor, Tensor]:
+        """By plan ``logprob``, ``frozen_head`` or ``vocab_major``."""
+        head, total = call.head(hidden, weight, bias), call.totals
+        ctx.call, ctx.rows, ctx.plan, ctx.kept = call, rows, plan, []
+        left = None
+        with torch.autocast(hidden.device.type, enabled=False):
+            if plan.name == "logprob":
+                statistics = linear.logprob(head, rows, plan, total=total)
+            elif plan.name == "frozen_head":
+                statistics, left = linear.frozen_head(head, rows, plan, total=total)
+            else:
+                statistics, ctx.kept = linear.vocab_major(head, rows, plan, total=total)
+                left = statistics
+            logp, _ = head.finish(statistics, rows.targets)
+            means = call.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
+        ctx.save_for_backward(hidden, weight, bias, left)
+        ctx.mark_non_differentiable(means)
+        return rows.spread(logp, labels), means
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """See :mod:`fused_pref.head.linear`."""
+        call, rows = ctx.call, ctx.rows
+        hidden, weight, bias, left = ctx.saved_tensors
+        head, grad_logp = call.head(hidden, weight, bias), rows.pick(grads[0])
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            if ctx.plan.name == "frozen_head":
+                gradients = Gradients(linear.frozen_head_bwd(head, rows, left, grad_logp), None, None)
+            else:
+                gradients = linear.vocab_major_bwd(head, rows, ctx.plan, left, ctx.kept, grad_logp, call.wanted)
+        return (*_once(gradients, hidden, weight, bias), None, None, None, None)
+
+
+class KnownGradientsFunction(torch.autograd.Function):
+    """Attach a loss to the tensors it was computed from, by the gradients that were computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Tensor, *gradients: Tensor | None
+    ) -> Tensor:
+        """0-d."""
+        ctx.save_for_backward(hidden, weight, bias, *gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Scale the gradients, in place where they are not needed again."""
+        hidden, weight, bias, *known = ctx.saved_tensors
+        again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        with torch.no_grad():
+            scaled = Gradients(
+                *(
+                    None if gradient is None or tensor is None else scale(gradient, grads[0], tensor.dtype, again)
+                    for gradient, tensor in zip(known, (hidden, weight, bias), strict=True)
+                )
+            )
+        return (*_once(scaled, hidden, weight, bias), None, None, None, None)
+
+
+def known_gradients(
+    call: HeadCall,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rows: ValidRows,
+    plan: Plan,
+    slope: Slope,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """(logp, mean of z, gradients of the loss) by plan ``grouped``."""
+    head = call.head(hidden, weight, bias)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        logp, totals, gradients = grouped(
+            head, rows, plan, slope, call.wanted, paired=call.unit == 2, total=call.totals
+        )
+        if rows.overflow is not None:
+            logp.masked_fill_(rows.overflow, torch.nan)
+        means = call.means(head, rows, labels, totals.view(labels.shape))
+    return logp.view(labels.shape), means, gradients
+
+
+def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, again: bool) -> Tensor:
+    """Gradient · upstream (0-d), multiplied in at least float32 and rounded once; in place unless ``again``."""
+    if gradient.device.type == "cpu" and gradient.dtype == dtype and upstream == 1 and not again:
+        return gradient
+    result = gradient if not again and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    source, sink = gradient.flatten(), result.view(-1)
+    size = CPU_BLOCK if gradient.device.type == "cpu" else DEVICE_BLOCK
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    for start in range(0, source.numel(), size):
+        block = source[start : start + size].to(wide)
+        sink[start : start + size] = block * upstream.to(wide)
+    return result
+
+
+def _once(gradients: Gradients, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients; under ``create_graph=True`` tied to their tensors so that using them raises."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return tuple(
+        gradient if gradient is None or tensor is None else OnceDifferentiableFunction.apply(gradient, tensor)
+        for gradient, tensor in zip(gradients, tensors, strict=True)
+    )

@@ -1,0 +1,91 @@
+"""The ``grouped`` plan: gradients of whole units in the forward, where their coefficients are already known.
+
+A unit is a pair, sequences p and p + B, or for BCO with a known δ a single sequence. The gradients are those of the
+loss for an upstream gradient of 1; the backward scales them.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused_pref.head import slab as torch_slab
+from fused_pref.head.linear import Gradients, Head, place, scaled_rows
+from fused_pref.head.plan import Plan
+from fused_pref.head.products import add_product, mixed, overlay, project
+from fused_pref.head.rows import ValidRows
+
+# (runs of sequences, their sums (s,) float64, scored tokens of all sequences (S,) int64) → ∂loss/∂sums (s,) float64
+Slope = Callable[[tuple[slice, ...], Tensor, Tensor], Tensor]
+
+
+def grouped(
+    head: Head, rows: ValidRows, plan: Plan, slope: Slope, wanted: frozenset[str], *, paired: bool, total: bool
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Log-probs and Σ z of every position (P,), 0 where nothing is scored, and the gradients of the loss.
+
+    Gradients of float16 tensors are float32: scaled down by the loss, they would underflow.
+    """
+    sequences = rows.lengths.shape[0]
+    units = sequences // 2 if paired else sequences
+    bounds = plan.bounds or (0, units)
+    positions = head.hidden.shape[:-1].numel()
+    logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
+    sums = _Sums(head, wanted, single=len(bounds) == 2)
+    memory = head.new_slab(plan.rows, head.columns)
+    for u0, u1 in itertools.pairwise(bounds):
+        members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
+        group = rows if (u0, u1) == (0, units) else rows.part(members)
+        h = head.take(group)
+        z = project(memory[: h.shape[0] * head.columns].view(-1, head.columns), h, head.w, head.b)
+        q = overlay(z, head.dtype)
+        statistics = torch_slab.new_statistics(group.number, h, head.accumulator)
+        head.kernels.absorb(statistics, z, group.targets, 0, head.transform, total=total, sink=q)
+        values, miss = head.finish(statistics, group.targets)
+        group.put(logp, values)
+        group.put(totals, statistics[torch_slab.TOTAL])
+        known = slope(members, group.sums(values), rows.lengths)
+        sums.add(group, h, q, group.share(known).to(miss.dtype) * miss * head.transform.slope)
+    return logp, totals, sums.gradients()
+
+
+class _Sums:
+    """Gradients under way: each group adds to dW and dbias, and fills its own rows of dh."""
+
+    def __init__(self, head: Head, wanted: frozenset[str], *, single: bool) -> None:
+        self.head, self.fresh = head, True
+        self.dh = self.dw = self.db = None
+        if "hidden" in wanted:
+            self.dh = torch.zeros(head.hidden.shape, dtype=self._late(head.hidden), device=head.hidden.device)
+        if "weight" in wanted:
+            # Several 16-bit groups are summed in float32; one comes out of its product rounded once.
+            dtype = self._late(head.weight) if single else torch.promote_types(head.weight.dtype, torch.float32)
+            self.dw = head.weight.new_empty(head.weight.shape, dtype=dtype)
+        if "bias" in wanted:
+            self.db = head.weight.new_zeros(head.columns, dtype=head.accumulator)
+
+    @staticmethod
+    def _late(tensor: Tensor) -> torch.dtype:
+        return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+    def add(self, group: ValidRows, h: Tensor, q: Tensor, factor: Tensor) -> None:
+        """A group's rows h (n, D), their Q (n, V) and −∂loss/∂z = factor · Q."""
+        head = self.head
+        if self.dw is not None:
+            x, scale = scaled_rows(head, h, factor)
+            add_product(self.dw, q.t(), x, fresh=self.fresh, scale=scale)
+        if self.db is not None:
+            self.db += head.bias_gradient(q, factor)
+        if self.dh is not None:
+            left = torch.empty(h.shape, dtype=head.accumulator if mixed(h) else h.dtype, device=h.device)
+            add_product(left, q, head.w, fresh=True)
+            place(self.dh, group, left, -factor)
+        self.fresh = False
+
+    def gradients(self) -> Gradients:
+        """In the dtypes of the tensors, float32 for float16."""
+        head = self.head
+        dw = None if self.dw is None else self.dw.to(self._late(head.weight))
+        db = None if self.db is None or head.bias is None else self.db.to(self._late(head.bias))
+        return Gradients(self.dh, dw, db)

@@ -1,0 +1,237 @@
+"""The plans of the linear head, carried out: products by the vendor's library, slabs by the backend's kernels.
+
+``logprob``, ``frozen_head`` and ``vocab_major`` give log-probs of the rows; ``grouped`` is in
+:mod:`fused_pref.head.grouped`. Rows are the N valid ones throughout.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_pref.head import slab as torch_slab
+from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.plan import Plan
+from fused_pref.head.products import add_product, overlay, project, slab_dtype
+from fused_pref.head.rows import ValidRows
+from fused_pref.head.spec import Transform
+from fused_pref.head.streaming import Rows
+
+
+class Gradients(NamedTuple):
+    """Gradients of hidden states, weight and bias in their dtypes and shapes; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the slabs."""
+
+    hidden: Tensor  # (S, T, D) or (N_total, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    dtype: torch.dtype
+    transform: Transform
+    ignore_index: int
+    backend: str
+
+    @cached_property
+    def w(self) -> Tensor:
+        """The weight in the dtype of the products."""
+        return self.weight.detach().to(self.dtype)
+
+    @cached_property
+    def b(self) -> Tensor | None:
+        """The bias in the dtype of the products."""
+        return None if self.bias is None else self.bias.detach().to(self.dtype)
+
+    @property
+    def kernels(self) -> ModuleType:
+        """``absorb`` and ``gradient`` of the backend."""
+        if self.backend == "triton":
+            from fused_pref.kernels import slab as triton_slab
+
+            return triton_slab
+        return torch_slab
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """Dtype of the token math."""
+        return accumulator_dtype(self.dtype)
+
+    @property
+    def columns(self) -> int:
+        """V."""
+        return self.weight.shape[0]
+
+    def take(self, rows: ValidRows, part: slice = slice(None)) -> Tensor:
+        """These of the valid rows of the hidden states, (n, D) in the dtype of the products."""
+        source = Rows(self.hidden.detach())
+        if rows.places is None:
+            if source.flat is not None:
+                return source.flat[part].to(self.dtype)
+            places = torch.arange(source.count, device=self.hidden.device)
+        else:
+            places = rows.places
+        taken = source.read(places[part]).to(self.dtype)
+        # What stands in a position that is not scored must not reach a product, where 0 · NaN is NaN.
+        return taken if rows.padding is None else taken.masked_fill_(rows.padding[part, None], 0)
+
+    def new_slab(self, rows: int, columns: int) -> Tensor:
+        """Memory for logits, (rows · columns,)."""
+        h = self.hidden.new_empty(0, dtype=self.dtype)
+        return torch.empty(rows * columns, dtype=slab_dtype(h), device=h.device)
+
+    def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(logp, 1 − p_y) of rows."""
+        return torch_slab.finish(statistics, targets, self.columns, self.ignore_index)
+
+    def bias_gradient(self, q: Tensor, factor: Tensor) -> Tensor:
+        """−qᵀ factor, (v,) in the dtype of the token math."""
+        total = torch.zeros(q.shape[1], dtype=self.accumulator, device=q.device)
+        step = max(1, torch_slab.CPU_BLOCK // max(q.shape[1], 1)) if q.device.type == "cpu" else q.shape[0]
+        for start in range(0, q.shape[0], max(step, 1)):
+            part = q[start : start + step].to(total.dtype)
+            total.addmv_(part.t(), factor[start : start + step].to(total.dtype), alpha=-1)
+        return total
+
+
+def ranges(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size``."""
+    for start in range(0, length, max(size, 1)):
+        yield slice(start, min(start + size, length))
+
+
+def logprob(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
+    """Statistics (4, N) of the rows, a slice of the vocabulary at a time."""
+    statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+    memory = head.new_slab(plan.rows, plan.columns)
+    for group in ranges(rows.number, plan.rows):
+        h = head.take(rows, group)
+        for columns in ranges(head.columns, plan.columns):
+            z = _project(head, memory, h, columns)
+            head.kernels.absorb(
+                statistics[:, group], z, rows.targets[group], columns.start, head.transform, total=total
+            )
+    return statistics
+
+
+def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tuple[Tensor, Tensor]:
+    """Statistics (4, N), and U (N, D): ∂logp/∂h of each row, in the dtype of the token math."""
+    statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+    u = torch.empty((rows.number, head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
+    memory = head.new_slab(plan.rows, head.columns)
+    for group in ranges(rows.number, plan.rows):
+        z = _project(head, memory, head.take(rows, group), slice(0, head.columns))
+        q, targets = overlay(z, head.dtype), rows.targets[group]
+        head.kernels.absorb(statistics[:, group], z, targets, 0, head.transform, total=total, sink=q)
+        add_product(u[group], q, head.w, fresh=True)
+        _, miss = head.finish(statistics[:, group], targets)
+        u[group] *= (-head.transform.slope * miss)[:, None]
+    return statistics, u
+
+
+def frozen_head_bwd(head: Head, rows: ValidRows, u: Tensor, grad_logp: Tensor) -> Tensor:
+    """Gradient of the hidden states, a_n U_n at the valid rows; ``grad_logp`` (N,) is a."""
+    dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+    place(dh, rows, u, grad_logp)
+    return dh
+
+
+def vocab_major(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tuple[Tensor, list[Tensor]]:
+    """Statistics (4, N), and the raw logits of the first ``plan.kept`` slices, (N, v) each."""
+    statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+    h, kept = head.take(rows), []
+    slices = list(ranges(head.columns, plan.columns))
+    scratch = head.new_slab(rows.number, plan.columns) if plan.kept < len(slices) else None
+    for number, columns in enumerate(slices):
+        width = columns.stop - columns.start
+        memory = head.new_slab(rows.number, width) if number < plan.kept or scratch is None else scratch
+        z = _project(head, memory, h, columns)
+        head.kernels.absorb(statistics, z, rows.targets, columns.start, head.transform, total=total)
+        if number < plan.kept:
+            kept.append(z)
+    return statistics, kept
+
+
+def vocab_major_bwd(
+    head: Head,
+    rows: ValidRows,
+    plan: Plan,
+    statistics: Tensor,
+    kept: list[Tensor],
+    grad_logp: Tensor,
+    wanted: frozenset[str],
+) -> Gradients:
+    """Gradients from a = ``grad_logp`` (N,); the kept slices are used up, the others computed again."""
+    _, miss = head.finish(statistics, rows.targets)
+    factor = grad_logp * miss * head.transform.slope
+    h, device = head.take(rows), head.hidden.device
+    dw = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if "weight" in wanted else None
+    db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
+    sums = torch.empty(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
+    x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
+    memory = None
+    for number, columns in enumerate(ranges(head.columns, plan.columns)):
+        if number < len(kept):
+            z = kept[number]
+        else:
+            memory = head.new_slab(rows.number, plan.columns) if memory is None else memory
+            z = _project(head, memory, h, columns)
+        q = overlay(z, head.dtype)
+        head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
+        if sums is not None:
+            add_product(sums, q, head.w[columns], fresh=number == 0)
+        if dw is not None and x is not None:
+            add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
+        if db is not None:
+            db[columns] = head.bias_gradient(q, factor)
+    kept.clear()
+    dh = None
+    if sums is not None:
+        dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+        place(dh, rows, sums, -factor)
+    return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
+
+
+def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """−factor · h in the dtype of the products, and what the product with it must be multiplied by (None: 1).
+
+    Float16 would underflow: there the factors are divided by the largest.
+    """
+    if head.dtype != torch.float16:
+        return _narrow(h, -factor), None
+    largest = factor.abs().amax() if factor.numel() else factor.new_zeros(())
+    unit = torch.where(largest > 0, factor / largest, factor)
+    return _narrow(h, -unit), torch.where(largest > 0, largest, 1)
+
+
+def _narrow(h: Tensor, factor: Tensor) -> Tensor:
+    """H · factor, multiplied in the dtype of the factor and rounded once."""
+    return torch.mul(h, factor[:, None], out=torch.empty_like(h, memory_format=torch.contiguous_format))
+
+
+def _project(head: Head, memory: Tensor, h: Tensor, columns: slice) -> Tensor:
+    """Raw logits of these columns, (n, v)."""
+    width = columns.stop - columns.start
+    z = memory[: h.shape[0] * width].view(h.shape[0], width)
+    return project(z, h, head.w[columns], None if head.b is None else head.b[columns])
+
+
+def place(dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor) -> None:
+    """Rows of ``sums`` times ``factor`` into their places of ``dh``, which is contiguous and 0 elsewhere."""
+    flat = dh.view(-1, dh.shape[-1])
+    step = max(1, torch_slab.CPU_BLOCK // max(dh.shape[-1], 1)) if dh.device.type == "cpu" else max(sums.shape[0], 1)
+    for part in ranges(sums.shape[0], step):
+        block = (sums[part] * factor[part, None]).to(dh.dtype)
+        if rows.places is None:
+            flat[part] = block
+        else:
+            flat.index_copy_(0, rows.places[part], block)

@@ -1,0 +1,285 @@
+"""Which plan a linear head takes: a pure function of sizes, what is wanted, the budget and the device.
+
+Four plans turn hidden states (N, D) and a weight (V, D) into log-probs and gradients without the (N, V) logits:
+
+- ``logprob``: no gradient; a slice of the vocabulary at a time. One product.
+- ``frozen_head``: only the hidden states are trained. Groups of rows leave U = (onehot − softmax) W in the forward,
+  the backward scales it. Two products, whatever the objective.
+- ``grouped``: the coefficient of a token depends on its own pair (or sequence) alone, so that groups of whole pairs
+  get their gradients in the forward. Three products.
+- ``vocab_major``: everything else. The forward keeps the row statistics and some slices of the logits; the backward
+  recomputes the other slices and finishes the rows of dW that belong to each. Three to four products.
+
+A product is 2·N·D·V operations. The workspace is what is alive beyond inputs, gradients and (S, T) results.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+GIB = 2**30
+DEFAULT_BUDGET = 2**28
+# Plans within this factor of the cheapest are alike: the smallest of them is taken.
+ALIKE = 1.05
+
+
+@dataclass(frozen=True)
+class Device:
+    """What products cost on a kind of device.
+
+    Attributes:
+        rates: operations per second by bytes of an entry.
+        bandwidth: bytes per second.
+        outputs: entries that a product must have to keep the device busy; smaller ones take as long.
+        columns: least vocabulary columns of a slice.
+        mixed: whether products of 16-bit entries come out in float32.
+        scratch: bytes of the block that elementwise work goes through.
+        measured: where the figures are from.
+    """
+
+    name: str
+    rates: dict[int, float]
+    bandwidth: float
+    outputs: int
+    columns: int
+    mixed: bool
+    scratch: int
+    measured: str
+
+
+CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 2.0e10, 768 * 1024, 2048, False, 2**21, "2 cores with AMX")
+GPU = Device("gpu", {2: 7.9e14, 4: 3.0e14, 8: 3.0e13}, 4.3e12, 2 * 132 * 128 * 256, 4096, True, 2**25, "an H200")
+
+
+def device_of(kind: str) -> Device:
+    """Constants of a ``torch.device.type``."""
+    return CPU if kind == "cpu" else GPU
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of the head.
+
+    Attributes:
+        tokens: N, rows to project.
+        positions: of the hidden states, scored or not.
+        hidden: D.
+        vocabulary: V.
+        itemsize: bytes of an entry of hidden states and weight as they enter the products.
+        weight_itemsize: bytes of an entry of dW.
+        gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted.
+        local: whether the coefficients of a unit depend on that unit alone and are known in the forward.
+        units: rows of each pair (or sequence) that a group must not cut; empty if not known.
+        late_scale: whether dW stays float32 until the upstream gradient is known (float16, which would underflow).
+        gathered: whether the rows are copied out of the hidden states.
+        cast_weight: bytes of the weight's copy in the dtype of the products (autocast), 0 if none.
+        budget: bytes of workspace allowed.
+        device: constants.
+    """
+
+    tokens: int
+    positions: int
+    hidden: int
+    vocabulary: int
+    itemsize: int
+    weight_itemsize: int
+    gradients: frozenset[str]
+    local: bool
+    units: tuple[int, ...]
+    budget: int
+    device: Device
+    late_scale: bool = False
+    gathered: bool = True
+    cast_weight: int = 0
+
+    @property
+    def slab_itemsize(self) -> int:
+        """Bytes of an entry of the logits at work."""
+        return max(self.itemsize, 4) if self.device.mixed else self.itemsize
+
+    @property
+    def partial(self) -> int:
+        """Bytes of an entry of a product that is then added in float32 (0: it is added in place)."""
+        return 0 if self.device.mixed or self.itemsize > 2 else self.itemsize
+
+    def copied(self, rows: int) -> int:
+        """Bytes of gathered rows."""
+        return rows * self.hidden * self.itemsize if self.gathered else 0
+
+    def seconds(self, rows: int, columns: int, products: tuple[str, ...], count: int) -> float:
+        """Time of ``count`` rounds of these products on ``rows`` × ``columns`` logits."""
+        entries = {"logits": rows * columns, "hidden": rows * self.hidden, "weight": columns * self.hidden}
+        operations = 2 * rows * columns * self.hidden
+        slow = sum(max(1.0, self.device.outputs / max(entries[product], 1)) for product in products)
+        moved = 3 * rows * columns * self.slab_itemsize
+        return count * (operations * slow / self.device.rates[self.itemsize] + moved / self.device.bandwidth)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a head call is computed.
+
+    Attributes:
+        name: see the module.
+        rows: rows of the largest group.
+        columns: vocabulary columns of a slice.
+        bounds: unit numbers at which the groups begin, and their end; empty where rows are cut anywhere.
+        kept: slices of logits kept from the forward for the backward.
+        products: matrix products in units of 2·N·D·V operations.
+        workspace: predicted peak bytes beyond inputs, gradients and results.
+        seconds: predicted time.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    products: float
+    workspace: int
+    seconds: float
+    bounds: tuple[int, ...] = ()
+    kept: int = 0
+
+
+def choose(problem: Problem) -> Plan:
+    """The cheapest plan within the budget; of plans about as cheap, the smallest.
+
+    Raises:
+        ValueError: no plan fits; the message says the least budget that would.
+    """
+    plans = list(candidates(problem))
+    fitting = [plan for plan in plans if plan.workspace <= problem.budget]
+    if not fitting:
+        least = min(plan.workspace for plan in plans)
+        raise ValueError(
+            f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, D={problem.hidden}, "
+            f"V={problem.vocabulary}; got {problem.budget}"
+        )
+    cheapest = min(plan.seconds for plan in fitting)
+    alike = [plan for plan in fitting if plan.seconds <= ALIKE * cheapest]
+    return min(alike, key=lambda plan: (plan.workspace, plan.seconds))
+
+
+def candidates(problem: Problem) -> Iterator[Plan]:
+    """Every plan that computes what is wanted."""
+    if not problem.gradients:
+        yield from _logprob(problem)
+    elif problem.gradients == {"hidden"}:
+        yield from _frozen_head(problem)
+    else:
+        if problem.local:
+            yield from _grouped(problem)
+        yield from _vocab_major(problem)
+
+
+def cuts(length: int, least: int) -> list[int]:
+    """Sizes of about equal parts of ``length``, from the whole down to ``least``, and in powers of two below it."""
+    sizes = [-(-length // parts) for parts in range(1, max(1, length // max(least, 1)) + 1)]
+    smallest = sizes[-1]
+    while smallest > 1:
+        smallest = -(-smallest // 2)
+        sizes.append(smallest)
+    return sorted(set(sizes[:64] + sizes[-32:]), reverse=True)
+
+
+def slices(problem: Problem) -> list[int]:
+    """Widths of a vocabulary slice."""
+    return cuts(problem.vocabulary, problem.device.columns)
+
+
+def row_groups(problem: Problem) -> list[int]:
+    """Rows of a group of rows that may be cut anywhere."""
+    return cuts(problem.tokens, problem.device.outputs // max(problem.hidden, 1) + 1) if problem.tokens else [0]
+
+
+def _logprob(p: Problem) -> Iterator[Plan]:
+    for rows in row_groups(p):
+        for columns in slices(p):
+            rounds = _rounds(p.tokens, rows) * _rounds(p.vocabulary, columns)
+            workspace = p.copied(rows) + rows * columns * p.slab_itemsize + p.device.scratch + p.cast_weight
+            yield Plan("logprob", rows, columns, 1.0, workspace, p.seconds(rows, columns, ("logits",), rounds))
+
+
+def _frozen_head(p: Problem) -> Iterator[Plan]:
+    left = p.tokens * p.hidden * max(p.itemsize, 4)
+    for rows in row_groups(p):
+        group = rows * p.vocabulary * p.slab_itemsize + p.copied(rows) + rows * p.hidden * p.itemsize
+        seconds = p.seconds(rows, p.vocabulary, ("logits", "hidden"), _rounds(p.tokens, rows))
+        workspace = left + group + p.device.scratch + p.cast_weight
+        yield Plan("frozen_head", rows, p.vocabulary, 2.0, workspace, seconds)
+
+
+def _gradient_products(p: Problem) -> tuple[str, ...]:
+    return tuple(name for name in ("hidden", "weight") if name in p.gradients)
+
+
+def _grouped(p: Problem) -> Iterator[Plan]:
+    products = ("logits", *_gradient_products(p))
+    for bounds in _groupings(p):
+        groups = [sum(p.units[a:b]) for a, b in itertools.pairwise(bounds)] or [p.tokens]
+        rows = max(groups)
+        single = len(groups) == 1
+        # dW is its own accumulator where its dtype is that of the sums.
+        direct = (p.weight_itemsize >= 4 and not p.late_scale) or (single and not p.late_scale)
+        accumulator = 0 if direct or "weight" not in p.gradients else 4 * p.vocabulary * p.hidden
+        scaled = rows * p.hidden * p.itemsize if "weight" in p.gradients else 0
+        left = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed else 0) if "hidden" in p.gradients else 0
+        workspace = (
+            rows * p.vocabulary * p.slab_itemsize
+            + p.copied(rows)
+            + max(scaled + (0 if single and direct else p.partial * _partial_columns(p) * p.hidden), left)
+            + accumulator
+            + p.device.scratch
+            + p.cast_weight
+        )
+        seconds = sum(p.seconds(group, p.vocabulary, products, 1) for group in groups)
+        if not single:
+            seconds += len(groups) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
+        yield Plan("grouped", rows, p.vocabulary, float(len(products)), workspace, seconds, bounds)
+
+
+def _partial_columns(p: Problem) -> int:
+    """Vocabulary rows of a 16-bit partial sum of dW on the way to float32."""
+    return min(p.vocabulary, p.device.columns)
+
+
+def _groupings(p: Problem) -> Iterator[tuple[int, ...]]:
+    """Unit numbers where groups begin, for several target sizes; one group alone if the units are not known."""
+    if not p.units:
+        yield ()
+        return
+    seen = set()
+    for rows in row_groups(p):
+        bounds, filled = [0], 0
+        for unit, size in enumerate(p.units):
+            if filled and filled + size > rows:
+                bounds.append(unit)
+                filled = 0
+            filled += size
+        bounds.append(len(p.units))
+        if tuple(bounds) not in seen:
+            seen.add(tuple(bounds))
+            yield tuple(bounds)
+
+
+def _vocab_major(p: Problem) -> Iterator[Plan]:
+    gradients = _gradient_products(p)
+    hidden, weight = "hidden" in gradients, "weight" in gradients
+    row = p.tokens * p.hidden
+    sums = row * max(p.itemsize, 4) if hidden else 0
+    fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight
+    for columns in slices(p):
+        count = _rounds(p.vocabulary, columns)
+        slab = p.tokens * columns * p.slab_itemsize
+        late = p.partial * max(row if hidden else 0, columns * p.hidden if weight and p.weight_itemsize > 2 else 0)
+        backward = (row * p.itemsize if weight else 0) + sums + late
+        for kept in sorted({0, *(count * part // 8 for part in range(1, 9)), count}):
+            scratch_slab = slab if kept < count else 0
+            workspace = fixed + kept * slab + scratch_slab + backward
+            again = (count - kept) / count
+            seconds = p.seconds(p.tokens, columns, ("logits", *gradients), count)
+            seconds += p.seconds(p.tokens, columns, ("logits",), count - kept)
+            yield Plan("vocab_major", p.tokens, columns, 1 + len(gradients) + again, workspace, seconds, kept=kept)
+
+
+def _rounds(length: int, size: int) -> int:
+    return -(-length // max(size, 1))
