@@ -13,7 +13,7 @@ from fused_pref.functional import (
     sequence_logps,
     token_logps,
 )
-from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss
+from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss, LinearBCOLoss, LinearCPOLoss, LinearDPOLoss
 from fused_pref.outputs import BCOOutput, PairOutput
 from fused_pref.shift import RewardShift
 from fused_pref.udm import DensityRatio
@@ -27,6 +27,9 @@ __all__ = [
     "CPOLoss",
     "DPOLoss",
     "DensityRatio",
+    "LinearBCOLoss",
+    "LinearCPOLoss",
+    "LinearDPOLoss",
     "PairOutput",
     "RewardShift",
     "bco_loss",

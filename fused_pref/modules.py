@@ -6,12 +6,22 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fused_pref.functional import bco_loss, cpo_loss, dpo_loss
-from fused_pref.head.spec import LogitsSpec
-from fused_pref.keywords import BCOLogitsKeywords, CPOLogitsKeywords, DPOLogitsKeywords, takes
+from fused_pref import functional, validate
+from fused_pref.head.spec import LinearSpec, LogitsSpec
+from fused_pref.keywords import (
+    BCOLinearKeywords,
+    BCOLogitsKeywords,
+    CPOLinearKeywords,
+    CPOLogitsKeywords,
+    DPOLinearKeywords,
+    DPOLogitsKeywords,
+    takes,
+)
 from fused_pref.objectives import BCOSpec, PairSpec
 from fused_pref.outputs import BCOOutput, PairOutput
 from fused_pref.shift import RewardShift
+
+Normalizer = float | Tensor | None
 
 
 class ObjectiveModule(nn.Module):
@@ -29,7 +39,21 @@ class ObjectiveModule(nn.Module):
 
     def extra_repr(self) -> str:
         """The keywords that are set."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items() if value is not None)
+        shown = {name: value for name, value in self.keywords.items() if value is not None}
+        return ", ".join(f"{name}={validate.describe(value)}" for name, value in shown.items())
+
+
+class ShiftModule(ObjectiveModule):
+    """An objective with δ: a :class:`RewardShift` given as ``delta`` is a submodule."""
+
+    def __init__(self, keywords: Mapping[str, Any], *checks: Callable[[Mapping[str, Any]], Any]) -> None:
+        super().__init__(keywords, *checks)
+        self.delta = self.keywords.pop("delta")
+
+    def extra_repr(self) -> str:
+        """The keywords that are set; δ is shown as a submodule when it is one."""
+        shown = super().extra_repr()
+        return shown if isinstance(self.delta, RewardShift) else f"delta={self.delta!r}, {shown}"
 
 
 class CPOLoss(ObjectiveModule):
@@ -49,14 +73,16 @@ class CPOLoss(ObjectiveModule):
         labels: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
-        pair_normalizer: float | Tensor | None = None,
-        token_normalizer: float | Tensor | None = None,
+        pair_normalizer: Normalizer = None,
+        token_normalizer: Normalizer = None,
     ) -> PairOutput:
         """See :func:`fused_pref.cpo_loss`."""
         keywords = self.call_keywords(
-            cu_seqlens=cu_seqlens, pair_normalizer=pair_normalizer, token_normalizer=token_normalizer
+            cu_seqlens=cu_seqlens,
+            pair_normalizer=pair_normalizer,
+            token_normalizer=token_normalizer,
         )
-        return cpo_loss(logits, labels, **keywords)
+        return functional.cpo_loss(logits, labels, **keywords)
 
 
 class DPOLoss(ObjectiveModule):
@@ -77,17 +103,19 @@ class DPOLoss(ObjectiveModule):
         ref_logps: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
-        pair_normalizer: float | Tensor | None = None,
-        token_normalizer: float | Tensor | None = None,
+        pair_normalizer: Normalizer = None,
+        token_normalizer: Normalizer = None,
     ) -> PairOutput:
         """See :func:`fused_pref.dpo_loss`."""
         keywords = self.call_keywords(
-            cu_seqlens=cu_seqlens, pair_normalizer=pair_normalizer, token_normalizer=token_normalizer
+            cu_seqlens=cu_seqlens,
+            pair_normalizer=pair_normalizer,
+            token_normalizer=token_normalizer,
         )
-        return dpo_loss(logits, labels, ref_logps, **keywords)
+        return functional.dpo_loss(logits, labels, ref_logps, **keywords)
 
 
-class BCOLoss(ObjectiveModule):
+class BCOLoss(ShiftModule):
     """:func:`fused_pref.bco_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule.
 
     Raises:
@@ -97,7 +125,6 @@ class BCOLoss(ObjectiveModule):
     @takes(BCOLogitsKeywords)
     def __init__(self, **keywords: Unpack[BCOLogitsKeywords]) -> None:
         super().__init__(keywords, BCOSpec.bco, LogitsSpec.of)
-        self.delta = self.keywords.pop("delta")
 
     def forward(
         self,
@@ -108,7 +135,7 @@ class BCOLoss(ObjectiveModule):
         *,
         cu_seqlens: Tensor | None = None,
         sample_weight: Tensor | None = None,
-        sequence_normalizer: float | Tensor | None = None,
+        sequence_normalizer: Normalizer = None,
         class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
     ) -> BCOOutput:
         """See :func:`fused_pref.bco_loss`."""
@@ -118,9 +145,105 @@ class BCOLoss(ObjectiveModule):
             sequence_normalizer=sequence_normalizer,
             class_normalizer=class_normalizer,
         )
-        return bco_loss(logits, labels, desirable, ref_logps, delta=self.delta, **keywords)
+        return functional.bco_loss(logits, labels, desirable, ref_logps, delta=self.delta, **keywords)
 
-    def extra_repr(self) -> str:
-        """The keywords that are set; δ is shown as a submodule when it is one."""
-        shown = super().extra_repr()
-        return shown if isinstance(self.delta, RewardShift) else f"delta={self.delta!r}, {shown}"
+
+class LinearCPOLoss(ObjectiveModule):
+    """:func:`fused_pref.linear_cpo_loss` as a module.
+
+    Raises:
+        ValueError, TypeError: a malformed keyword, at construction.
+    """
+
+    @takes(CPOLinearKeywords)
+    def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
+        super().__init__(keywords, PairSpec.cpo, LinearSpec.of)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        pair_normalizer: Normalizer = None,
+        token_normalizer: Normalizer = None,
+    ) -> PairOutput:
+        """See :func:`fused_pref.linear_cpo_loss`."""
+        keywords = self.call_keywords(
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            pair_normalizer=pair_normalizer,
+            token_normalizer=token_normalizer,
+        )
+        return functional.linear_cpo_loss(hidden, weight, labels, **keywords)
+
+
+class LinearDPOLoss(ObjectiveModule):
+    """:func:`fused_pref.linear_dpo_loss` as a module.
+
+    Raises:
+        ValueError, TypeError: a malformed keyword, at construction.
+    """
+
+    @takes(DPOLinearKeywords)
+    def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
+        super().__init__(keywords, PairSpec.dpo, LinearSpec.of)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor,
+        *,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        pair_normalizer: Normalizer = None,
+        token_normalizer: Normalizer = None,
+    ) -> PairOutput:
+        """See :func:`fused_pref.linear_dpo_loss`."""
+        keywords = self.call_keywords(
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            pair_normalizer=pair_normalizer,
+            token_normalizer=token_normalizer,
+        )
+        return functional.linear_dpo_loss(hidden, weight, labels, ref_logps, **keywords)
+
+
+class LinearBCOLoss(ShiftModule):
+    """:func:`fused_pref.linear_bco_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule.
+
+    Raises:
+        ValueError, TypeError: a malformed keyword, at construction.
+    """
+
+    @takes(BCOLinearKeywords)
+    def __init__(self, **keywords: Unpack[BCOLinearKeywords]) -> None:
+        super().__init__(keywords, BCOSpec.bco, LinearSpec.of)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        ref_logps: Tensor,
+        *,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        sequence_normalizer: Normalizer = None,
+        class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
+    ) -> BCOOutput:
+        """See :func:`fused_pref.linear_bco_loss`."""
+        keywords = self.call_keywords(
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            sample_weight=sample_weight,
+            sequence_normalizer=sequence_normalizer,
+            class_normalizer=class_normalizer,
+        )
+        return functional.linear_bco_loss(hidden, weight, labels, desirable, ref_logps, delta=self.delta, **keywords)

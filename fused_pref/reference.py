@@ -1,7 +1,8 @@
-"""The specification: every function of logits in plain PyTorch, differentiated by autograd.
+"""The specification: every function in plain PyTorch, differentiated by autograd.
 
-The signatures are those of the functions specified; ``backend`` and ``inplace_backward`` say how to compute and have
-no effect here, and arguments are not validated. Tensors as large as the logits are made several times over.
+The signatures are those of the functions specified; ``backend``, ``inplace_backward``, ``memory_budget``,
+``max_valid_tokens`` and ``tp_group`` say how to compute and have no effect here, and arguments are not validated.
+Tensors as large as the logits are made several times over.
 
 Symbols: S sequences, B pairs (S = 2B), T padded length, V vocabulary; w chosen, l rejected; ε label smoothing, σ the
 logistic function. Token math is float32 (float64 for float64 logits); sums of log-probs and what follows are float64.
@@ -15,20 +16,38 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_pref.keywords import (
+    BCOLinearKeywords,
     BCOLogitsKeywords,
+    CPOLinearKeywords,
     CPOLogitsKeywords,
+    DPOLinearKeywords,
     DPOLogitsKeywords,
+    LinearKeywords,
     LogitsKeywords,
     Number,
+    SequenceLinearKeywords,
     SequenceLogitsKeywords,
     TokenKeywords,
+    table,
     takes,
 )
 from fused_pref.outputs import BCOOutput, PairOutput
 
 Cover = Literal["all", "completion"] | None
+LINEAR_ONLY = set(table(LinearKeywords)) - set(table(TokenKeywords))
 
-__all__ = ["bco_loss", "cpo_loss", "dpo_loss", "sequence_logps", "token_logps"]
+__all__ = [
+    "bco_loss",
+    "cpo_loss",
+    "dpo_loss",
+    "linear_bco_loss",
+    "linear_cpo_loss",
+    "linear_dpo_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
+    "sequence_logps",
+    "token_logps",
+]
 
 
 @takes(LogitsKeywords)
@@ -163,6 +182,61 @@ def bco_loss(
     if learned:
         shift.commit(state)
     return output
+
+
+@takes(LinearKeywords)
+def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[LinearKeywords]) -> Tensor:
+    """:func:`token_logps` of the logits hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
+    return token_logps(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
+
+
+@takes(SequenceLinearKeywords)
+def linear_sequence_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
+) -> Tensor:
+    """:func:`sequence_logps` of the logits hidden · weightᵀ + bias."""
+    return sequence_logps(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
+
+
+@takes(CPOLinearKeywords)
+def linear_cpo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
+) -> PairOutput:
+    """:func:`cpo_loss` of the logits hidden · weightᵀ + bias."""
+    return cpo_loss(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
+
+
+@takes(DPOLinearKeywords)
+def linear_dpo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
+) -> PairOutput:
+    """:func:`dpo_loss` of the logits hidden · weightᵀ + bias."""
+    return dpo_loss(_logits(hidden, weight, keywords), labels, ref_logps, **_of_logits(keywords))
+
+
+@takes(BCOLinearKeywords)
+def linear_bco_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    **keywords: Unpack[BCOLinearKeywords],
+) -> BCOOutput:
+    """:func:`bco_loss` of the logits hidden · weightᵀ + bias."""
+    return bco_loss(_logits(hidden, weight, keywords), labels, desirable, ref_logps, **_of_logits(keywords))
+
+
+def _logits(hidden: Tensor, weight: Tensor, keywords: LinearKeywords) -> Tensor:
+    """The logits in float32, or float64 for float64 inputs."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits, bias = hidden.to(dtype) @ weight.to(dtype).T, keywords["bias"]
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def _of_logits(keywords: Any) -> Any:
+    """The keywords without those that only a linear head has."""
+    return {name: value for name, value in keywords.items() if name not in LINEAR_ONLY}
 
 
 def _preference(loss_type: str, delta: Tensor, beta: float, epsilon: float, gamma: float = 0.0) -> Tensor:

@@ -77,7 +77,7 @@ class KnownGradientsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Scale the gradients, in place where they are not needed again."""
         hidden, weight, bias, *known = ctx.saved_tensors
-        again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        again = torch.compiler.is_compiling() or _keeps_graph()
         with torch.no_grad():
             scaled = Gradients(
                 *(
@@ -122,6 +122,12 @@ def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, again: bool) -
         block = source[start : start + size].to(wide)
         sink[start : start + size] = block * upstream.to(wide)
     return result
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward runs with ``retain_graph=True``; True where torch does not tell."""
+    asked = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
 
 
 def _once(gradients: Gradients, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -54,7 +54,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tens
         return
     rows = device_of(a.device.type).columns
     for start in range(0, total.shape[0], rows):
-        part = torch.mm(a[start : start + rows], b, **({"out_dtype": torch.float32} if mixed(a) else {}))
+        block = a[start : start + rows]
+        part = torch.mm(block, b, out_dtype=torch.float32) if mixed(a) else torch.mm(block, b)
         part = part if scale is None else part.to(total.dtype).mul_(scale)
         if fresh:
             total[start : start + rows] = part

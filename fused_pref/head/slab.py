@@ -6,6 +6,8 @@ all the mass. The slab receives Q = q − onehot, whose target entry is exactly 
 rows of what the slab is multiplied with.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,28 +15,15 @@ from fused_pref.head.spec import Transform
 from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK
 
 # Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
-# Σ z over all entries.
+# Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
 TOP, OTHERS, LABEL, TOTAL = range(4)
 
 
 def new_statistics(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """(4, n) of rows of which nothing was seen yet."""
     statistics = torch.zeros((4, rows), dtype=dtype, device=like.device)
-    statistics[TOP] = -torch.inf
+    statistics[TOP] = torch.finfo(dtype).min
     return statistics
-
-
-class Block:
-    """A buffer for the rows at work, in the dtype of the token math."""
-
-    def __init__(self, slab: Tensor, dtype: torch.dtype) -> None:
-        size = CPU_BLOCK if slab.device.type == "cpu" else DEVICE_BLOCK
-        self.rows = max(1, min(size // max(slab.shape[1], 1), slab.shape[0]))
-        self.buffer = torch.empty((self.rows, slab.shape[1]), dtype=dtype, device=slab.device)
-
-    def read(self, x: Tensor, transform: Transform) -> Tensor:
-        """Z of these raw rows."""
-        return transform.apply_(self.buffer[: x.shape[0]].copy_(x))
 
 
 def absorb(
@@ -58,71 +47,88 @@ def absorb(
         total: whether Σ z is wanted.
         sink: (n, v), may lie over the slab: receives Q; the slab is then the whole vocabulary.
     """
-    block = Block(slab, statistics.dtype)
-    for start in range(0, slab.shape[0], block.rows):
-        x = slab[start : start + block.rows]
-        seen = statistics[:, start : start + block.rows]
-        here, column = _local(targets[start : start + block.rows], first, slab.shape[1])
-        z = block.read(x, transform)
+    here, column = _local(targets, first, slab.shape[1])
+    label = transform.apply_(slab.gather(1, column).to(statistics.dtype, copy=True))
+    without_target = label.masked_fill(here, -torch.inf)
+    new = torch.empty_like(statistics)
+    least = torch.finfo(new.dtype).min
+    for rows, z in _blocks(slab, new.dtype):
+        transform.apply_(z.copy_(slab[rows]))
         if total:
-            seen[TOTAL] += z.sum(1)
-        label = z.gather(1, column)
-        seen[LABEL] = torch.where(here, label[:, 0], seen[LABEL])
-        z.scatter_(1, column, label.masked_fill(here[:, None], -torch.inf))
-        top = torch.maximum(seen[TOP], z.amax(1))
-        pivot = top.masked_fill(top == -torch.inf, 0)
-        others = z.sub_(pivot[:, None]).exp_().sum(1)
-        seen[OTHERS] = seen[OTHERS] * (seen[TOP] - pivot).exp_() + others
-        seen[TOP] = top
+            torch.sum(z, 1, out=new[TOTAL, rows])
+        z.scatter_(1, column[rows], without_target[rows])
+        top = z.amax(1, keepdim=True).clamp_(min=least)
+        new[TOP, rows] = top[:, 0]
+        torch.sum(z.sub_(top).exp_(), 1, out=new[OTHERS, rows])
         if sink is not None:
-            _store(sink[start : start + block.rows], x, z, _inverse(others), here, column, transform)
+            _normalise(sink[rows], slab[rows], z, new[OTHERS, rows], here[rows], column[rows], transform)
+    if sink is not None and transform.softcap is None:
+        _mark(sink, here, column)
+    top = torch.maximum(statistics[TOP], new[TOP])
+    others = [part[OTHERS] * (part[TOP] - top).exp_() for part in (statistics, new)]
+    statistics[OTHERS] = others[0] + others[1]
+    statistics[TOP] = top
+    statistics[LABEL] = torch.where(here[:, 0], label[:, 0], statistics[LABEL])
+    if total:
+        statistics[TOTAL] += new[TOTAL]
 
 
 def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform) -> None:
     """Write Q of a slab of raw logits into ``sink``, which may lie over it, from the statistics of the whole rows."""
-    block = Block(slab, statistics.dtype)
-    for start in range(0, slab.shape[0], block.rows):
-        x = slab[start : start + block.rows]
-        top, others = statistics[:2, start : start + block.rows]
-        here, column = _local(targets[start : start + block.rows], first, slab.shape[1])
-        pivot = top.masked_fill(top == -torch.inf, 0)
-        z = block.read(x, transform).sub_(pivot[:, None]).exp_()
-        _store(sink[start : start + block.rows], x, z, _inverse(others), here, column, transform)
+    here, column = _local(targets, first, slab.shape[1])
+    for rows, z in _blocks(slab, statistics.dtype):
+        transform.apply_(z.copy_(slab[rows])).sub_(statistics[TOP, rows, None]).exp_()
+        _normalise(sink[rows], slab[rows], z, statistics[OTHERS, rows], here[rows], column[rows], transform)
+    if transform.softcap is None:
+        _mark(sink, here, column)
 
 
 def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(logp, 1 − p_y) of rows: (0, 0) where nothing is scored, NaN for a label outside the vocabulary."""
     top, others, label, _ = statistics
-    gap = label - torch.where(others == 0, label, top)
-    ratio = gap.exp()
-    logp = torch.where(others < ratio, -torch.log1p(others / ratio), gap - torch.log(others + ratio))
-    miss = others / (others + ratio)
+    highest = torch.maximum(top, label)
+    label_mass, other_mass = (label - highest).exp(), others * (top - highest).exp()
+    far = label - highest - torch.log(other_mass + label_mass)
+    logp = torch.where(other_mass < label_mass, -torch.log1p(other_mass / label_mass), far)
+    miss = other_mass / (other_mass + label_mass)
     scored, valid = targets != ignore_index, (targets >= 0) & (targets < columns)
-    fill = torch.where(scored & ~valid, torch.nan, 0).to(logp.dtype)
-    good = scored & valid
-    return torch.where(good, logp, fill), torch.where(good, miss, fill)
+    fill = torch.where(scored, torch.nan, 0).to(logp.dtype)
+    return torch.where(scored & valid, logp, fill), torch.where(scored & valid, miss, fill)
+
+
+def _blocks(slab: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a slab a block at a time, and a buffer for them in the dtype of the token math."""
+    size = CPU_BLOCK if slab.device.type == "cpu" else DEVICE_BLOCK
+    number, columns = slab.shape
+    step = max(1, min(size // max(columns, 1), number))
+    buffer = torch.empty((step, columns), dtype=dtype, device=slab.device)
+    for start in range(0, number, step):
+        rows = slice(start, min(start + step, number))
+        yield rows, buffer[: rows.stop - start]
 
 
 def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Whether a row's target is in this slice (n,), and its column (n, 1), 0 where it is not."""
-    column = targets.long() - first
+    """Whether a row's target is in these columns, (n, 1), and its column (n, 1), 0 where it is not."""
+    column = (targets.long() - first)[:, None]
     here = (column >= 0) & (column < columns)
-    return here, column.where(here, 0)[:, None]
+    return here, column.where(here, 0)
 
 
-def _inverse(others: Tensor) -> Tensor:
-    """1/others; 0 where there is no other entry."""
-    return torch.where(others == 0, 0, 1 / others)
-
-
-def _store(
-    sink: Tensor, x: Tensor, z: Tensor, inverse: Tensor, here: Tensor, column: Tensor, transform: Transform
+def _normalise(
+    sink: Tensor, x: Tensor, z: Tensor, others: Tensor, here: Tensor, column: Tensor, transform: Transform
 ) -> None:
-    """Sink ← z · inverse − onehot, under a softcap times its slope, which needs the raw x."""
+    """Write z/others; with a softcap Q at once, times the slope of the softcap at the raw x.
+
+    ``others`` is at least 1, or 0 with all of z.
+    """
+    inverse = others.clamp(min=0.5).reciprocal_()[:, None]
     if transform.softcap is None:
-        torch.mul(z, inverse[:, None], out=sink)
-        sink.scatter_(1, column, sink.gather(1, column).masked_fill_(here[:, None], -1))
-        return
-    z.mul_(inverse[:, None])
-    z.scatter_(1, column, z.gather(1, column).masked_fill_(here[:, None], -1))
-    sink.copy_(transform.chain_(z, x))
+        torch.mul(z, inverse, out=sink)
+    else:
+        _mark(z.mul_(inverse), here, column)
+        sink.copy_(transform.chain_(z, x))
+
+
+def _mark(q: Tensor, here: Tensor, column: Tensor) -> None:
+    """Write −1 to the targets' entries."""
+    q.scatter_(1, column, q.gather(1, column).masked_fill_(here, -1))

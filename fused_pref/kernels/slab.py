@@ -1,0 +1,112 @@
+"""A slab of logits on a device: the statistics of its rows, and their gradient written over it.
+
+The device twins of :mod:`fused_pref.head.slab`, under the same names. One program walks a row from left to right.
+"""
+
+# A launch takes arguments that the kernel does not declare (num_warps), and device code is not Python.
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_pref.head.spec import Transform
+from fused_pref.kernels import configs
+from fused_pref.kernels.helpers import chain, transform
+from fused_pref.kernels.logprob import factors
+
+
+@triton.jit
+def _slab_statistics_kernel(
+    slab,  # [n, v]
+    targets,  # [n]
+    statistics,  # [4, n], updated
+    columns, first, slab_stride, targets_stride, statistics_stride, inner, outer,
+    SOFTCAP: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row * targets_stride).to(tl.int64) - first
+    base = slab + row * slab_stride
+    seen = statistics + row
+    start_top = tl.load(seen)
+    top = start_top
+    # Kept apart per lane: only the maximum is reduced inside the loop.
+    others = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(base + cols, mask=cols < columns, other=0.0).to(tl.float32)
+        z = transform(x, inner, outer, SOFTCAP)
+        if TOTAL:
+            total += tl.where(cols < columns, z, 0.0)
+        z = tl.where((cols < columns) & (cols != y), z, float("-inf"))
+        risen = tl.maximum(top, tl.max(z, 0))
+        others = others * tl.exp(top - risen) + tl.exp(z - risen)
+        top = risen
+    tl.store(seen + statistics_stride, tl.load(seen + statistics_stride) * tl.exp(start_top - top) + tl.sum(others, 0))
+    tl.store(seen, top)
+    here = (y >= 0) & (y < columns)
+    label = tl.load(base + y, mask=here, other=0.0).to(tl.float32)
+    tl.store(seen + 2 * statistics_stride, transform(label, inner, outer, SOFTCAP), mask=here)
+    if TOTAL:
+        tl.store(seen + 3 * statistics_stride, tl.load(seen + 3 * statistics_stride) + tl.sum(total, 0))
+
+
+@triton.jit
+def _slab_gradient_kernel(
+    slab,  # [n, v]
+    targets,  # [n]
+    statistics,  # [4, n]
+    sink,  # [n, v], may start where the slab does, with narrower entries
+    columns, first, slab_stride, targets_stride, statistics_stride, sink_stride, inner, outer,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row * targets_stride).to(tl.int64) - first
+    top = tl.load(statistics + row)
+    inverse = 1.0 / tl.maximum(tl.load(statistics + statistics_stride + row), 0.5)
+    for start in range(0, columns, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(slab + row * slab_stride + cols, mask=cols < columns, other=0.0).to(tl.float32)
+        # Narrow entries are written where wide ones were read: not before every thread has read its own.
+        tl.debug_barrier()
+        q = tl.exp(transform(x, inner, outer, SOFTCAP) - top) * inverse
+        q = tl.where(cols == y, -1.0, q)
+        if SOFTCAP:
+            q = chain(q, x, inner, outer, SOFTCAP)
+        tl.store(sink + row * sink_stride + cols, q.to(sink.dtype.element_ty), mask=cols < columns)
+
+
+def absorb(
+    statistics: Tensor,
+    slab: Tensor,
+    targets: Tensor,
+    first: int,
+    constants: Transform,
+    *,
+    total: bool,
+    sink: Tensor | None = None,
+) -> None:
+    """See :func:`fused_pref.head.slab.absorb`. One launch, two with a sink."""
+    rows, columns = slab.shape
+    if rows == 0:
+        return
+    config = configs.choose(configs.FORWARD, slab.device, slab.dtype, columns)
+    _slab_statistics_kernel[rows,](
+        slab, targets, statistics, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
+        **factors(constants), TOTAL=total, BLOCK=config.block, num_warps=config.num_warps,
+    )  # fmt: skip
+    if sink is not None:
+        gradient(sink, slab, statistics, targets, first, constants)
+
+
+def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, first: int, constants: Transform) -> None:
+    """See :func:`fused_pref.head.slab.gradient`. One launch."""
+    rows, columns = slab.shape
+    if rows == 0:
+        return
+    config = configs.choose(configs.BACKWARD, slab.device, slab.dtype, columns)
+    _slab_gradient_kernel[rows,](
+        slab, targets, statistics, sink, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
+        sink.stride(0), **factors(constants), BLOCK=config.block, num_warps=config.num_warps,
+    )  # fmt: skip
