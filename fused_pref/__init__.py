@@ -1,6 +1,7 @@
 """Memory-efficient CPO, BCO and DPO losses for large vocabularies."""
 
 from fused_pref import reference
+from fused_pref.explanation import explain
 from fused_pref.functional import (
     bco_loss,
     cpo_loss,
@@ -36,6 +37,7 @@ __all__ = [
     "checks",
     "cpo_loss",
     "dpo_loss",
+    "explain",
     "linear_bco_loss",
     "linear_cpo_loss",
     "linear_dpo_loss",

@@ -118,3 +118,82 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+@dataclass
+class Hidden:
+    """Hidden states, a head and labels; ``wanted`` names the gradients: h(idden), w(eight), b(ias)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    wanted: str = "hwb"
+
+    def packed(self, lengths: list[int]) -> tuple["Hidden", Tensor]:
+        rows, labels, ends = Batch(self.hidden, self.labels).packed(lengths)
+        return Hidden(rows, self.weight, self.bias, labels, self.wanted), ends
+
+
+def make_hidden(
+    sequences: int,
+    length: int,
+    features: int,
+    vocabulary: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mask: str = "some",
+    bias: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Hidden:
+    """Random hidden states and head whose logits have a spread of about 2; masks as in :func:`make_batch`."""
+    labels = make_batch(sequences, length, vocabulary, mask=mask, device=device, seed=seed).labels
+    generator = torch.Generator().manual_seed(seed + 1)
+    parts = [(sequences, length, features), (vocabulary, features), (vocabulary,)]
+    hidden, weight, offset = (torch.randn(shape, generator=generator) for shape in parts)
+    weight = weight * 2 / features**0.5
+    hidden, weight, offset = (part.to(device, dtype) for part in (hidden, weight, offset))
+    return Hidden(hidden, weight, offset if bias else None, labels)
+
+
+def run_linear(function: Callable[..., Any], batch: Hidden, *args: Any, **keywords: Any) -> tuple[Any, list[Any]]:
+    """Output, and gradients of hidden states, weight and bias (None where not wanted)."""
+    parts = zip("hwb", (batch.hidden, batch.weight, batch.bias), strict=True)
+    leaves = [None if x is None else x.detach().requires_grad_(name in batch.wanted) for name, x in parts]
+    if keywords.get("delta") == "running_mean":
+        keywords["delta"] = fp.RewardShift().to(batch.hidden.device)
+    output = function(leaves[0], leaves[1], batch.labels, *args, bias=leaves[2], **keywords)
+    loss = output.loss if hasattr(output, "loss") else output.sum()
+    assert loss.requires_grad == any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    if loss.requires_grad:
+        loss.backward()
+    return output, [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+def assert_linear_parity(name: str, batch: Hidden, *args: Any, **keywords: Any) -> Any:
+    """Every field and gradient of ``fp.<name>`` against the reference in float64."""
+    ours, grads = run_linear(getattr(fp, name), batch, *args, **keywords)
+    wide = Hidden(
+        batch.hidden.double(),
+        batch.weight.double(),
+        None if batch.bias is None else batch.bias.double(),
+        batch.labels,
+        batch.wanted,
+    )
+    truth, true_grads = run_linear(getattr(fp.reference, name), wide, *args, **keywords)
+    values = {torch.float32: 3e-5, torch.float64: 1e-12}.get(batch.hidden.dtype, 2e-2)
+    gradient = {torch.float32: 1e-4, torch.float64: 1e-12, torch.float16: 2e-3}.get(batch.hidden.dtype, 1e-2)
+    for field in getattr(ours, "_fields", ["values"]):
+        mine, other = (getattr(output, field, output) for output in (ours, truth))
+        if mine is None or other is None:
+            assert mine is other, field
+        else:
+            assert_values(mine, other, values, field)
+    for part, mine, other in zip(("hidden", "weight", "bias"), grads, true_grads, strict=True):
+        if mine is None or other is None:
+            assert mine is other, part
+        else:
+            assert mine.dtype == batch.hidden.dtype
+            assert_gradient(mine, other, gradient, f"gradient of {part}")
+    return ours

@@ -13,6 +13,7 @@ Four plans turn hidden states (N, D) and a weight (V, D) into log-probs and grad
 A product is 2·N·D·V operations. The workspace is what is alive beyond inputs, gradients and (S, T) results.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from dataclasses import dataclass
 GIB = 2**30
 DEFAULT_BUDGET = 2**28
 # Plans within this factor of the cheapest are alike: the smallest of them is taken.
-ALIKE = 1.05
+ALIKE = 1.02
+# Slices and groups are multiples of this, so that only the last tile of a product is cut.
+TILE = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Device:
     """What products cost on a kind of device.
 
@@ -110,7 +113,8 @@ class Problem:
         """Time of ``count`` rounds of these products on ``rows`` × ``columns`` logits."""
         entries = {"logits": rows * columns, "hidden": rows * self.hidden, "weight": columns * self.hidden}
         operations = 2 * rows * columns * self.hidden
-        slow = sum(max(1.0, self.device.outputs / max(entries[product], 1)) for product in products)
+        narrow = min(self.device.columns, self.vocabulary) / columns
+        slow = sum(max(1.0, narrow, self.device.outputs / max(entries[product], 1)) for product in products)
         moved = 3 * rows * columns * self.slab_itemsize
         return count * (operations * slow / self.device.rates[self.itemsize] + moved / self.device.bandwidth)
 
@@ -140,6 +144,7 @@ class Plan:
     kept: int = 0
 
 
+@functools.lru_cache(maxsize=1024)
 def choose(problem: Problem) -> Plan:
     """The cheapest plan within the budget; of plans about as cheap, the smallest.
 
@@ -171,24 +176,24 @@ def candidates(problem: Problem) -> Iterator[Plan]:
         yield from _vocab_major(problem)
 
 
-def cuts(length: int, least: int) -> list[int]:
-    """Sizes of about equal parts of ``length``, from the whole down to ``least``, and in powers of two below it."""
-    sizes = [-(-length // parts) for parts in range(1, max(1, length // max(least, 1)) + 1)]
-    smallest = sizes[-1]
-    while smallest > 1:
-        smallest = -(-smallest // 2)
-        sizes.append(smallest)
-    return sorted(set(sizes[:64] + sizes[-32:]), reverse=True)
+def cuts(length: int, multiple: int) -> list[int]:
+    """Sizes of about equal parts of ``length``, the number of parts growing by a half or a third; ``multiple``s."""
+    sizes, parts = [], 1
+    while parts <= length:
+        even = -(-length // parts)
+        sizes.append(min(length, -(-even // multiple) * multiple) if even > multiple else even)
+        parts = max(parts + 1, parts * 3 // 2 if parts & (parts - 1) == 0 else 1 << parts.bit_length())
+    return sorted({*sizes, min(length, 1)}, reverse=True)
 
 
 def slices(problem: Problem) -> list[int]:
     """Widths of a vocabulary slice."""
-    return cuts(problem.vocabulary, problem.device.columns)
+    return cuts(problem.vocabulary, TILE)
 
 
 def row_groups(problem: Problem) -> list[int]:
     """Rows of a group of rows that may be cut anywhere."""
-    return cuts(problem.tokens, problem.device.outputs // max(problem.hidden, 1) + 1) if problem.tokens else [0]
+    return cuts(problem.tokens, TILE)
 
 
 def _logprob(p: Problem) -> Iterator[Plan]:
@@ -233,7 +238,7 @@ def _grouped(p: Problem) -> Iterator[Plan]:
         )
         seconds = sum(p.seconds(group, p.vocabulary, products, 1) for group in groups)
         if not single:
-            seconds += len(groups) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
+            seconds += (len(groups) - 1) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
         yield Plan("grouped", rows, p.vocabulary, float(len(products)), workspace, seconds, bounds)
 
 
@@ -272,7 +277,8 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
         slab = p.tokens * columns * p.slab_itemsize
         late = p.partial * max(row if hidden else 0, columns * p.hidden if weight and p.weight_itemsize > 2 else 0)
         backward = (row * p.itemsize if weight else 0) + sums + late
-        for kept in sorted({0, *(count * part // 8 for part in range(1, 9)), count}):
+        steps = range(9) if columns >= min(p.device.columns, p.vocabulary) else range(1)
+        for kept in sorted({count * part // 8 for part in steps}):
             scratch_slab = slab if kept < count else 0
             workspace = fixed + kept * slab + scratch_slab + backward
             again = (count - kept) / count

@@ -1,0 +1,259 @@
+"""``fused_pref.explain`` and ``python -m fused_pref explain``: the plan that a call of the linear head would take."""
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fused_pref import validate
+from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, candidates, choose, device_of
+
+# Public shapes of language models: (D, V).
+MODELS = {
+    "deepseek-v3": (7168, 129280),
+    "gemma-2-2b": (2304, 256000),
+    "gemma-2-9b": (3584, 256000),
+    "gemma-3-1b": (1152, 262144),
+    "gpt-oss-20b": (2880, 201088),
+    "llama-3-8b": (4096, 128256),
+    "llama-3-70b": (8192, 128256),
+    "llama-3.2-1b": (2048, 128256),
+    "llama-3.2-3b": (3072, 128256),
+    "mistral-7b-v0.3": (4096, 32768),
+    "mistral-nemo-12b": (5120, 131072),
+    "olmo-2-7b": (4096, 100352),
+    "phi-4": (5120, 100352),
+    "qwen2.5-0.5b": (896, 151936),
+    "qwen2.5-7b": (3584, 152064),
+    "qwen3-8b": (4096, 151936),
+    "smollm2-135m": (576, 49152),
+}
+OBJECTIVES = ("cpo", "dpo", "bco", "logps")
+DELTAS = ("batch", "known")
+GRADIENTS = ("hidden", "weight", "bias")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DEVICES = ("cpu", "cuda", "xpu")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan beside the eager path. Bytes are a prediction beyond inputs, gradients and results.
+
+    Attributes:
+        plan: what would be done.
+        problem: the sizes it was chosen for.
+        objective: the objective.
+    """
+
+    plan: Plan
+    problem: Problem
+    objective: str
+
+    @property
+    def products(self) -> float:
+        """Matrix products in units of 2·N·D·V operations."""
+        return self.plan.products
+
+    @property
+    def flops(self) -> int:
+        """Operations of the products."""
+        return round(self.plan.products * self._product(self.problem.tokens))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted workspace."""
+        return self.plan.workspace
+
+    @property
+    def eager_flops(self) -> int:
+        """Operations of the eager path: every position, one product forward and one for each gradient."""
+        gradients = len(self.problem.gradients & {"hidden", "weight"})
+        return (1 + gradients) * self._product(self.problem.positions)
+
+    @property
+    def eager_bytes(self) -> int:
+        """Least bytes of the eager path: logits and log-softmax, and with gradients the logits' gradient."""
+        p = self.problem
+        return p.positions * p.vocabulary * p.itemsize * (3 if p.gradients else 2)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What is done, in order."""
+        plan, p = self.plan, self.problem
+        slices, dh = -(-p.vocabulary // plan.columns), "dh" if "hidden" in p.gradients else ""
+        groups = max(len(plan.bounds) - 1, 1) if plan.name == "grouped" else -(-p.tokens // max(plan.rows, 1))
+        made = " and ".join(part for part in (dh, "dW" if "weight" in p.gradients else "") if part) or "dbias"
+        if plan.name == "logprob":
+            return (f"forward: {groups} x {slices} slabs of {plan.rows} x {plan.columns} logits → log-probs",)
+        if plan.name == "frozen_head":
+            return (
+                f"forward: {groups} groups of {plan.rows} rows x {p.vocabulary} logits → log-probs, U = ∂logp/∂h",
+                "backward: dh = coefficient · U",
+            )
+        if plan.name == "grouped":
+            unit = "sequences" if self.objective == "bco" else "pairs"
+            return (
+                f"forward: {groups} groups of whole {unit}, at most {plan.rows} rows x {p.vocabulary} logits → "
+                f"log-probs, coefficients, {made}",
+                "backward: the upstream gradient scales them",
+            )
+        return (
+            f"forward: {slices} slabs of {p.tokens} x {plan.columns} logits → log-probs; {plan.kept} slabs are kept",
+            f"backward: each slab, {slices - plan.kept} of them computed again → {made}",
+        )
+
+    def _product(self, rows: int) -> int:
+        return 2 * rows * self.problem.hidden * self.problem.vocabulary
+
+    def __str__(self) -> str:
+        p, plan = self.problem, self.plan
+        sizes = f"N={p.tokens} of {p.positions} positions, D={p.hidden}, V={p.vocabulary}, {p.itemsize * 8}-bit"
+        lines = [
+            f"{self.objective}, {sizes}, gradients of {', '.join(sorted(p.gradients)) or 'nothing'}",
+            f"plan {plan.name} on {p.device.name} (budget {_bytes(p.budget)}; figures of {p.device.measured})",
+            *(f"  {number}. {step}" for number, step in enumerate(self.steps, 1)),
+            f"{'':10}{'products':>12}{'FLOP':>12}{'peak beyond gradients':>24}",
+            f"{'ours':10}{plan.products:>9.2f}NDV{self.flops:>12.3g}{_bytes(self.peak_bytes):>24}",
+            f"{'eager':10}{self.eager_flops / max(self._product(p.tokens), 1):>9.2f}NDV{self.eager_flops:>12.3g}"
+            f"{'>= ' + _bytes(self.eager_bytes):>24}",
+            f"products are counted in 2·N·D·V operations; predicted time {plan.seconds * 1e3:.3g} ms (a model, not "
+            "measured here)",
+        ]
+        return "\n".join(lines)
+
+
+def explain(
+    model: str | None = None,
+    *,
+    tokens: int = 8192,
+    objective: str = "cpo",
+    hidden: int | None = None,
+    vocab: int | None = None,
+    dtype: str | torch.dtype = torch.bfloat16,
+    device: str | None = None,
+    sequences: int = 16,
+    positions: int | None = None,
+    gradients: Sequence[str] = ("hidden", "weight"),
+    delta: str = "batch",
+    memory_budget: int | None = None,
+) -> Explanation:
+    """The plan that a call of the linear head would take, and what it costs; nothing is computed.
+
+    Args:
+        model: a name in ``fused_pref.explanation.MODELS``; or give ``hidden`` and ``vocab``.
+        tokens: N, scored tokens.
+        objective: ``"cpo"``, ``"dpo"``, ``"bco"``, or ``"logps"`` for the building blocks.
+        hidden: D.
+        vocab: V.
+        dtype: of hidden states and weight, ``torch.bfloat16`` or its name.
+        device: ``"cpu"``, ``"cuda"`` or ``"xpu"``; None: an accelerator if there is one.
+        sequences: S, over which the tokens are spread evenly.
+        positions: S·T, scored or not; None: ``tokens``.
+        gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted; none for evaluation.
+        delta: of BCO: ``"batch"`` if this batch moves δ, ``"known"`` if it is known before.
+        memory_budget: bytes, as for the call.
+
+    Returns:
+        :class:`Explanation`; print it.
+
+    Raises:
+        ValueError, TypeError: a malformed argument, or a budget that no plan fits; the message says the least.
+    """
+    hidden, vocab = _shape(model, hidden, vocab)
+    for name, value, least in (("tokens", tokens, 0), ("sequences", sequences, 1), ("hidden", hidden, 1)):
+        _count(name, value, least)
+    _count("vocab", vocab, 1)
+    positions = tokens if positions is None else _count("positions", positions, tokens)
+    validate.choice("objective", objective, OBJECTIVES)
+    validate.choice("delta", delta, DELTAS)
+    kind = torch.accelerator.is_available() if device is None else validate.choice("device", device, DEVICES) != "cpu"
+    dtype = _dtype(dtype)
+    for name in gradients:
+        validate.choice("gradients", name, GRADIENTS)
+    unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "logps": 0}[objective]
+    if unit == 2 and sequences % 2:
+        raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
+    units = sequences // unit if unit else 0
+    problem = Problem(
+        tokens=tokens,
+        positions=positions,
+        hidden=hidden,
+        vocabulary=vocab,
+        itemsize=dtype.itemsize,
+        weight_itemsize=dtype.itemsize,
+        gradients=frozenset(gradients),
+        local=unit > 0,
+        units=tuple(tokens // units + (n < tokens % units) for n in range(units)),
+        budget=max(DEFAULT_BUDGET, hidden * vocab * dtype.itemsize) if memory_budget is None else memory_budget,
+        device=device_of("cuda" if kind else "cpu"),
+        late_scale=dtype == torch.float16,
+        gathered=positions > tokens,
+    )
+    return Explanation(choose(problem), problem, objective)
+
+
+KEYWORDS = tuple(inspect.signature(explain).parameters)
+
+
+def _count(name: str, value: object, least: int) -> int:
+    if validate.integer(name, value) < least:
+        raise validate.fail(name, f"an integer >= {least}", value)
+    return int(value)  # type: ignore[call-overload]
+
+
+def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[int, int]:
+    if model is not None:
+        validate.choice("model", model, tuple(MODELS))
+        hidden, vocab = hidden or MODELS[model][0], vocab or MODELS[model][1]
+    if hidden is None or vocab is None:
+        raise ValueError(f"model must be one of {tuple(MODELS)}, or hidden and vocab given; got None")
+    return hidden, vocab
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, str):
+        return DTYPES[validate.choice("dtype", dtype.removeprefix("torch."), tuple(DTYPES))]
+    if dtype not in DTYPES.values():
+        raise validate.fail("dtype", f"one of {tuple(DTYPES)}", dtype)
+    return dtype
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of :func:`explain`."""
+    parser.add_argument("--model", choices=sorted(MODELS), help="a model whose shapes are known")
+    parser.add_argument("--tokens", type=int, default=8192, help="N, scored tokens (default: %(default)s)")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="cpo", help="default: %(default)s")
+    parser.add_argument("--hidden", type=int, help="D")
+    parser.add_argument("--vocab", type=int, help="V")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--device", choices=DEVICES, help="default: an accelerator if there is one")
+    parser.add_argument("--sequences", type=int, default=16, help="S (default: %(default)s)")
+    parser.add_argument("--positions", type=int, help="S·T, scored or not (default: the tokens)")
+    parser.add_argument(
+        "--gradients", nargs="*", choices=GRADIENTS, default=["hidden", "weight"], help="default: hidden weight"
+    )
+    parser.add_argument("--delta", choices=DELTAS, default="batch", help="BCO: who moves δ (default: %(default)s)")
+    parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
+    parser.add_argument("--all", action="store_true", help="also list what other budgets would buy")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the explanation."""
+    options = {name: value for name, value in vars(args).items() if name in KEYWORDS}
+    explanation = explain(**options)
+    print(explanation)
+    if args.all:
+        print("\nwhat a budget buys:")
+        found: dict[tuple[str, float], Plan] = {}
+        for plan in sorted(candidates(explanation.problem), key=lambda plan: plan.workspace):
+            chosen = choose(replace(explanation.problem, budget=plan.workspace))
+            found.setdefault((chosen.name, chosen.products), chosen)
+        for (name, products), plan in found.items():
+            print(f"  {_bytes(plan.workspace):>12}  {name:12} {products:.2f} products, {plan.seconds * 1e3:.3g} ms")
+    return 0
