@@ -138,9 +138,12 @@ class KnownSlopeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sums: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
-        """(S,), 0-d, (S,) → 0-d."""
+        """(S,), 0-d, (S,) → 0-d; ``loss`` itself, but for a compiler, which would not see that it is changed."""
         ctx.save_for_backward(slope)
-        return loss.clone()
+        if torch.compiler.is_compiling():
+            return loss.clone()
+        ctx.mark_dirty(loss)
+        return loss
 
     @staticmethod
     @once_differentiable
