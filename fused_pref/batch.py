@@ -45,10 +45,13 @@ class LogitsBatch:
             raise ValueError(f"labels must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
         if spec.inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
             raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
-        if validate.checking():
-            columns = logits.shape[-1]
-            good = (labels == spec.ignore_index) | ((labels >= 0) & (labels < columns))
-            validate.values("labels", labels, good, f"ignore_index = {spec.ignore_index} or in [0, V={columns})")
+        columns = logits.shape[-1]
+        validate.values(
+            "labels",
+            labels,
+            lambda y: (y == spec.ignore_index) | ((y >= 0) & (y < columns)),
+            f"ignore_index = {spec.ignore_index} or in [0, V={columns})",
+        )
         chosen = backend.resolve(keywords["backend"], logits.dtype, device)
         spec = replace(spec, backend=chosen, logits_mean=spec.logits_mean if means else None)
         return cls(logits, labels, cu_seqlens, spec, sequences)
@@ -65,8 +68,7 @@ class LogitsBatch:
         """Score the tokens and sum them per sequence."""
         logp, means = self.tokens()
         scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
-        if validate.checking():
-            validate.values("the log-prob of each sequence", scores.sums, scores.sums.isfinite(), "finite")
+        validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
 
     @property

@@ -155,7 +155,7 @@ class KnownSlopeFunction(torch.autograd.Function):
 
 def _ref_logps(batch: LogitsBatch, value: Any) -> Tensor:
     value = batch.per_sequence("ref_logps", value)
-    validate.values("ref_logps", value, value.isfinite(), "finite")
+    validate.values("ref_logps", value, torch.isfinite, "finite")
     return value
 
 
@@ -189,7 +189,7 @@ def _bco_loss(
     sample_weight = keywords["sample_weight"]
     if sample_weight is not None:
         sample_weight = batch.per_sequence("sample_weight", sample_weight)
-        validate.values("sample_weight", sample_weight, sample_weight.isfinite() & (sample_weight >= 0), ">= 0")
+        validate.values("sample_weight", sample_weight, lambda weight: weight.isfinite() & (weight >= 0), ">= 0")
     normalizers = _bco_normalizers(spec, keywords)
     delta = _delta(keywords["delta"])
     scores = batch.scores()
