@@ -33,17 +33,16 @@ def step_of(
     shift = fp.RewardShift("ema" if packed else "running_mean", update=update).to(device)
     weight = torch.ones(sequences, device=device)
     keywords["backend"] = "triton"
-    classes = {"reduction": "class_mean", "class_normalizer": (count, count)} if packed else {}
+    counts: dict[str, Any] = {"sequence_normalizer": count}
+    if packed:
+        counts = {"reduction": "class_mean", "class_normalizer": (count, count)}
 
     def objective() -> Any:
         if name == "cpo":
             return fp.cpo_loss(leaf, labels, pair_normalizer=count, token_normalizer=count, **keywords)
         if name == "dpo":
             return fp.dpo_loss(leaf, labels, ref, pair_normalizer=count, **keywords)
-        return fp.bco_loss(
-            leaf, labels, desirable, ref, delta=shift, sample_weight=weight, **(classes or {"sequence_normalizer": count}),
-            **keywords,
-        )  # fmt: skip
+        return fp.bco_loss(leaf, labels, desirable, ref, delta=shift, sample_weight=weight, **counts, **keywords)
 
     def step() -> Any:
         leaf.grad = None
@@ -65,10 +64,8 @@ def test_at_most_eight_launches(
     small_blocks(monkeypatch, 16, 20 if split else 0)
     monkeypatch.setattr(validate, "readable", lambda tensor: False)
     found = []
-    for sequences, length in ((2, 3), (6, 4)):
-        step, _ = step_of(
-            objective, kernel_device, sequences=sequences, length=length, packed=packed, logits_mean=logits_mean
-        )
+    for size in ({"sequences": 2, "length": 3}, {"sequences": 6, "length": 4}):
+        step, _ = step_of(objective, kernel_device, packed=packed, logits_mean=logits_mean, **size)
         with launches(execute=False) as recorder:
             step()
         found.append(recorder.names)
