@@ -103,9 +103,11 @@ def test_masked_vocabulary_entries(device: str, backend: str) -> None:
 def test_label_outside_the_vocabulary(label: int, device: str, backend: str) -> None:
     batch = make_batch(4, 5, 11, mask="none", device=device)
     batch.labels[2, 3] = label
-    logps = fp.token_logps(batch.logits, batch.labels, backend=backend)
+    logps, grad = run(fp.token_logps, batch.logits, batch.labels, backend=backend)
     assert logps[2, 2].isnan()
     assert logps.isnan().sum() == 1
+    assert grad[2, 2].isnan().all()
+    assert grad.isnan().sum() == 11
     assert fp.cpo_loss(batch.logits, batch.labels, backend=backend).loss.isnan()
     with fp.checks(), pytest.raises(ValueError, match=rf"labels .*V=11.*{label} at \[2, 3\]"):
         fp.cpo_loss(batch.logits, batch.labels, backend=backend)

@@ -20,12 +20,13 @@ def _finish(row, rows, x, scored, valid, top, others, inner, outer, logp, statis
     """Store logp and the statistics of a row from its maximum, its other entries' sum and its target's logit x."""
     zy = transform(x, inner, outer, SOFTCAP) - top
     ey = tl.exp(zy)
+    # A label outside the vocabulary makes the log-prob and, by way of the sum, the row's gradient NaN.
+    others = tl.where(valid, others, float("nan"))
     value = tl.where(others < ey, -log1p(others / ey), zy - tl.log(others + ey))
-    value = tl.where(valid, value, float("nan"))
     tl.store(logp + row, tl.where(scored, value, 0.0))
     tl.store(statistics + row, tl.where(scored, top, 0.0))
     tl.store(statistics + rows + row, tl.where(scored, others + ey, 0.0))
-    tl.store(statistics + 2 * rows + row, tl.where(scored, tl.where(valid, others, float("nan")), 0.0))
+    tl.store(statistics + 2 * rows + row, tl.where(scored, others, 0.0))
 
 
 @triton.jit
