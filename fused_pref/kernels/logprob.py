@@ -107,8 +107,7 @@ def _token_logps_combine_kernel(
     sums = tl.load(part + rows, mask=split < splits, other=0.0)
     totals = tl.load(part + 2 * rows, mask=split < splits, other=0.0)
     top = tl.max(tops, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    others = tl.sum(sums * tl.exp(tops - shift), 0)
+    others = tl.sum(sums * tl.exp(tops - top), 0)
     base = logits + (row // length) * logits_stride_s + (row % length) * logits_stride_t
     x = tl.load(base + y * logits_stride_v, mask=scored & valid, other=0.0).to(tl.float32)
     _finish(row, rows, x, scored, valid, top, others, inner, outer, logp, statistics, SOFTCAP)
