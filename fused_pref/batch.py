@@ -40,9 +40,12 @@ class KnownSlopeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sums: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
-        """(S,), 0-d, (S,) → 0-d."""
+        """(S,), 0-d, (S,) → 0-d; ``loss`` itself, but for a compiler, which would not see that it is changed."""
         ctx.save_for_backward(slope)
-        return loss.clone()
+        if torch.compiler.is_compiling():
+            return loss.clone()
+        ctx.mark_dirty(loss)
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -77,8 +80,7 @@ class Batch:
 
     def _sums(self, logp: Tensor, means: Tensor) -> Scores:
         scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
-        if validate.checking():
-            validate.values("the log-prob of each sequence", scores.sums, scores.sums.isfinite(), "finite")
+        validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
 
 
@@ -201,9 +203,12 @@ def _labels(
         sequences = cu_seqlens.shape[0] - 1
     if pairs and sequences % 2:
         raise ValueError(f"labels must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
-    if validate.checking():
-        good = (labels == spec.ignore_index) | ((labels >= 0) & (labels < columns))
-        validate.values("labels", labels, good, f"ignore_index = {spec.ignore_index} or in [0, V={columns})")
+    validate.values(
+        "labels",
+        labels,
+        lambda y: (y == spec.ignore_index) | ((y >= 0) & (y < columns)),
+        f"ignore_index = {spec.ignore_index} or in [0, V={columns})",
+    )
     return labels, cu_seqlens, sequences
 
 

@@ -261,7 +261,7 @@ def _sequence_logps(batch: Batch, average: bool) -> Tensor:
 
 def _ref_logps(batch: Batch, value: Any) -> Tensor:
     value = batch.per_sequence("ref_logps", value)
-    validate.values("ref_logps", value, value.isfinite(), "finite")
+    validate.values("ref_logps", value, torch.isfinite, "finite")
     return value
 
 
@@ -291,7 +291,7 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
     sample_weight = keywords["sample_weight"]
     if sample_weight is not None:
         sample_weight = batch.per_sequence("sample_weight", sample_weight)
-        validate.values("sample_weight", sample_weight, sample_weight.isfinite() & (sample_weight >= 0), ">= 0")
+        validate.values("sample_weight", sample_weight, lambda weight: weight.isfinite() & (weight >= 0), ">= 0")
     normalizers = _bco_normalizers(spec, keywords)
     delta = _delta(keywords["delta"])
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)

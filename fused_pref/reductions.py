@@ -75,7 +75,7 @@ def evaluate_pair(
     """CPO or DPO; the arguments of :func:`fused_pref.objectives.pair_objective`, results in ``dtype``."""
     scores = scores._replace(sums=scores.sums.detach())
     if logits.backend == "triton":
-        scalars, logps, rewards, slope = pair_objective_op(
+        loss, scalars, logps, rewards, slope = pair_objective_op(
             *scores,
             ref_logps,
             *_split(pair_normalizer),
@@ -83,7 +83,7 @@ def evaluate_pair(
             logits.logits_mean,
             *spec.constants,
         )
-        loss, nll_loss, chosen_mean, rejected_mean = scalars.unbind()
+        nll_loss, chosen_mean, rejected_mean = scalars.unbind()
         return PairResult(loss, nll_loss, chosen_mean, rejected_mean, logps, rewards, slope)
     terms = pair_objective(
         scores.sums,
@@ -157,7 +157,7 @@ def _evaluate_bco_triton(
         state = (delta.mean, delta.count, delta.pending_sum, delta.pending_count)
         delta = delta.value
     positive, negative = normalizers["class_normalizer"] or (None, None)
-    scalars, numbers, logps, rewards, slope = bco_objective_op(
+    loss, scalars, numbers, logps, rewards, slope = bco_objective_op(
         scores.sums,
         scores.totals,
         scores.positions,
@@ -176,7 +176,7 @@ def _evaluate_bco_triton(
         update,
         decay,
     )
-    loss, shift, chosen_mean, rejected_mean = scalars.unbind()
+    shift, chosen_mean, rejected_mean = scalars.unbind()
     chosen_count, rejected_count = numbers.unbind()
     means = chosen_mean, rejected_mean
     return BCOResult(loss, shift, *means, chosen_count, rejected_count, logps, rewards, slope)
@@ -213,13 +213,18 @@ class SequenceScoresFunction(torch.autograd.Function):
         ctx.save_for_backward(cu_seqlens)
         ctx.tokens_shape = logp.shape
         ctx.mark_non_differentiable(*rest)
+        if not torch.compiler.is_compiling():
+            # Else zeros would be filled in as the gradients of the rest. Dynamo lacks this, and drops them itself.
+            ctx.set_materialize_grads(False)
         return (sums, *rest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         """(S,) → tokens; padded tokens share their sequence's entry."""
         (cu_seqlens,) = ctx.saved_tensors
+        if grads[0] is None:
+            return None, None, None, None, None
         if cu_seqlens is None:
             tokens = grads[0].float()[:, None].expand(ctx.tokens_shape)
         else:
@@ -283,8 +288,8 @@ def pair_objective_op(
     simpo_gamma: float,
     alpha: float,
     nll_reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scalars (4,), logps, rewards (S,) float32, slope (S,) float64; see :mod:`fused_pref.kernels.objective`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64; see :mod:`fused_pref.kernels.objective`."""
     from fused_pref.kernels import objective
 
     normalizers = _join(pair_number, pair_tensor), _join(token_number, token_tensor)
@@ -294,8 +299,8 @@ def pair_objective_op(
 
 @pair_objective_op.register_fake
 def _(sums, *arguments):  # type: ignore[no-untyped-def]
-    scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((4,), sums.shape))
-    return scalars, logps, torch.empty_like(logps), torch.empty_like(sums)
+    loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
+    return loss, scalars, logps, torch.empty_like(logps), torch.empty_like(sums)
 
 
 STATE = ("shift_mean", "shift_count", "pending_sum", "pending_count")
@@ -327,8 +332,8 @@ def bco_objective_op(
     kind: str,
     update: str | None,
     decay: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scalars (4,), class counts (2,) int64, logps, rewards (S,) float32, slope (S,) float64; updates the state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates the state."""
     from fused_pref.kernels import objective
 
     positive, negative = _join(positive_number, positive_tensor), _join(negative_number, negative_tensor)
@@ -354,5 +359,6 @@ def bco_objective_op(
 
 @bco_objective_op.register_fake
 def _(sums, *arguments):  # type: ignore[no-untyped-def]
-    scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((4,), sums.shape))
-    return scalars, sums.new_empty(2, dtype=torch.int64), logps, torch.empty_like(logps), torch.empty_like(sums)
+    loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
+    numbers = sums.new_empty(2, dtype=torch.int64)
+    return loss, scalars, numbers, logps, torch.empty_like(logps), torch.empty_like(sums)

@@ -6,7 +6,7 @@ import itertools
 import math
 import numbers
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -177,8 +177,11 @@ def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor |
     return value.detach() if isinstance(value, Tensor) else float(value)
 
 
-def values(name: str, value: Tensor, good: Tensor, expected: str) -> None:
-    """Under :func:`checks`, raise for the first entry along the first dimension that is not ``good``."""
-    if checking() and not bool(good.all()):
-        place = (~good).nonzero()[0].tolist()
+def values(name: str, value: Tensor, good: Callable[[Tensor], Tensor], expected: str) -> None:
+    """Under :func:`checks`, raise for the first entry that is not ``good``; else nothing is computed."""
+    if not checking():
+        return
+    bad = (~good(value)).nonzero()
+    if bad.shape[0]:
+        place = bad[0].tolist()
         raise ValueError(f"{name} must be {expected}; got {value[tuple(place)].item()} at {place}")

@@ -20,14 +20,28 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """Both backends; what they allocate without initialising is NaN."""
-    if request.param == "triton" and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels are compiled where there is a GPU")
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """What is allocated without being initialised is NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True)
-    yield request.param
+    yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, device: str, poison: None) -> str:
+    """Both backends, on poisoned scratch memory."""
+    if request.param == "triton":
+        request.getfixturevalue("kernel_device")
+    return request.param
+
+
+@pytest.fixture
+def kernel_device(device: str) -> str:
+    """Where the kernels run: interpreted on the CPU, or compiled where there is a GPU."""
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels are compiled where there is a GPU")
+    return device
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,8 +1,10 @@
 """Degenerate and non-finite input: finite where it must be, never hidden where it must show."""
 
+from typing import Any
+
 import pytest
 import torch
-from harness import IGNORE, make_batch, reference_logps, run
+from harness import IGNORE, assert_gradient, assert_values, make_batch, reference_logps, run
 
 import fused_pref as fp
 
@@ -55,6 +57,32 @@ def test_alphapo_gradient_vanishes_beyond_the_clamp() -> None:
     assert not grad.any()
 
 
+@pytest.mark.parametrize("far", ["chosen", "rejected"])
+@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_sums_beyond_float32_saturate(name: str, far: str, loss_type: str, device: str, backend: str) -> None:
+    """What is finite in float64 stays finite: log-probs of −2e38 a token, their sums, squares and slopes."""
+    batch = make_batch(4, 6, 11, mask="none", device=device)
+    members = slice(0, 2) if far == "chosen" else slice(2, 4)
+    batch.logits[members] = 1e38
+    batch.logits[members, :-1] = batch.logits[members, :-1].scatter(-1, batch.labels[members, 1:, None], -1e38)
+    desirable, ref = torch.tensor([True, True, False, False], device=device), reference_logps(4, device)
+    keywords: dict[str, Any] = {"sequence_normalizer": 1e-40}
+    if name != "bco_loss":
+        keywords = {"loss_type": loss_type, "pair_normalizer": 1e-3}
+    keywords["logits_mean"] = None
+    arguments = {"dpo_loss": (ref,), "bco_loss": (desirable, ref)}.get(name, ())
+    arguments = (batch.logits, batch.labels, *arguments)
+    output, grad = run(getattr(fp, name), *arguments, **keywords, backend=backend)
+    truth, true_grad = run(getattr(fp.reference, name), *arguments, **keywords)
+    for field in (field for field in output._fields if not field.endswith("_logits_mean")):
+        ours = getattr(output, field)
+        assert ours.isfinite().all(), field
+        assert_values(ours, getattr(truth, field), what=field)
+    assert grad.isfinite().all()
+    assert_gradient(grad, true_grad.double())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["target", "other"])
 def test_non_finite_logits_show(bad: float, place: str, device: str, backend: str) -> None:
@@ -103,9 +131,11 @@ def test_masked_vocabulary_entries(device: str, backend: str) -> None:
 def test_label_outside_the_vocabulary(label: int, device: str, backend: str) -> None:
     batch = make_batch(4, 5, 11, mask="none", device=device)
     batch.labels[2, 3] = label
-    logps = fp.token_logps(batch.logits, batch.labels, backend=backend)
+    logps, grad = run(fp.token_logps, batch.logits, batch.labels, backend=backend)
     assert logps[2, 2].isnan()
     assert logps.isnan().sum() == 1
+    assert grad[2, 2].isnan().all()
+    assert grad.isnan().sum() == 11
     assert fp.cpo_loss(batch.logits, batch.labels, backend=backend).loss.isnan()
     with fp.checks(), pytest.raises(ValueError, match=rf"labels .*V=11.*{label} at \[2, 3\]"):
         fp.cpo_loss(batch.logits, batch.labels, backend=backend)

@@ -21,12 +21,17 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, cu_seqlens, statistics)
         ctx.spec, ctx.overwritten = spec, False
         ctx.mark_non_differentiable(means)
+        if not torch.compiler.is_compiling():
+            # Else zeros would be filled in as the gradient of the means. Dynamo lacks this, and drops them itself.
+            ctx.set_materialize_grads(False)
         return logp, means
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """See :func:`fused_pref.head.ops.token_logps_bwd`."""
         spec: LogitsSpec = ctx.spec
+        if grads[0] is None:
+            return None, None, None, None
         if ctx.overwritten:
             raise RuntimeError("inplace_backward=True: the logits were overwritten by their gradient; backward once")
         logits, *batch = ctx.saved_tensors

@@ -20,12 +20,13 @@ def _finish(row, rows, x, scored, valid, top, others, inner, outer, logp, statis
     """Store logp and the statistics of a row from its maximum, its other entries' sum and its target's logit x."""
     zy = transform(x, inner, outer, SOFTCAP) - top
     ey = tl.exp(zy)
+    # A label outside the vocabulary makes the log-prob and, by way of the sum, the row's gradient NaN.
+    others = tl.where(valid, others, float("nan"))
     value = tl.where(others < ey, -log1p(others / ey), zy - tl.log(others + ey))
-    value = tl.where(valid, value, float("nan"))
     tl.store(logp + row, tl.where(scored, value, 0.0))
     tl.store(statistics + row, tl.where(scored, top, 0.0))
     tl.store(statistics + rows + row, tl.where(scored, others + ey, 0.0))
-    tl.store(statistics + 2 * rows + row, tl.where(scored, tl.where(valid, others, float("nan")), 0.0))
+    tl.store(statistics + 2 * rows + row, tl.where(scored, others, 0.0))
 
 
 @triton.jit
@@ -106,8 +107,7 @@ def _token_logps_combine_kernel(
     sums = tl.load(part + rows, mask=split < splits, other=0.0)
     totals = tl.load(part + 2 * rows, mask=split < splits, other=0.0)
     top = tl.max(tops, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    others = tl.sum(sums * tl.exp(tops - shift), 0)
+    others = tl.sum(sums * tl.exp(tops - top), 0)
     base = logits + (row // length) * logits_stride_s + (row % length) * logits_stride_t
     x = tl.load(base + y * logits_stride_v, mask=scored & valid, other=0.0).to(tl.float32)
     _finish(row, rows, x, scored, valid, top, others, inner, outer, logp, statistics, SOFTCAP)

@@ -1,7 +1,8 @@
 """The objectives in one launch each: per-sequence sums to loss, slopes and everything that is reported.
 
-One program walks the sequences in blocks, in a fixed order, so that results repeat to the bit. ``scalars`` receives
-float32: loss, NLL (BCO: δ), mean logits of the chosen and of the rejected sequences.
+One program walks the sequences in blocks, in a fixed order, so that results repeat to the bit. ``loss`` is a tensor of
+its own, because a caller may change it in place; ``scalars`` receives float32: NLL (BCO: δ), mean logits of the chosen
+and of the rejected sequences.
 """
 
 # A launch takes arguments that the kernel does not declare (num_warps), and device code is not Python.
@@ -42,7 +43,8 @@ def _pair_objective_kernel(
     totals, positions,  # [S] float64, int64, or None
     ref_logps,  # [S] or None
     pair_normalizer, token_normalizer,  # 0-d or None
-    scalars,  # [4]
+    loss,  # 0-d
+    scalars,  # [3]
     logps, rewards,  # [S]
     slope,  # [S] float64
     pairs, pair_count: tl.float64, token_count: tl.float64,
@@ -63,7 +65,7 @@ def _pair_objective_kernel(
             nll_number = tl.where(found > 0, found, float("inf"))
         else:
             nll_number = _count(token_count, token_normalizer, TOKEN_POINTER)
-    loss = tl.zeros([BLOCK], tl.float64)
+    summed = tl.zeros([BLOCK], tl.float64)
     chosen = tl.zeros([BLOCK], tl.float64)
     w_total = tl.zeros([BLOCK], tl.float64)
     l_total = tl.zeros([BLOCK], tl.float64)
@@ -96,7 +98,7 @@ def _pair_objective_kernel(
             w_reward = w_enters
             l_reward = l_enters
         losses, rises = pair_loss(w_enters - l_enters, beta, smoothing, gamma, LOSS)
-        loss += tl.where(inside, losses, 0.0)
+        summed += tl.where(inside, losses, 0.0)
         w_slope = rises * w_grown / w_length / pair_number
         l_slope = -rises * l_grown / l_length / pair_number
         if NLL > 0:
@@ -113,19 +115,19 @@ def _pair_objective_kernel(
             l_total += tl.load(totals + l, mask=inside, other=0.0)
             w_places += tl.load(positions + w, mask=inside, other=0)
             l_places += tl.load(positions + l, mask=inside, other=0)
-    result = _total(loss) / pair_number
+    result = _total(summed) / pair_number
     if NLL > 0:
         nll = -_total(chosen) / nll_number
         result += cpo_alpha * nll
     else:
         nll = tl.zeros_like(result)
-    tl.store(scalars, saturate(result).to(tl.float32))
-    tl.store(scalars + 1, saturate(nll).to(tl.float32))
+    tl.store(loss, saturate(result).to(tl.float32))
+    tl.store(scalars, saturate(nll).to(tl.float32))
     if MEANS:
         w_mean = _total(w_total) / tl.maximum(_total(w_places), 1).to(tl.float64)
         l_mean = _total(l_total) / tl.maximum(_total(l_places), 1).to(tl.float64)
-        tl.store(scalars + 2, saturate(w_mean).to(tl.float32))
-        tl.store(scalars + 3, saturate(l_mean).to(tl.float32))
+        tl.store(scalars + 1, saturate(w_mean).to(tl.float32))
+        tl.store(scalars + 2, saturate(l_mean).to(tl.float32))
 
 
 @triton.jit
@@ -150,7 +152,8 @@ def _bco_objective_kernel(
     delta,  # 0-d or None
     shift_mean, shift_count, pending_sum, pending_count,  # [2] or None: state of a RewardShift, updated in place
     sequence_normalizer, positive_normalizer, negative_normalizer,  # 0-d or None
-    scalars,  # [4]
+    loss,  # 0-d
+    scalars,  # [3]
     numbers,  # [2] int64
     rewards, logps,  # [S]
     slope,  # [S] float64
@@ -236,7 +239,7 @@ def _bco_objective_kernel(
     else:
         w_count = _count(sequence_count, sequence_normalizer, SEQUENCE_POINTER)
         l_count = w_count
-    loss = tl.zeros([BLOCK], tl.float64)
+    summed = tl.zeros([BLOCK], tl.float64)
     w_total = tl.zeros([BLOCK], tl.float64)
     l_total = tl.zeros([BLOCK], tl.float64)
     w_places = tl.zeros([BLOCK], tl.int64)
@@ -253,7 +256,7 @@ def _bco_objective_kernel(
         weight = sign / tl.where(w, w_count, l_count)
         if WEIGHT:
             weight *= tl.load(sample_weight + s, mask=inside, other=0.0).to(tl.float64)
-        loss += tl.where(inside, -log_logistic(x) * (sign * weight), 0.0)
+        summed += tl.where(inside, -log_logistic(x) * (sign * weight), 0.0)
         tl.store(slope + s, saturate(-beta * logistic(-x) * weight), mask=inside)
         if MEANS:
             mean = tl.load(totals + s, mask=inside, other=0.0)
@@ -262,13 +265,13 @@ def _bco_objective_kernel(
             l_total += tl.where(l, mean, 0.0)
             w_places += tl.where(w, place, 0)
             l_places += tl.where(l, place, 0)
-    tl.store(scalars, saturate(_total(loss)).to(tl.float32))
-    tl.store(scalars + 1, saturate(shift).to(tl.float32))
+    tl.store(loss, saturate(_total(summed)).to(tl.float32))
+    tl.store(scalars, saturate(shift).to(tl.float32))
     if MEANS:
         w_logits = _total(w_total) / tl.maximum(_total(w_places), 1).to(tl.float64)
         l_logits = _total(l_total) / tl.maximum(_total(l_places), 1).to(tl.float64)
-        tl.store(scalars + 2, saturate(w_logits).to(tl.float32))
-        tl.store(scalars + 3, saturate(l_logits).to(tl.float32))
+        tl.store(scalars + 1, saturate(w_logits).to(tl.float32))
+        tl.store(scalars + 2, saturate(l_logits).to(tl.float32))
 
 
 def number_and_pointer(value: float | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
@@ -295,10 +298,11 @@ def pair_objective(
     simpo_gamma: float,
     alpha: float,
     nll_reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scalars, logps, rewards and slope of :func:`fused_pref.objectives.pair_objective`. One launch."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, scalars, logps, rewards and slope of :func:`fused_pref.objectives.pair_objective`. One launch."""
     sequences, device = sums.shape[0], sums.device
-    scalars = torch.empty(4, dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    scalars = torch.empty(3, dtype=torch.float32, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
     rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
     given = sequences // 2 if pair_normalizer is None else pair_normalizer
@@ -307,7 +311,7 @@ def pair_objective(
     means = logits_mean is not None
     _pair_objective_kernel[1,](
         sums, counts, totals if means else None, positions if means else None, ref_logps, pair_pointer, token_pointer,
-        scalars, logps, rewards, slope,
+        loss, scalars, logps, rewards, slope,
         pairs=sequences // 2, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
         cpo_alpha=cpo_alpha, gamma=simpo_gamma, alpha=alpha,
         LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, REFERENCE=ref_logps is not None,
@@ -315,7 +319,7 @@ def pair_objective(
         TOKEN_POINTER=token_pointer is not None, TOKEN_COUNT=token_normalizer is None,
         BLOCK=configs.REDUCTION.block, num_warps=configs.REDUCTION.num_warps,
     )  # fmt: skip
-    return scalars, logps, rewards, slope
+    return loss, scalars, logps, rewards, slope
 
 
 def bco_objective(
@@ -335,10 +339,11 @@ def bco_objective(
     kind: str,
     update: str | None,
     decay: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scalars, class counts, logps, rewards and slope of BCO; ``state`` of a RewardShift is updated. One launch."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, scalars, class counts, logps, rewards, slope of BCO; ``state`` of a RewardShift is updated. One launch."""
     sequences, device = sums.shape[0], sums.device
-    scalars = torch.empty(4, dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    scalars = torch.empty(3, dtype=torch.float32, device=device)
     numbers = torch.empty(2, dtype=torch.int64, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
     rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
@@ -352,7 +357,7 @@ def bco_objective(
     _bco_objective_kernel[1,](
         sums, totals if means else None, positions if means else None, desirable, ref_logps, sample_weight,
         delta_pointer, *state, sequence_pointer, positive_pointer, negative_pointer,
-        scalars, numbers, rewards, logps, slope,
+        loss, scalars, numbers, rewards, logps, slope,
         sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,
         negative_count=negative_count, beta=beta, decay=decay,
         CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, WEIGHT=sample_weight is not None,
@@ -361,4 +366,4 @@ def bco_objective(
         KIND=SHIFTS[kind], UPDATE=UPDATES[update], BLOCK=configs.REDUCTION.block,
         num_warps=configs.REDUCTION.num_warps,
     )  # fmt: skip
-    return scalars, numbers, logps, rewards, slope
+    return loss, scalars, numbers, logps, rewards, slope

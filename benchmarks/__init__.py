@@ -1,0 +1,1 @@
+"""Benchmarks of the operations, run by hand: see README.md."""

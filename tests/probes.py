@@ -1,0 +1,148 @@
+"""What a step launches, and which memory its kernels touch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_pref.kernels import configs, dlogits, logprob, objective, sequences
+
+LAUNCHERS = [
+    (logprob, "token_logps_fwd"),
+    (dlogits, "token_logps_bwd"),
+    (sequences, "sequence_scores"),
+    (sequences, "spread"),
+    (objective, "pair_objective"),
+    (objective, "bco_objective"),
+]
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_unique2"}
+# Class of the kernels: compiled or interpreted functions.
+KERNEL: Any = type(logprob._token_logps_fwd_kernel)
+
+
+def computes(function: Any) -> bool:
+    """Whether a PyTorch operation launches something: it is neither a view nor an allocation."""
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+    return not views and function._schema.name.split("::")[1] not in ALLOCATIONS
+
+
+class Launches(TorchDispatchMode):
+    """Kernels and PyTorch operations of a step, in order, those inside of custom operations included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.synchronising: list[str] = []
+        self.interpreting = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not self.interpreting:
+            if computes(func):
+                self.names.append(str(func))
+            if func._schema.name.split("::")[1] in SYNCHRONISING:
+                self.synchronising.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def launches(*, execute: bool = True) -> Iterator[Launches]:
+    """Record what is launched in this context; without ``execute`` the kernels then do nothing."""
+    recorder, run = Launches(), KERNEL.run
+
+    def launch(kernel: Any, *args: Any, **keywords: Any) -> Any:
+        recorder.names.append(kernel.fn.__name__)
+        recorder.interpreting = True
+        try:
+            return run(kernel, *args, **keywords) if execute else None
+        finally:
+            recorder.interpreting = False
+
+    def inside(launcher: Any) -> Any:
+        def call(*args: Any, **keywords: Any) -> Any:
+            with recorder:
+                return launcher(*args, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, recorder:
+        patch.setattr(KERNEL, "run", launch)
+        for module, name in LAUNCHERS:
+            patch.setattr(module, name, inside(getattr(module, name)))
+        yield recorder
+
+
+class Memory:
+    """Addresses that interpreted kernels have read and written; each must lie in a tensor passed to its launch."""
+
+    def __init__(self) -> None:
+        self.allowed: list[tuple[int, int]] = []
+        self.read: list[np.ndarray] = []
+        self.written: list[np.ndarray] = []
+
+    def touch(self, pointers: Any, mask: Any, seen: list[np.ndarray]) -> None:
+        """Check and record the unmasked addresses of one load or store."""
+        addresses = pointers.data[mask.data]
+        if addresses.size:
+            low, high = int(addresses.min()), int(addresses.max())
+            width = pointers.get_element_ty().primitive_bitwidth // 8
+            assert any(start <= low and high + width <= end for start, end in self.allowed), "out of bounds"
+            seen.append(addresses)
+
+    @staticmethod
+    def within(tensor: Tensor, seen: list[np.ndarray]) -> np.ndarray:
+        """The addresses seen that lie in the storage of a tensor, in order."""
+        storage = tensor.untyped_storage()
+        addresses = np.concatenate([np.zeros(0, np.uint64), *seen])
+        return addresses[(addresses >= storage.data_ptr()) & (addresses < storage.data_ptr() + storage.nbytes())]
+
+
+@contextmanager
+def memory() -> Iterator[Memory]:
+    """Watch the memory of interpreted kernels in this context."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    watch, run = Memory(), KERNEL.run
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def launch(kernel: Any, *args: Any, **keywords: Any) -> Any:
+        storages = [value.untyped_storage() for value in (*args, *keywords.values()) if isinstance(value, Tensor)]
+        watch.allowed = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        return run(kernel, *args, **keywords)
+
+    def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        watch.touch(pointers, mask, watch.read)
+        return load(pointers, mask, *rest)
+
+    def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        watch.touch(pointers, mask, watch.written)
+        return store(pointers, value, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KERNEL, "run", launch)
+        patch.setattr(builder, "create_masked_load", watched_load)
+        patch.setattr(builder, "create_masked_store", watched_store)
+        yield watch
+
+
+def small_blocks(patch: pytest.MonkeyPatch, block: int, processors: int) -> None:
+    """Blocks of this many entries, and a device with this many processors: 0 never splits a row."""
+    patch.setattr(configs, "choose", lambda table, device, dtype, columns: configs.Config(block, 1))
+    patch.setattr(configs, "processors", lambda device: processors)
+
+
+def small_reductions(patch: pytest.MonkeyPatch, block: int) -> None:
+    """Reductions that take this many tokens or sequences at a time."""
+    patch.setattr(configs, "REDUCTION", configs.Config(block, 1))
+
+
+def poisoned(tensor: Tensor) -> bool:
+    """Whether nothing has been written to a tensor that was allocated on poisoned memory."""
+    if tensor.dtype.is_floating_point:
+        return bool(tensor.isnan().all())
+    return bool((tensor == torch.iinfo(tensor.dtype).max).all())

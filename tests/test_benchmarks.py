@@ -1,0 +1,58 @@
+"""The benchmarks run, on a tiny shape and untimed, and count bytes as they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from harness import make_batch
+
+import fused_pref as fp
+from benchmarks.common import Shape, occupied, traffic
+from benchmarks.implementations import OPERATIONS, implementations
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_suite_runs() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_logits.py", "--shape", "2x3x17", "--device", "cpu"]
+    command += ["--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    absent = [found.name for found in implementations("cpu") if found.obstacle("cpu")]
+    assert "liger" in absent
+    # Four operations, two passes, two dtypes: of each implementation all of them run or all of them show as skipped.
+    cases = len(OPERATIONS) * 2 * 2
+    assert f"{cases * (4 - len(absent))} passed, {cases * len(absent)} skipped" in result.stdout
+    assert all(f"{name} is absent: " in result.stdout for name in absent)
+
+
+def test_traffic_of_plain_operations() -> None:
+    x, y = torch.ones(3, 10), torch.ones(1, 10).expand(3, 10)
+    assert occupied(y) == 40
+    assert traffic(lambda: x + y) == 120 + 40 + 120
+    assert traffic(lambda: x.mul_(2)) == 240
+    assert traffic(lambda: x.copy_(y)) == 160
+    assert traffic(lambda: torch.zeros_like(x)) == 120
+    assert traffic(lambda: torch.empty_like(x)[1:].t()) == 0
+    index = torch.zeros(3, 1, dtype=torch.int64)
+    assert traffic(lambda: x.gather(1, index)) == 12 + 24 + 12
+
+
+def test_traffic_of_eager_and_of_ours() -> None:
+    """Log-softmax, its backward and the gather's zeros are six passes over the logits; ours are three."""
+    batch = make_batch(2, 3, 5000)
+    logits, size = batch.logits.requires_grad_(), 2 * 3 * 5000 * 4
+
+    def eager() -> None:
+        logps = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])
+        torch.autograd.grad(logps.sum(), logits)
+
+    assert round(traffic(eager) / size, 2) == 6.0
+    ours = traffic(lambda: torch.autograd.grad(fp.token_logps(logits, batch.labels).sum(), logits))
+    assert round(ours / size, 2) == 3.0
+
+
+def test_shape() -> None:
+    assert Shape.parse("8x64x32768") == Shape(8, 64, 32_768)
+    assert str(Shape(8, 64, 32_768)) == "8x64x32768"
