@@ -14,7 +14,7 @@ def exp(x):
 def tanh(x):
     """tanh to about 1e-7 relative: a series near 0, where the exponential form would cancel."""
     u = exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - u) / (1.0 + u)
+    magnitude = (1.0 - u) * (1.0 / (1.0 + u))
     q = x * x
     series = x * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -magnitude, magnitude))
@@ -45,7 +45,8 @@ def chain(dz, x, inner, outer, TRANSFORM: tl.constexpr):
     """∂/∂x from ∂/∂z; 1 − tanh² as 4u/(1+u)² does not cancel where the softcap saturates."""
     if TRANSFORM == 2:
         u = exp(-2.0 * tl.abs(inner * x))
-        return dz * (outer * inner) * (4.0 * u / ((1.0 + u) * (1.0 + u)))
+        r = 1.0 / (1.0 + u)
+        return dz * (outer * inner) * (4.0 * u * (r * r))
     elif TRANSFORM == 1:
         return dz * inner
     else:

@@ -87,12 +87,14 @@ def _token_logps_fwd_kernel(
     others = tl.zeros([BLOCK // WIDTH], tl.float32)
     total = tl.zeros([BLOCK // WIDTH], tl.float32)
     if scored | (MEANS == 2):
+        # Entries that are read one by one have addresses a constant apart from one that moves with the block.
+        moving = base + _columns(0, BLOCK, WIDTH, ALIGNED).to(tl.int64) * logits_stride_v
         # The quotient tells the compiler that the end falls between two accesses.
         end = columns // WIDTH * WIDTH if ALIGNED else columns
         for start in range(first, tl.minimum(first + split_columns, columns), BLOCK):
             cols = _columns(start, BLOCK, WIDTH, ALIGNED)
-            offsets = cols if ALIGNED else cols.to(tl.int64) * logits_stride_v
-            x = tl.load(base + offsets, mask=cols < end, other=0.0).to(tl.float32)
+            pointers = base + cols if ALIGNED else moving + tl.cast(start, tl.int64) * logits_stride_v
+            x = tl.load(pointers, mask=cols < end, other=0.0).to(tl.float32)
             z = transform(x, inner, outer, TRANSFORM)
             if MEANS > 0:
                 total += tl.sum(z, 1)  # z is 0 beyond the end

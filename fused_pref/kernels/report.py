@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import sys
@@ -82,7 +83,7 @@ def compile_all(targets: list[str]) -> list[dict[str, Any]]:
     from fused_pref.kernels.cases import CASES
 
     tasks = [(i, dtype, target) for i, case in enumerate(CASES) for dtype in case.dtypes for target in targets]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool:
         return [row for rows in pool.map(_compile_case, *zip(*tasks, strict=True)) for row in rows]
 
 
