@@ -19,6 +19,11 @@ class Config:
     block: int
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Options of a launch; releases of Triton differ in whether products and sums are fused unless told."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
 
 # A thread reads at least 16 bytes at a time, and holds few enough entries that several programs share a processor.
 FORWARD: dict[tuple[str, int], Config] = {
@@ -26,7 +31,7 @@ FORWARD: dict[tuple[str, int], Config] = {
     ("sm_80", 4): Config(2048, 8),
     ("sm_90", 2): Config(4096, 8),
     ("sm_90", 4): Config(4096, 8),
-    ("sm_100", 2): Config(8192, 8),
+    ("sm_100", 2): Config(4096, 8),
     ("sm_100", 4): Config(4096, 8),
     ("gfx942", 2): Config(4096, 8),
     ("gfx942", 4): Config(2048, 8),
@@ -42,8 +47,12 @@ BACKWARD: dict[tuple[str, int], Config] = {
     ("gfx942", 4): Config(2048, 8),
 }
 CANDIDATES = [Config(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
-# Tokens or sequences that a reduction program handles at a time.
+# Tokens of a sequence that a program sums at a time.
 REDUCTION = Config(1024, 4)
+# Pairs or sequences that an objective handles at a time: two a thread, because it keeps some thirty float64 of each.
+OBJECTIVE = Config(256, 4)
+# Parts of a row that a program joins: as many as there are.
+COMBINE = Config(1, 1)
 # The interpreter pays per operation: one wide block. Its "processors" are few, so that tests split rows.
 INTERPRETER = Config(8192, 1)
 INTERPRETER_PROCESSORS = 4

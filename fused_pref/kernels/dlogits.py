@@ -1,7 +1,7 @@
 """Gradient of the logits, a_n (onehot − softmax), in one read and one write, also in place."""
 
-# A launch takes arguments that the kernel does not declare (num_warps), and device code is not Python.
-# pyright: reportCallIssue=false, reportOperatorIssue=false
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
-from fused_pref.kernels.helpers import chain, target_of, transform
-from fused_pref.kernels.logprob import factors, geometry
+from fused_pref.kernels.helpers import chain, column_of, exp, row_offset, target_of, transform
+from fused_pref.kernels.logprob import aligned, factors, geometry
 
 
 @triton.jit
@@ -25,31 +25,32 @@ def _token_logps_bwd_kernel(
     logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
     grad_stride_s, grad_stride_t, dlogits_stride_s, dlogits_stride_t, dlogits_stride_v,
     ignore_index, inner, outer,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = target_of(
         row, labels, cu_seqlens, length, sequences, labels_stride_s, labels_stride_t, ignore_index, PACKED, SHIFT
     )
-    s = row // length
-    t = row - s * length
+    column = column_of(y, columns)
+    WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = cols if UNIT else cols.to(tl.int64) * logits_stride_v
-    sink = cols if UNIT else cols.to(tl.int64) * dlogits_stride_v
-    out = dlogits + s * dlogits_stride_s + t * dlogits_stride_t + sink
+    # The quotient tells the compiler that the end falls between two accesses.
+    inside = cols < columns // WIDTH * WIDTH
+    out = dlogits + row_offset(row, length, dlogits_stride_s, dlogits_stride_t, WIDTH)
+    out += cols if ALIGNED else cols.to(tl.int64) * dlogits_stride_v
+    dx = tl.zeros([BLOCK], tl.float32)
     if y != ignore_index:
-        base = logits + s * logits_stride_s + t * logits_stride_t
-        x = tl.load(base + source, mask=cols < columns, other=0.0).to(tl.float32)
+        source = logits + row_offset(row, length, logits_stride_s, logits_stride_t, WIDTH)
+        source += cols if ALIGNED else cols.to(tl.int64) * logits_stride_v
+        x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         top = tl.load(statistics + row)
         total = tl.load(statistics + rows + row)
         others = tl.load(statistics + 2 * rows + row)
-        factor = tl.load(grad_logp + s * grad_stride_s + t * grad_stride_t) / total
-        p = tl.exp(transform(x, inner, outer, SOFTCAP) - top)
-        dz = factor * tl.where(cols == y, others, -p)
-        dx = chain(dz, x, inner, outer, SOFTCAP)
-        tl.store(out, dx.to(dlogits.dtype.element_ty), mask=cols < columns)
-    else:
-        tl.store(out, tl.zeros([BLOCK], dlogits.dtype.element_ty), mask=cols < columns)
+        factor = tl.load(grad_logp + row_offset(row, length, grad_stride_s, grad_stride_t, 1)) / total
+        p = exp(transform(x, inner, outer, TRANSFORM) - top)
+        dz = tl.where(cols == column, factor * others, -factor * p)
+        dx = chain(dz, x, inner, outer, TRANSFORM)
+    tl.store(out, dx.to(dlogits.dtype.element_ty), mask=inside)
 
 
 def token_logps_bwd(
@@ -81,8 +82,8 @@ def token_logps_bwd(
         _token_logps_bwd_kernel[rows, triton.cdiv(columns, config.block)](
             logits, labels, cu_seqlens, statistics, grad_logp, dlogits,
             rows=rows, ignore_index=ignore_index, **batch, **strides, **factors(constants),
-            PACKED=packed, SHIFT=shift, UNIT=logits.stride(-1) == dlogits.stride(-1) == 1,
-            BLOCK=config.block, num_warps=config.num_warps,
+            PACKED=packed, SHIFT=shift, ALIGNED=aligned(logits) and aligned(dlogits),
+            BLOCK=config.block, **config.options,
         )  # fmt: skip
 
     default = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)

@@ -5,10 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
+def exp(x):
+    """e^x in one product and one machine instruction: results below 2⁻¹²⁶ are 0, which ``tl.exp`` pays to keep."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(x):
     """tanh to about 1e-7 relative: a series near 0, where the exponential form would cancel."""
-    u = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - u) / (1.0 + u)
+    u = exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - u) * (1.0 / (1.0 + u))
     q = x * x
     series = x * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -magnitude, magnitude))
@@ -24,22 +30,40 @@ def log1p(x):
 
 
 @triton.jit
-def transform(x, inner, outer, SOFTCAP: tl.constexpr):
-    """z = outer · tanh(inner · x) with a softcap, z = inner · x without."""
-    if SOFTCAP:
+def transform(x, inner, outer, TRANSFORM: tl.constexpr):
+    """z of a logit x: TRANSFORM 0 is x, 1 is inner · x, 2 is outer · tanh(inner · x)."""
+    if TRANSFORM == 2:
         return outer * tanh(inner * x)
-    else:
+    elif TRANSFORM == 1:
         return inner * x
+    else:
+        return x
 
 
 @triton.jit
-def chain(dz, x, inner, outer, SOFTCAP: tl.constexpr):
+def chain(dz, x, inner, outer, TRANSFORM: tl.constexpr):
     """∂/∂x from ∂/∂z; 1 − tanh² as 4u/(1+u)² does not cancel where the softcap saturates."""
-    if SOFTCAP:
-        u = tl.exp(-2.0 * tl.abs(inner * x))
-        return dz * (outer * inner) * (4.0 * u / ((1.0 + u) * (1.0 + u)))
-    else:
+    if TRANSFORM == 2:
+        u = exp(-2.0 * tl.abs(inner * x))
+        r = 1.0 / (1.0 + u)
+        return dz * (outer * inner) * (4.0 * u * (r * r))
+    elif TRANSFORM == 1:
         return dz * inner
+    else:
+        return dz
+
+
+@triton.jit
+def row_offset(row, length, stride_s, stride_t, WIDTH: tl.constexpr):
+    """Where a row (int64) begins, a multiple of WIDTH."""
+    s = row // length
+    return tl.multiple_of(s * stride_s + (row - s * length) * stride_t, WIDTH)
+
+
+@triton.jit
+def column_of(y, columns):
+    """The column (int32) of a label (int64), −1 for a label outside the vocabulary."""
+    return tl.where((y >= 0) & (y < columns), y, -1).to(tl.int32)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Log-softmax and gather in one read of the logits: online Σ exp(z − max) over the entries other than the target."""
 
-# A launch takes arguments that the kernel does not declare (num_warps), and device code is not Python.
-# pyright: reportCallIssue=false, reportOperatorIssue=false
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -10,21 +10,51 @@ from torch import Tensor
 
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
-from fused_pref.kernels.helpers import log1p, target_of, transform
+from fused_pref.kernels.helpers import column_of, exp, log1p, row_offset, target_of, transform
 
 MEANS = {None: 0, "completion": 1, "all": 2}
 
 
 @triton.jit
-def _finish(row, rows, x, scored, valid, top, others, inner, outer, logp, statistics, SOFTCAP: tl.constexpr):
-    """Store logp and the statistics of a row from its maximum, its other entries' sum and its target's logit x."""
-    zy = transform(x, inner, outer, SOFTCAP) - top
-    ey = tl.exp(zy)
+def _columns(start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Columns of the block at ``start`` in groups that a thread holds whole: [BLOCK // WIDTH, WIDTH].
+
+    A group is what one access reads; where entries are read one by one, it is spread so that a warp's accesses adjoin.
+    """
+    group = tl.arange(0, BLOCK // WIDTH)[:, None]
+    entry = tl.arange(0, WIDTH)[None, :]
+    if ALIGNED:
+        return start + group * WIDTH + entry
+    else:
+        return start + group + entry * (BLOCK // WIDTH)
+
+
+@triton.jit
+def _joined(tops, others):
+    """Maximum and sum of parts that have a maximum and a sum of exp(z − maximum) each."""
+    top = tl.max(tops, 0)
+    # Where every entry is −inf there is nothing to scale.
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.sum(others * exp(tops - shift), 0)
+
+
+@triton.jit
+def _finish(
+    row, rows, base, stride, column, scored, top, others, inner, outer, logp, statistics, TRANSFORM: tl.constexpr
+):
+    """Store logp and the statistics of a row from the maximum and the sum of the entries other than its target's."""
+    valid = column >= 0
+    x = tl.load(base + column.to(tl.int64) * stride, mask=scored & valid, other=0.0).to(tl.float32)
+    z = transform(x, inner, outer, TRANSFORM)
+    risen = tl.where(valid, tl.maximum(top, z), top)
+    others *= exp(tl.where(top == risen, 0.0, top - risen))
     # A label outside the vocabulary makes the log-prob and, by way of the sum, the row's gradient NaN.
     others = tl.where(valid, others, float("nan"))
+    zy = z - risen
+    ey = tl.where(valid, exp(zy), 0.0)
     value = tl.where(others < ey, -log1p(others / ey), zy - tl.log(others + ey))
     tl.store(logp + row, tl.where(scored, value, 0.0))
-    tl.store(statistics + row, tl.where(scored, top, 0.0))
+    tl.store(statistics + row, tl.where(scored, risen, 0.0))
     tl.store(statistics + rows + row, tl.where(scored, others + ey, 0.0))
     tl.store(statistics + 2 * rows + row, tl.where(scored, others, 0.0))
 
@@ -41,7 +71,7 @@ def _token_logps_fwd_kernel(
     rows, length, columns, sequences, split_columns,
     logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
     ignore_index, inner, outer,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
+    PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr,
     MEANS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -50,39 +80,44 @@ def _token_logps_fwd_kernel(
         row, labels, cu_seqlens, length, sequences, labels_stride_s, labels_stride_t, ignore_index, PACKED, SHIFT
     )
     scored = y != ignore_index
-    valid = (y >= 0) & (y < columns)
-    base = logits + (row // length) * logits_stride_s + (row % length) * logits_stride_t
-    top = float("-inf")
-    # Kept apart per lane: only the maximum is reduced inside the loop.
-    others = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    column = column_of(y, columns)
+    WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, WIDTH if ALIGNED else 1)
+    # Kept apart per group of entries: nothing is exchanged between threads inside the loop.
+    top = tl.full([BLOCK // WIDTH], float("-inf"), tl.float32)
+    others = tl.zeros([BLOCK // WIDTH], tl.float32)
+    total = tl.zeros([BLOCK // WIDTH], tl.float32)
     if scored | (MEANS == 2):
+        # Entries that are read one by one have addresses a constant apart from one that moves with the block.
+        moving = base + _columns(0, BLOCK, WIDTH, ALIGNED).to(tl.int64) * logits_stride_v
+        # The quotient tells the compiler that the end falls between two accesses.
+        end = columns // WIDTH * WIDTH if ALIGNED else columns
         for start in range(first, tl.minimum(first + split_columns, columns), BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            offsets = cols if UNIT else cols.to(tl.int64) * logits_stride_v
-            x = tl.load(base + offsets, mask=cols < columns, other=float("-inf")).to(tl.float32)
-            z = transform(x, inner, outer, SOFTCAP)
+            cols = _columns(start, BLOCK, WIDTH, ALIGNED)
+            pointers = base + cols if ALIGNED else moving + tl.cast(start, tl.int64) * logits_stride_v
+            x = tl.load(pointers, mask=cols < end, other=0.0).to(tl.float32)
+            z = transform(x, inner, outer, TRANSFORM)
             if MEANS > 0:
-                total += tl.where(cols < columns, z, 0.0)
-            # Scale and softcap may lift the filler above −inf.
-            z = tl.where(cols < columns, z, float("-inf"))
-            risen = tl.maximum(top, tl.max(z, 0))
-            # While every entry is −inf there is nothing to scale.
+                total += tl.sum(z, 1)  # z is 0 beyond the end
+            if (start + BLOCK > columns) | ((start <= column) & (column < start + BLOCK)):
+                z = tl.where((cols < columns) & (cols != column), z, float("-inf"))
+            risen = tl.maximum(top, tl.max(z, 1))
             shift = tl.where(risen == float("-inf"), 0.0, risen)
-            others = others * tl.exp(top - shift) + tl.where(cols == y, 0.0, tl.exp(z - shift))
+            others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
             top = risen
-    others = tl.sum(others, 0)
-    total = tl.sum(total, 0)
+    highest, remainder = _joined(top, others)
     if SPLIT:
         part = partials + (tl.program_id(1).to(tl.int64) * 3) * rows + row
-        tl.store(part, top)
-        tl.store(part + rows, others)
-        tl.store(part + 2 * rows, total)
+        tl.store(part, highest)
+        tl.store(part + rows, remainder)
+        tl.store(part + 2 * rows, tl.sum(total, 0))
     else:
-        x = tl.load(base + y * logits_stride_v, mask=scored & valid, other=0.0).to(tl.float32)
-        _finish(row, rows, x, scored, valid, top, others, inner, outer, logp, statistics, SOFTCAP)
+        _finish(
+            row, rows, base, logits_stride_v, column, scored, highest, remainder, inner, outer, logp, statistics,
+            TRANSFORM,
+        )  # fmt: skip
         if MEANS > 0:
-            tl.store(means + row, tl.where(scored | (MEANS == 2), total / columns, 0.0))
+            tl.store(means + row, tl.where(scored | (MEANS == 2), tl.sum(total, 0) / columns, 0.0))
 
 
 @triton.jit
@@ -91,7 +126,7 @@ def _token_logps_combine_kernel(
     rows, length, columns, sequences, splits,
     logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
     ignore_index, inner, outer,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, SOFTCAP: tl.constexpr,
+    PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr,
     MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of each row, in their order."""
@@ -100,17 +135,17 @@ def _token_logps_combine_kernel(
         row, labels, cu_seqlens, length, sequences, labels_stride_s, labels_stride_t, ignore_index, PACKED, SHIFT
     )
     scored = y != ignore_index
-    valid = (y >= 0) & (y < columns)
     split = tl.arange(0, BLOCK)
     part = partials + (split.to(tl.int64) * 3) * rows + row
     tops = tl.load(part, mask=split < splits, other=float("-inf"))
     sums = tl.load(part + rows, mask=split < splits, other=0.0)
     totals = tl.load(part + 2 * rows, mask=split < splits, other=0.0)
-    top = tl.max(tops, 0)
-    others = tl.sum(sums * tl.exp(tops - top), 0)
-    base = logits + (row // length) * logits_stride_s + (row % length) * logits_stride_t
-    x = tl.load(base + y * logits_stride_v, mask=scored & valid, other=0.0).to(tl.float32)
-    _finish(row, rows, x, scored, valid, top, others, inner, outer, logp, statistics, SOFTCAP)
+    top, others = _joined(tops, sums)
+    base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, 1)
+    _finish(
+        row, rows, base, logits_stride_v, column_of(y, columns), scored, top, others, inner, outer, logp, statistics,
+        TRANSFORM,
+    )  # fmt: skip
     if MEANS > 0:
         tl.store(means + row, tl.where(scored | (MEANS == 2), tl.sum(totals, 0) / columns, 0.0))
 
@@ -130,12 +165,20 @@ def geometry(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> dict[
     }
 
 
-def factors(constants: Transform) -> dict[str, float | bool]:
-    """``inner``, ``outer`` and SOFTCAP of the device function ``transform``."""
-    if constants.softcap is None:
-        return {"inner": constants.logit_scale / constants.temperature, "outer": 1.0, "SOFTCAP": False}
-    inner, outer = constants.logit_scale / constants.softcap, constants.softcap / constants.temperature
-    return {"inner": inner, "outer": outer, "SOFTCAP": True}
+def aligned(x: Tensor) -> bool:
+    """Whether every row of x begins and ends on a multiple of 16 bytes, so that it can be read 16 bytes at a time."""
+    apart = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    sizes = (x.shape[-1], *apart)
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in sizes)
+
+
+def factors(constants: Transform) -> dict[str, float | int]:
+    """``inner``, ``outer`` and TRANSFORM of the device function ``transform``."""
+    if constants.softcap is not None:
+        inner, outer = constants.logit_scale / constants.softcap, constants.softcap / constants.temperature
+        return {"inner": inner, "outer": outer, "TRANSFORM": 2}
+    scale = constants.logit_scale / constants.temperature
+    return {"inner": scale, "outer": 1.0, "TRANSFORM": 0 if constants.identity else 1}
 
 
 def token_logps_fwd(
@@ -159,20 +202,20 @@ def token_logps_fwd(
 
     def launch(config: configs.Config) -> None:
         chunks = triton.cdiv(columns, config.block)
-        # Two programs for every processor, each with at least two blocks.
-        splits = max(1, min(triton.cdiv(2 * configs.processors(device), rows), chunks // 2))
+        # Four programs for every processor keep its memory busy; each has at least two blocks.
+        splits = max(1, min(triton.cdiv(4 * configs.processors(device), rows), chunks // 2))
         split_columns = triton.cdiv(chunks, splits) * config.block
         splits = triton.cdiv(columns, split_columns)
         partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device) if splits > 1 else None
         arguments = (logits, labels, cu_seqlens, logp, statistics, means if logits_mean else None, partials)
         _token_logps_fwd_kernel[rows, splits](
             *arguments, rows=rows, split_columns=split_columns, ignore_index=ignore_index, **batch, **flags,
-            UNIT=batch["logits_stride_v"] == 1, SPLIT=splits > 1, BLOCK=config.block, num_warps=config.num_warps,
+            ALIGNED=aligned(logits), SPLIT=splits > 1, BLOCK=config.block, **config.options,
         )  # fmt: skip
         if splits > 1:
             _token_logps_combine_kernel[rows,](
                 *arguments, rows=rows, splits=splits, ignore_index=ignore_index, **batch, **flags,
-                BLOCK=triton.next_power_of_2(splits), num_warps=1,
+                BLOCK=triton.next_power_of_2(splits), **configs.COMBINE.options,
             )  # fmt: skip
 
     default = configs.choose(configs.FORWARD, device, logits.dtype, columns)

@@ -5,8 +5,8 @@ its own, because a caller may change it in place; ``scalars`` receives float32: 
 and of the rejected sequences.
 """
 
-# A launch takes arguments that the kernel does not declare (num_warps), and device code is not Python.
-# pyright: reportCallIssue=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 
 import torch
 import triton
@@ -317,7 +317,7 @@ def pair_objective(
         LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, REFERENCE=ref_logps is not None,
         NLL=NLL[nll_reduction if cpo_alpha else None], MEANS=means, PAIR_POINTER=pair_pointer is not None,
         TOKEN_POINTER=token_pointer is not None, TOKEN_COUNT=token_normalizer is None,
-        BLOCK=configs.REDUCTION.block, num_warps=configs.REDUCTION.num_warps,
+        BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, logps, rewards, slope
 
@@ -363,7 +363,7 @@ def bco_objective(
         CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, WEIGHT=sample_weight is not None,
         MEANS=means, DELTA_POINTER=delta_pointer is not None, SEQUENCE_POINTER=sequence_pointer is not None,
         POSITIVE_POINTER=positive_pointer is not None, NEGATIVE_POINTER=negative_pointer is not None,
-        KIND=SHIFTS[kind], UPDATE=UPDATES[update], BLOCK=configs.REDUCTION.block,
-        num_warps=configs.REDUCTION.num_warps,
+        KIND=SHIFTS[kind], UPDATE=UPDATES[update], BLOCK=configs.OBJECTIVE.block,
+        **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, numbers, logps, rewards, slope

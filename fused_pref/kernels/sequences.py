@@ -1,7 +1,7 @@
 """Sums per sequence of what was computed per token, and the way back: one launch each."""
 
-# A launch takes arguments that the kernel does not declare (num_warps), and device code is not Python.
-# pyright: reportCallIssue=false, reportOperatorIssue=false
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -93,7 +93,7 @@ def sequence_scores(
             length=labels.shape[-1], labels_stride_s=0 if packed else labels.stride(0),
             labels_stride_t=labels.stride(-1), ignore_index=ignore_index,
             PACKED=packed, SHIFT=shift, MEANS=asked, EVERYWHERE=logits_mean == "all",
-            BLOCK=configs.REDUCTION.block, num_warps=configs.REDUCTION.num_warps,
+            BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
         )  # fmt: skip
     return sums, counts, totals, positions
 
@@ -103,6 +103,6 @@ def spread(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     tokens = torch.empty(total, dtype=torch.float32, device=values.device)
     if values.shape[0]:
         _spread_kernel[values.shape[0],](
-            values, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, num_warps=configs.REDUCTION.num_warps
+            values, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options
         )
     return tokens

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
-from fused_pref.kernels.helpers import chain, transform
-from fused_pref.kernels.logprob import factors
+from fused_pref.kernels.helpers import chain, exp, transform
+from fused_pref.kernels.logprob import aligned, factors
 
 
 @triton.jit
@@ -22,11 +22,14 @@ def _slab_statistics_kernel(
     targets,  # [n]
     statistics,  # [4, n], updated
     columns, first, slab_stride, targets_stride, statistics_stride, inner, outer,
-    SOFTCAP: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row * targets_stride).to(tl.int64) - first
-    base = slab + row * slab_stride
+    WIDTH: tl.constexpr = 128 // slab.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    base = slab + tl.multiple_of(row * slab_stride, WIDTH)
+    # The quotient tells the compiler that the end falls between two accesses.
+    end = columns // WIDTH * WIDTH
     seen = statistics + row
     start_top = tl.load(seen)
     top = start_top
@@ -35,19 +38,19 @@ def _slab_statistics_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, columns, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(base + cols, mask=cols < columns, other=0.0).to(tl.float32)
-        z = transform(x, inner, outer, SOFTCAP)
+        x = tl.load(base + cols, mask=cols < end, other=0.0).to(tl.float32)
+        z = transform(x, inner, outer, TRANSFORM)
         if TOTAL:
-            total += tl.where(cols < columns, z, 0.0)
+            total += z  # 0 beyond the end
         z = tl.where((cols < columns) & (cols != y), z, float("-inf"))
         risen = tl.maximum(top, tl.max(z, 0))
-        others = others * tl.exp(top - risen) + tl.exp(z - risen)
+        others = others * exp(top - risen) + exp(z - risen)
         top = risen
-    tl.store(seen + statistics_stride, tl.load(seen + statistics_stride) * tl.exp(start_top - top) + tl.sum(others, 0))
+    tl.store(seen + statistics_stride, tl.load(seen + statistics_stride) * exp(start_top - top) + tl.sum(others, 0))
     tl.store(seen, top)
     here = (y >= 0) & (y < columns)
     label = tl.load(base + y, mask=here, other=0.0).to(tl.float32)
-    tl.store(seen + 2 * statistics_stride, transform(label, inner, outer, SOFTCAP), mask=here)
+    tl.store(seen + 2 * statistics_stride, transform(label, inner, outer, TRANSFORM), mask=here)
     if TOTAL:
         tl.store(seen + 3 * statistics_stride, tl.load(seen + 3 * statistics_stride) + tl.sum(total, 0))
 
@@ -59,22 +62,26 @@ def _slab_gradient_kernel(
     statistics,  # [4, n]
     sink,  # [n, v], may start where the slab does, with narrower entries
     columns, first, slab_stride, targets_stride, statistics_stride, sink_stride, inner, outer,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row * targets_stride).to(tl.int64) - first
     top = tl.load(statistics + row)
     inverse = 1.0 / tl.maximum(tl.load(statistics + statistics_stride + row), 0.5)
+    WIDTH: tl.constexpr = 128 // slab.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    source = slab + tl.multiple_of(row * slab_stride, WIDTH)
+    out = sink + tl.multiple_of(row * sink_stride, WIDTH)
+    end = columns // WIDTH * WIDTH
     for start in range(0, columns, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        x = tl.load(slab + row * slab_stride + cols, mask=cols < columns, other=0.0).to(tl.float32)
+        x = tl.load(source + cols, mask=cols < end, other=0.0).to(tl.float32)
         # Narrow entries are written where wide ones were read: not before every thread has read its own.
         tl.debug_barrier()
-        q = tl.exp(transform(x, inner, outer, SOFTCAP) - top) * inverse
+        q = exp(transform(x, inner, outer, TRANSFORM) - top) * inverse
         q = tl.where(cols == y, -1.0, q)
-        if SOFTCAP:
-            q = chain(q, x, inner, outer, SOFTCAP)
-        tl.store(sink + row * sink_stride + cols, q.to(sink.dtype.element_ty), mask=cols < columns)
+        if TRANSFORM == 2:
+            q = chain(q, x, inner, outer, TRANSFORM)
+        tl.store(out + cols, q.to(sink.dtype.element_ty), mask=cols < end)
 
 
 def absorb(
@@ -94,7 +101,7 @@ def absorb(
     config = configs.choose(configs.FORWARD, slab.device, slab.dtype, columns)
     _slab_statistics_kernel[rows,](
         slab, targets, statistics, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
-        **factors(constants), TOTAL=total, BLOCK=config.block, num_warps=config.num_warps,
+        **factors(constants), ALIGNED=aligned(slab), TOTAL=total, BLOCK=config.block, **config.options,
     )  # fmt: skip
     if sink is not None:
         gradient(sink, slab, statistics, targets, first, constants)
@@ -108,5 +115,6 @@ def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, fi
     config = configs.choose(configs.BACKWARD, slab.device, slab.dtype, columns)
     _slab_gradient_kernel[rows,](
         slab, targets, statistics, sink, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
-        sink.stride(0), **factors(constants), BLOCK=config.block, num_warps=config.num_warps,
+        sink.stride(0), **factors(constants), ALIGNED=aligned(slab) and aligned(sink), BLOCK=config.block,
+        **config.options,
     )  # fmt: skip

@@ -1,0 +1,173 @@
+"""The launches that are compiled as proof: every kernel, with the flags that change its code.
+
+A new kernel is added by one :class:`Case` that calls its launcher with meta tensors; the configurations of each target
+are chosen by the launcher itself. ``python -m fused_pref kernels`` fails while a kernel has no case.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_pref.head.spec import Transform
+from fused_pref.kernels import dlogits, logprob, objective, sequences, slab
+
+LOGITS = (torch.float32, torch.bfloat16, torch.float16)
+SUMS = (torch.float64,)
+VOCABULARY = 128256
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher, for each of ``dtypes``."""
+
+    name: str
+    launch: Callable[[torch.dtype], object]
+    dtypes: tuple[torch.dtype, ...] = LOGITS
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def batch(
+    dtype: torch.dtype, rows: int = 8192, columns: int = VOCABULARY, packed: bool = False, strided: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits, labels and cu_seqlens."""
+    shape = (rows,) if packed else (2, rows // 2)
+    logits = meta(*shape[:-1], columns, shape[-1], dtype=dtype).mT if strided else meta(*shape, columns, dtype=dtype)
+    return logits, meta(*shape, dtype=torch.int64), meta(9, dtype=torch.int32) if packed else None
+
+
+def forward(
+    dtype: torch.dtype, mean: str | None = None, transform: Transform | None = None, **sizes: Any
+) -> tuple[Tensor, ...]:
+    """Launch the token log-probs; ``sizes`` as :func:`batch` takes them."""
+    return logprob.token_logps_fwd(*batch(dtype, **sizes), mean, True, -100, transform or Transform())
+
+
+def backward(dtype: torch.dtype, transform: Transform | None = None, **sizes: Any) -> None:
+    """Launch the gradient of the logits, in place."""
+    logits, labels, cu_seqlens = batch(dtype, **sizes)
+    statistics, grad_logp = meta(3, *labels.shape), meta(*labels.shape)
+    rest = (True, -100, transform or Transform())
+    dlogits.token_logps_bwd(logits, logits, labels, cu_seqlens, statistics, grad_logp, *rest)
+
+
+def slab_statistics(
+    dtype: torch.dtype, total: bool = False, transform: Transform | None = None, columns: int = 4096
+) -> None:
+    """Launch the statistics of a slab."""
+    logits, targets = meta(8192, columns, dtype=dtype), meta(8192, dtype=torch.int64)
+    slab.absorb(meta(4, 8192), logits, targets, 0, transform or Transform(), total=total)
+
+
+def slab_gradient(
+    dtype: torch.dtype, sink: torch.dtype | None = None, transform: Transform | None = None, columns: int = 4096
+) -> None:
+    """Launch the gradient of a slab, over it; ``sink`` is the dtype written."""
+    logits, targets = meta(8192, columns, dtype=dtype), meta(8192, dtype=torch.int64)
+    out = logits if sink is None else logits.view(sink)[:, :columns]
+    slab.gradient(out, logits, meta(4, 8192), targets, 0, transform or Transform())
+
+
+def scores(dtype: torch.dtype, mean: str | None, packed: bool) -> tuple[Tensor, ...]:
+    """Launch the sums per sequence."""
+    _, labels, cu_seqlens = batch(dtype, packed=packed)
+    logp = meta(*labels.shape)
+    return sequences.sequence_scores(logp, logp, labels, cu_seqlens, mean, True, -100)
+
+
+def spread(dtype: torch.dtype) -> Tensor:
+    """Launch the way back from sequences to tokens."""
+    return sequences.spread(meta(8, dtype=torch.float64), meta(9, dtype=torch.int32), 8192)
+
+
+def pair(
+    dtype: torch.dtype,
+    loss_type: str,
+    average: bool = False,
+    reference: bool = False,
+    alpha: float = 0.0,
+    nll: str | None = None,
+    mean: str | None = None,
+    normalizer: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Launch CPO or DPO."""
+    sums, counts = meta(8, dtype=dtype), meta(8, dtype=torch.int64)
+    ref_logps = meta(8) if reference else None
+    constants = (mean, loss_type, average, 0.1, 0.0, 1.0 if nll else 0.0, 0.5, alpha, nll or "token")
+    return objective.pair_objective(sums, counts, sums, counts, ref_logps, normalizer, normalizer, *constants)
+
+
+def bco(
+    dtype: torch.dtype,
+    kind: str = "fixed",
+    update: str | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    mean: str | None = None,
+    number: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Launch BCO; ``number`` stands for δ and every normalizer."""
+    sums, counts, flags = meta(8, dtype=dtype), meta(8, dtype=torch.int64), meta(8, dtype=torch.bool)
+    means, numbers = meta(2, dtype=torch.float64), meta(2, dtype=torch.int64)
+    state = (None, None, None, None) if kind == "fixed" else (means, numbers, means, numbers)
+    classes = None if number is None else (number, number)
+    constants = (mean, reduction, 0.1, kind, update, 0.9)
+    return objective.bco_objective(
+        sums, sums, counts, flags, meta(8), weight, number, state, number, classes, *constants
+    )  # fmt: skip
+
+
+SOFTCAP, SCALE, NUMBER = Transform(softcap=30.0), Transform(temperature=0.7), meta()
+# Rows too few to fill a GPU, a vocabulary whose rows are not aligned, and one where they are by 8 entries only.
+FEW, ODD, EIGHTS = {"rows": 8}, {"columns": 151937}, {"columns": 32008}
+
+CASES = [
+    Case("plain", forward),
+    Case("means", partial(forward, mean="all")),
+    Case("means, softcap", partial(forward, mean="all", transform=SOFTCAP)),
+    Case("scale", partial(forward, transform=SCALE)),
+    Case("packed", partial(forward, packed=True)),
+    Case("split", partial(forward, **FEW)),
+    Case("split, packed, means, softcap", partial(forward, packed=True, mean="all", transform=SOFTCAP, **FEW)),
+    Case("odd vocabulary", partial(forward, mean="all", **ODD)),
+    Case("vocabulary of 8k", partial(forward, mean="all", **EIGHTS), (torch.bfloat16,)),
+    Case("small vocabulary", partial(forward, mean="all", columns=1000), (torch.bfloat16,)),
+    Case("any strides", partial(forward, mean="all", strided=True), (torch.bfloat16,)),
+    Case("plain", backward),
+    Case("softcap", partial(backward, transform=SOFTCAP)),
+    Case("scale", partial(backward, transform=SCALE)),
+    Case("packed", partial(backward, packed=True)),
+    Case("odd vocabulary", partial(backward, **ODD)),
+    Case("vocabulary of 8k", partial(backward, **EIGHTS), (torch.bfloat16,)),
+    Case("small vocabulary", partial(backward, columns=1000), (torch.bfloat16,)),
+    Case("any strides", partial(backward, strided=True), (torch.bfloat16,)),
+    Case("plain", slab_statistics),
+    Case("sums, softcap", partial(slab_statistics, total=True, transform=SOFTCAP)),
+    Case("odd vocabulary", partial(slab_statistics, **ODD), (torch.float32,)),
+    Case("plain", slab_gradient),
+    Case("16-bit", partial(slab_gradient, sink=torch.bfloat16), (torch.float32,)),
+    Case(
+        "16-bit over float32, softcap", partial(slab_gradient, sink=torch.float16, transform=SOFTCAP), (torch.float32,)
+    ),
+    Case("odd vocabulary", partial(slab_gradient, **ODD), (torch.float32,)),
+    Case("padded, means", partial(scores, mean="all", packed=False), SUMS),
+    Case("packed", partial(scores, mean=None, packed=True), SUMS),
+    Case("packed", spread, SUMS),
+    Case("sigmoid, NLL, means", partial(pair, loss_type="sigmoid", nll="token", mean="all"), SUMS),
+    Case("sigmoid, NLL, normalizers", partial(pair, loss_type="sigmoid", nll="token", normalizer=NUMBER), SUMS),
+    Case("hinge, NLL of sequences", partial(pair, loss_type="hinge", nll="sequence"), SUMS),
+    Case("ipo, reference", partial(pair, loss_type="ipo", average=True, reference=True), SUMS),
+    Case("simpo, alpha", partial(pair, loss_type="simpo", average=True, alpha=0.25), SUMS),
+    Case("fixed", bco, SUMS),
+    Case("fixed, weights, normalizers", partial(bco, reduction="class_mean", weight=meta(8), number=NUMBER), SUMS),
+    Case("running mean, means", partial(bco, kind="running_mean", update="forward", mean="all"), SUMS),
+    Case("ema, class mean", partial(bco, kind="ema", update="forward", reduction="class_mean"), SUMS),
+    Case("ema, step", partial(bco, kind="ema", update="step"), SUMS),
+]

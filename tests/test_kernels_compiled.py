@@ -1,0 +1,155 @@
+"""What the kernels compile to on four GPUs, none of which is needed: the command, in a process of its own."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fused_pref
+
+fcntl = pytest.importorskip("fcntl")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+KEYS = {
+    "kernel", "target", "config", "dtype", "num_warps", "registers", "stack_bytes", "shared_bytes",
+    "matrix_instructions", "wide_loads",
+}  # fmt: skip
+COMMAND = (
+    "import argparse, sys; from fused_pref.kernels import report; parser = argparse.ArgumentParser();"
+    "report.add_arguments(parser); sys.exit(report.run(parser.parse_args()))"
+)
+STREAMING = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel"}
+# Rows that cannot be accessed 16 bytes at a time.
+NARROW = {"odd vocabulary", "any strides", "small vocabulary"}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Label, sequence boundaries, statistics, upstream gradient: what a program reads or writes once, whatever its block.
+SCALARS = 8
+
+
+def command(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command, after the statements of ``before``."""
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    call = [sys.executable, "-c", before + COMMAND, *arguments]
+    return subprocess.run(call, env=clean | environment, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All rows, compiled by the first worker that asks."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with open(folder / "kernels.json", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if not text:
+            text = command("--json", "--targets", ",".join(TARGETS)).stdout
+            file.write(text)
+    return json.loads(text)
+
+
+def streaming(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kernel"] in STREAMING and row["case"] not in NARROW]
+
+
+def test_rows_have_the_keys(rows: list[dict[str, Any]]) -> None:
+    assert rows
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["registers"] > 0, row
+        assert row["num_warps"] > 0, row
+
+
+def test_rows_are_distinct(rows: list[dict[str, Any]]) -> None:
+    names = [(row["kernel"], row["case"], row["config"], row["dtype"], row["target"]) for row in rows]
+    assert len(set(names)) == len(names)
+
+
+def test_every_kernel_is_compiled_on_every_target(rows: list[dict[str, Any]]) -> None:
+    sources = Path(fused_pref.__file__).parent.rglob("kernels/**/*.py")
+    kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
+    assert kernels >= STREAMING
+    compiled = {(row["kernel"], row["target"]) for row in rows}
+    assert compiled == {(kernel, target) for kernel in kernels for target in TARGETS}
+
+
+def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
+    from fused_pref.kernels import configs
+
+    for kernel, table in (("_token_logps_fwd_kernel", configs.FORWARD), ("_token_logps_bwd_kernel", configs.BACKWARD)):
+        for (target, size), config in table.items():
+            for dtype in (dtype for dtype in BYTES if BYTES[dtype] == size):
+                assert any(
+                    (row["kernel"], row["target"], row["dtype"], row["num_warps"])
+                    == (kernel, target, dtype, config.num_warps)
+                    and f"BLOCK={config.block}" in row["config"].split()
+                    for row in rows
+                ), (kernel, target, dtype, config)
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["stack_bytes"] or row["spills"]] == []
+
+
+def test_streams_are_wide(rows: list[dict[str, Any]]) -> None:
+    found = streaming(rows)
+    assert {(row["kernel"], row["dtype"], row["target"]) for row in found} == {
+        (kernel, dtype, target) for kernel in STREAMING for dtype in BYTES for target in TARGETS
+    }
+    for row in found:
+        assert row["wide_loads"] > 0, row
+        assert (row["wide_stores"] > 0) == (row["kernel"] == "_token_logps_bwd_kernel"), row
+
+
+def test_each_logit_is_read_once(rows: list[dict[str, Any]]) -> None:
+    for row in streaming(rows):
+        assert row["read_per_entry"] == BYTES[row["dtype"]], row
+        assert row["loads"] - row["wide_loads"] <= SCALARS, row
+
+
+def test_each_gradient_is_written_once(rows: list[dict[str, Any]]) -> None:
+    for row in streaming(rows):
+        backward = row["kernel"] == "_token_logps_bwd_kernel"
+        assert row["written_per_entry"] == (BYTES[row["dtype"]] if backward else 0), row
+        assert row["stores"] - row["wide_stores"] <= (0 if backward else SCALARS), row
+
+
+def test_table_names_every_row() -> None:
+    done = command("--targets", "sm_90")
+    assert done.returncode == 0, done.stderr
+    header, *lines = done.stdout.splitlines()
+    assert header.split()[:3] == ["kernel", "case", "target"]
+    assert all(line.startswith("_") and " sm_90 " in line for line in lines)
+
+
+def test_spills_and_missing_cases_fail() -> None:
+    before = (
+        "from fused_pref.kernels import cases, configs; configs.OBJECTIVE = configs.Config(1024, 4);"
+        "cases.CASES[:] = [case for case in cases.CASES if case.name == 'simpo, alpha'];"
+    )
+    done = command("--json", "--targets", "sm_90", before=before)
+    assert done.returncode == 1
+    assert "_pair_objective_kernel (simpo, alpha, fp64) spills on sm_90" in done.stderr
+    assert "_spread_kernel has no case" in done.stderr
+    assert [row["stack_bytes"] > 0 for row in json.loads(done.stdout)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
+        (("--targets", "sm_90,sm_12"), {}, "unknown target sm_12"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], environment: dict[str, str], message: str) -> None:
+    done = command(*arguments, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
