@@ -143,7 +143,7 @@ def simpo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
 def hinge(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
     """relu(1 − βΔ) (SLiC)."""
     loss = torch.relu(1 - spec.beta * delta)
-    return loss, -spec.beta * (loss > 0)
+    return loss, -spec.beta * (loss > 0).to(loss.dtype)
 
 
 def ipo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,9 @@ class ValidRows:
         return values[sequence].masked_fill_(self.padding, 0)
 
     def put(self, flat: Tensor, values: Tensor) -> None:
-        """Write rows (N, ...) at their places of all positions (P, ...), each of which is written at most once."""
+        """Write rows (N,) at their places of all positions (P,), each of which is written once; padding is 0."""
+        if self.padding is not None:
+            values = values.masked_fill(self.padding, 0)
         if self.places is None:
             flat.copy_(values)
         else:
