@@ -48,7 +48,7 @@ def absorb(
         sink: (n, v), may lie over the slab: receives Q; the slab is then the whole vocabulary.
     """
     here, column = _local(targets, first, slab.shape[1])
-    label = transform.apply_(slab.gather(1, column).to(statistics.dtype, copy=True))
+    label = transform.apply_(slab.gather(1, column[:, None])[:, 0].to(statistics.dtype, copy=True))
     without_target = label.masked_fill(here, -torch.inf)
     new = torch.empty_like(statistics)
     least = torch.finfo(new.dtype).min
@@ -56,7 +56,7 @@ def absorb(
         transform.apply_(z.copy_(slab[rows]))
         if total:
             torch.sum(z, 1, out=new[TOTAL, rows])
-        z.scatter_(1, column[rows], without_target[rows])
+        _put(z, column[rows], without_target[rows])
         top = z.amax(1, keepdim=True).clamp_(min=least)
         new[TOP, rows] = top[:, 0]
         torch.sum(z.sub_(top).exp_(), 1, out=new[OTHERS, rows])
@@ -68,7 +68,7 @@ def absorb(
     others = [part[OTHERS] * (part[TOP] - top).exp_() for part in (statistics, new)]
     statistics[OTHERS] = others[0] + others[1]
     statistics[TOP] = top
-    statistics[LABEL] = torch.where(here[:, 0], label[:, 0], statistics[LABEL])
+    statistics[LABEL] = torch.where(here, label, statistics[LABEL])
     if total:
         statistics[TOTAL] += new[TOTAL]
 
@@ -108,8 +108,8 @@ def _blocks(slab: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Whether a row's target is in these columns, (n, 1), and its column (n, 1), 0 where it is not."""
-    column = (targets.long() - first)[:, None]
+    """Whether a row's target is in these columns, (n,), and its column (n,), 0 where it is not."""
+    column = targets.long() - first
     here = (column >= 0) & (column < columns)
     return here, column.where(here, 0)
 
@@ -131,4 +131,9 @@ def _normalise(
 
 def _mark(q: Tensor, here: Tensor, column: Tensor) -> None:
     """Write −1 to the targets' entries."""
-    q.scatter_(1, column, q.gather(1, column).masked_fill_(here, -1))
+    _put(q, column, q.gather(1, column[:, None])[:, 0].masked_fill_(here, -1))
+
+
+def _put(x: Tensor, column: Tensor, values: Tensor) -> None:
+    """x[i, column[i]] = values[i]; ``scatter_`` would copy the whole of x on a CPU."""
+    x[torch.arange(x.shape[0], device=x.device), column] = values
