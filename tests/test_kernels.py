@@ -197,6 +197,21 @@ def test_reductions_in_blocks(packed: bool, kernel_device: str, monkeypatch: pyt
     assert_parity("bco_loss", logits, labels, desirable, ref, **bco)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_sums_are_in_float64(packed: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2²⁴ and many ones, which a float32 sum would drop."""
+    small_reductions(monkeypatch, 16)
+    tokens = torch.ones(2, 100, device=kernel_device)
+    tokens[:, 3] = 2**24
+    labels = torch.zeros(2, 100, dtype=torch.int64, device=kernel_device)
+    ends = torch.tensor([0, 100, 200], device=kernel_device) if packed else None
+    values = [tensor.flatten() if packed else tensor for tensor in (-tokens, tokens, labels)]
+    sums, counts, totals, positions = sequences.sequence_scores(*values, ends, "all", False, IGNORE)
+    assert totals.tolist() == [2**24 + 99] * 2
+    assert torch.equal(sums, -totals)
+    assert counts.tolist() == positions.tolist() == [100, 100]
+
+
 @pytest.mark.parametrize("kind", ["running_mean", "ema"])
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_shift_in_kernel(kind: Any, update: Any, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
