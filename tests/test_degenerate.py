@@ -80,7 +80,9 @@ def test_sums_beyond_float32_saturate(name: str, far: str, loss_type: str, devic
     keywords: dict[str, Any] = {"sequence_normalizer": 1e-40}
     if name != "bco_loss":
         keywords = {"loss_type": loss_type, "pair_normalizer": 1e-3}
-    keywords["logits_mean"] = None
+    if name == "cpo_loss":
+        keywords["nll_reduction"] = "sequence"
+    keywords |= {"beta": 1.0, "logits_mean": None}
     arguments = {"dpo_loss": (ref,), "bco_loss": (desirable, ref)}.get(name, ())
     arguments = (batch.logits, batch.labels, *arguments)
     output, grad = run(getattr(fp, name), *arguments, **keywords, backend=backend)
