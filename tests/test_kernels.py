@@ -184,7 +184,7 @@ def test_reductions_in_blocks(packed: bool, kernel_device: str, monkeypatch: pyt
     """More sequences, and more tokens in each, than a reduction takes at a time."""
     small_reductions(monkeypatch, 4)
     batch = make_batch(10, 7, 5, device=kernel_device)
-    lengths = [7, 0, 5, 4, 1, 3, 7, 6, 2, 4]
+    lengths = [7, 0, 5, 4, 1, 3, 7, 6, 4, 2]
     logits, labels, keywords = batch.logits, batch.labels, {"backend": "triton"}
     if packed:
         logits, labels, keywords["cu_seqlens"] = batch.packed(lengths)
