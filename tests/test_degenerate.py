@@ -50,9 +50,19 @@ def test_alphapo_is_finite(loss_type: str, alpha: float, device: str, backend: s
     assert grad.isfinite().all()
 
 
-def test_alphapo_gradient_vanishes_beyond_the_clamp() -> None:
-    batch = make_batch(2, 60, 50, mask="none", scale=30.0)
-    output, grad = run(fp.cpo_loss, batch.logits, batch.labels, alpha=1.0, cpo_alpha=0.0)
+@pytest.mark.parametrize("alpha", [1e-14, -1e-14])
+def test_alphapo_tends_to_the_identity(alpha: float, device: str, backend: str) -> None:
+    batch = make_batch(4, 6, 17, device=device)
+    output, grad = run(fp.cpo_loss, batch.logits, batch.labels, alpha=alpha, backend=backend)
+    limit, limit_grad = run(fp.cpo_loss, batch.logits, batch.labels, backend=backend)
+    assert_values(output.chosen_rewards, limit.chosen_rewards, 1e-6)
+    assert_values(output.loss, limit.loss, 1e-6)
+    assert_gradient(grad, limit_grad.double(), 1e-6)
+
+
+def test_alphapo_gradient_vanishes_beyond_the_clamp(device: str, backend: str) -> None:
+    batch = make_batch(2, 60, 50, mask="none", scale=30.0, device=device)
+    output, grad = run(fp.cpo_loss, batch.logits, batch.labels, alpha=1.0, cpo_alpha=0.0, backend=backend)
     assert (output.chosen_logps < -80).all()
     assert not grad.any()
 
@@ -70,7 +80,9 @@ def test_sums_beyond_float32_saturate(name: str, far: str, loss_type: str, devic
     keywords: dict[str, Any] = {"sequence_normalizer": 1e-40}
     if name != "bco_loss":
         keywords = {"loss_type": loss_type, "pair_normalizer": 1e-3}
-    keywords["logits_mean"] = None
+    if name == "cpo_loss":
+        keywords["nll_reduction"] = "sequence"
+    keywords |= {"beta": 1.0, "logits_mean": None}
     arguments = {"dpo_loss": (ref,), "bco_loss": (desirable, ref)}.get(name, ())
     arguments = (batch.logits, batch.labels, *arguments)
     output, grad = run(getattr(fp, name), *arguments, **keywords, backend=backend)

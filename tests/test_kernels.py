@@ -184,7 +184,7 @@ def test_reductions_in_blocks(packed: bool, kernel_device: str, monkeypatch: pyt
     """More sequences, and more tokens in each, than a reduction takes at a time."""
     small_reductions(monkeypatch, 4)
     batch = make_batch(10, 7, 5, device=kernel_device)
-    lengths = [7, 0, 5, 4, 1, 3, 7, 6, 2, 4]
+    lengths = [7, 0, 5, 4, 1, 3, 7, 6, 4, 2]
     logits, labels, keywords = batch.logits, batch.labels, {"backend": "triton"}
     if packed:
         logits, labels, keywords["cu_seqlens"] = batch.packed(lengths)
@@ -195,6 +195,21 @@ def test_reductions_in_blocks(packed: bool, kernel_device: str, monkeypatch: pyt
     assert_parity("dpo_loss", logits, labels, ref, loss_type="ipo", **keywords)
     bco: dict[str, Any] = {"sample_weight": weight, "reduction": "class_mean", **keywords}
     assert_parity("bco_loss", logits, labels, desirable, ref, **bco)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_sums_are_in_float64(packed: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2²⁴ and many ones, which a float32 sum would drop."""
+    small_reductions(monkeypatch, 16)
+    tokens = torch.ones(2, 100, device=kernel_device)
+    tokens[:, 3] = 2**24
+    labels = torch.zeros(2, 100, dtype=torch.int64, device=kernel_device)
+    ends = torch.tensor([0, 100, 200], device=kernel_device) if packed else None
+    values = [tensor.flatten() if packed else tensor for tensor in (-tokens, tokens, labels)]
+    sums, counts, totals, positions = sequences.sequence_scores(*values, ends, "all", False, IGNORE)
+    assert totals.tolist() == [2**24 + 99] * 2
+    assert torch.equal(sums, -totals)
+    assert counts.tolist() == positions.tolist() == [100, 100]
 
 
 @pytest.mark.parametrize("kind", ["running_mean", "ema"])

@@ -61,6 +61,16 @@ def test_dpo(keywords: dict[str, Any], dtype: torch.dtype, device: str, backend:
     )
 
 
+def test_hinge_at_its_kink(device: str, backend: str) -> None:
+    """Where 1 − βΔ is 0 to the bit, the gradient is 0, as that of relu."""
+    batch = make_batch(2, 6, 17, mask="none", device=device)
+    batch.logits[1], batch.labels[1] = batch.logits[0], batch.labels[0]
+    ref = torch.tensor([0.0, 2.0], device=device)
+    output, grad = run(fp.dpo_loss, batch.logits, batch.labels, ref, loss_type="hinge", beta=0.5, backend=backend)
+    assert output.loss == 0
+    assert not grad.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keywords", BCO, ids=str)
 def test_bco(keywords: dict[str, Any], dtype: torch.dtype, device: str, backend: str) -> None:
@@ -97,6 +107,14 @@ def test_transform_in_objective(transform: dict[str, float], device: str, backen
     batch = make_batch(4, 6, 17, device=device)
     for logits_mean in ("all", "completion", None):
         assert_parity("cpo_loss", batch.logits, batch.labels, logits_mean=logits_mean, **transform, backend=backend)
+
+
+@pytest.mark.parametrize("softcap", [0.4, 1e5], ids=["saturated", "wide"])
+def test_extreme_softcaps(softcap: float, device: str, backend: str) -> None:
+    """Nothing cancels: not 1 − tanh² where every entry is saturated, not tanh where it is nearly the identity."""
+    batch = make_batch(3, 5, 19, mask="none", device=device)
+    logits = batch.logits.sign() * batch.logits.abs().clamp(min=2.0)
+    assert_parity("token_logps", logits, batch.labels, softcap=softcap, backend=backend)
 
 
 @pytest.mark.parametrize("mask", ["none", "some", "one", "empty", "all"])
