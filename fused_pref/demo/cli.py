@@ -1,0 +1,146 @@
+"""``python -m fused_pref demo``: options, and the run from records to report. Imports its extras only to run."""
+
+import argparse
+import importlib.util
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fused_pref.demo.records import SHIPPED, read_records, split_records
+from fused_pref.usage import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fused_pref.demo.batches import Pair
+    from fused_pref.demo.train import History
+
+EXTRAS = ("matplotlib", "mistral_common", "rich", "transformers")
+STEPS, CAP_S = 40, 240.0
+PAIRS_PER_STEP, PAIRS_PER_EVALUATION = 8, 9
+# More would make the evaluations of a large file longer than its training.
+MAX_HELDOUT = 96
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--objective", choices=("cpo", "bco", "both"), default="both", help="default: both")
+    parser.add_argument("--steps", type=_steps, default=STEPS, help=f"of each objective; default: {STEPS}")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the weights, the order and the split; default: 0")
+    parser.add_argument("--cap", type=_cap, default=CAP_S, metavar="SECONDS", help=f"of training; default: {CAP_S:g}")
+    parser.add_argument("--out", type=Path, default=Path("fused_pref_demo"), metavar="FOLDER", help="for the curves")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=SHIPPED,
+        metavar="FILE.jsonl",
+        help="your own records, one JSON object with prompt, chosen and rejected a line; a record may have a split, "
+        "train or heldout, else a quarter is held out",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, report and plot; 0 if the first steps agree with the reference, else 1."""
+    started = time.monotonic()
+    records = read_records(args.data)
+    train, heldout = split_records(records, args.seed)
+    require_extras()
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"argument --out: cannot make the folder {args.out}: {error.strerror}") from error
+
+    from fused_pref.demo import batches, report
+
+    console = report.make_console()
+    name = "the shipped translations" if args.data == SHIPPED else args.data
+    console.print(f"data: {len(records)} pairs from {name}, {len(train)} to train on, {len(heldout)} held out")
+    if len(heldout) > MAX_HELDOUT:
+        console.print(f"measured on the first {MAX_HELDOUT} held-out pairs")
+        heldout = heldout[:MAX_HELDOUT]
+    tokenizer = batches.load_tokenizer()
+    (train_pairs, train_cut), (heldout_pairs, heldout_cut) = (
+        batches.tokenize(part, tokenizer) for part in (train, heldout)
+    )
+    if train_cut + heldout_cut:
+        limits = f"{batches.MAX_PROMPT} tokens of prompt and {batches.MAX_COMPLETION} of completion"
+        console.print(f"{train_cut + heldout_cut} records were cut to {limits}")
+    histories = train_objectives(args, train_pairs, heldout_pairs, tokenizer.n_words, console)
+    report.print_results(console, histories)
+    picture = args.out / "curves.png"
+    report.plot(histories, picture)
+    device = _device()
+    console.print(f"time {time.monotonic() - started:.0f} s, peak memory {report.peak_memory(device)}")
+    console.print(f"curves: {picture}")
+    return int(not all(history.check is not None and history.check.holds for history in histories))
+
+
+def require_extras() -> None:
+    """Refuse to go on without the packages of the extra.
+
+    Raises:
+        UsageError: names those missing and how to install them.
+    """
+    missing = [name.replace("_", "-") for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f'the demo needs {", ".join(missing)}: pip install "fused-pref[demo]"')
+
+
+def train_objectives(
+    args: argparse.Namespace, train: "list[Pair]", heldout: "list[Pair]", vocabulary: int, console: "Console"
+) -> "list[History]":
+    """Train each objective from the same random weights, sharing the time that is left equally."""
+    from fused_pref.demo.batches import in_order, shuffled
+    from fused_pref.demo.model import build
+    from fused_pref.demo.objectives import OBJECTIVES
+    from fused_pref.demo.report import Watcher
+    from fused_pref.demo.train import train as train_model
+
+    device = _device()
+    names = tuple(OBJECTIVES) if args.objective == "both" else (args.objective,)
+    heldout_batches = in_order(heldout, PAIRS_PER_EVALUATION, device)
+    deadline = time.monotonic() + args.cap
+    histories: list[History] = []
+    for number, name in enumerate(names):
+        model = build(vocabulary, args.seed, device)
+        if number == 0:
+            size = sum(parameter.numel() for parameter in model.parameters())
+            console.print(f"model: Llama of {size / 1e6:.1f} M parameters, vocabulary {vocabulary:,}, on {device}")
+            console.print(f"plan: {args.steps} steps of up to {PAIRS_PER_STEP} pairs, at most {args.cap:g} s in all")
+        objective = OBJECTIVES[name](model)
+        console.print(f"{objective.name} from random weights (seed {args.seed})")
+        order = shuffled(train, PAIRS_PER_STEP, args.seed, device)
+        now = time.monotonic()
+        share = now + (deadline - now) / (len(names) - number)
+        with Watcher(console, objective.name, args.steps) as watcher:
+            histories.append(train_model(model, objective, order, heldout_batches, args.steps, share, watcher))
+    return histories
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1; got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer in [0, 2**32); got {text!r}")
+    return int(text)
+
+
+def _cap(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number > 0; got {text!r}")
+    return seconds
