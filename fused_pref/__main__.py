@@ -12,6 +12,8 @@ from fused_pref.usage import UsageError
 COMMANDS = {
     "demo": ("fused_pref.demo.cli", "preference-train a small language model with a vocabulary of 131,072"),
     "doctor": ("fused_pref.doctor", "say which backend is used on this machine and check it against the reference"),
+    "explain": ("fused_pref.explanation", "print the plan that a call of the linear head would take, and its cost"),
+    "kernels": ("fused_pref.kernels.report", "compile every kernel, without a GPU, and report what the code uses"),
 }
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_pref import backend, validate
+from fused_pref.bound import Objective, encode
+from fused_pref.head import linear_ops
 from fused_pref.head.call import HeadCall, product_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
-from fused_pref.head.grouped import Slope
 from fused_pref.head.logits import TokenLogpsFunction
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
@@ -25,7 +26,7 @@ class Local(NamedTuple):
     """What makes the coefficients of a unit known before the batch is done."""
 
     unit: int  # sequences of a unit: 2 for a pair, else 1
-    slope: Slope
+    objective: Objective
 
 
 class Scored(NamedTuple):
@@ -164,7 +165,7 @@ class LinearBatch(Batch):
             return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums))
 
         def attach(loss: Tensor, slope: Tensor) -> Tensor:
-            return KnownGradientsFunction.apply(*tensors, loss, *gradients)  # type: ignore[return-value]
+            return KnownGradientsFunction.apply(*tensors, loss, self.spec.backend, *gradients)  # type: ignore[return-value]
 
         tensors = (self.hidden, self.weight, self.bias)
         return Scored(scores, attach)
@@ -172,11 +173,26 @@ class LinearBatch(Batch):
     def _score(self, local: Local | None) -> tuple[Tensor, Tensor, Any]:
         call = self.call(0 if local is None else local.unit)
         tensors = (self.hidden, self.weight, self.bias)
+        if torch.compiler.is_compiling():
+            return self._score_compiled(call, local)
         rows = call.rows(self.labels, self.cu_seqlens)
         plan = call.plan(call.head(*tensors), rows)
         if plan.name == "grouped" and local is not None:
-            return known_gradients(call, *tensors, self.labels, rows, plan, local.slope)
+            return known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope)
         logp, means = LinearTokenLogpsFunction.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
+        return logp, means, None
+
+    def _score_compiled(self, call: HeadCall, local: Local | None) -> tuple[Tensor, Tensor, Any]:
+        batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
+        if local is not None and not call.wanted <= {"hidden"}:
+            detached = [None if tensor is None else tensor.detach() for tensor in batch]
+            constants, tensors = encode(local.objective)
+            logp, means, *gradients = linear_ops.linear_known_gradients(
+                *detached, tensors, constants, linear_ops.encode(call)
+            )
+            return logp, means, linear_ops.wanted_only(tuple(gradients))
+        function = linear_ops.CompiledTokenLogpsFunction
+        logp, means = function.apply(*batch, linear_ops.encode(call))  # type: ignore[misc]
         return logp, means, None
 
 

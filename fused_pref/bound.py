@@ -1,5 +1,6 @@
 """Objectives bound to their tensors: evaluated on a whole batch, or only the slope of some of its sequences."""
 
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,48 @@ class BCOObjective:
             **normalizers,
         )
         return saturate(terms.slope, torch.float32)
+
+
+Objective = PairObjective | BCOObjective
+
+
+def encode(objective: Objective) -> tuple[str, list[Tensor]]:
+    """An objective as text and tensors, as a custom op takes it, by means that a compiler can see through.
+
+    δ is that of now. In place of a tensor the text has its number in the list, as ``"#0"``.
+    """
+    tensors: list[Tensor] = []
+    if isinstance(objective, PairObjective):
+        kind, numbers = "pair", objective.spec.constants
+        own = (objective.ref_logps, objective.pair_normalizer, objective.token_normalizer)
+    else:
+        kind, numbers = "bco", (objective.spec.beta, objective.spec.reduction)
+        delta = objective.delta.known() if isinstance(objective.delta, RewardShift) else objective.delta
+        classes = objective.normalizers["class_normalizer"] or (None, None)
+        own = (objective.desirable, objective.ref_logps, delta, objective.sample_weight)
+        own = (*own, objective.normalizers["sequence_normalizer"], *classes)
+    values = []
+    for value in (*own, *numbers):
+        if isinstance(value, Tensor):
+            values.append(f"{f'#{len(tensors)}'!r}")
+            tensors.append(value)
+        else:
+            values.append(f"{value!r}")
+    return ";".join([f"{kind!r}", *values]), tensors
+
+
+def decode(text: str, tensors: list[Tensor]) -> Objective:
+    """The objective of :func:`encode`."""
+    values: list[Any]
+    kind, *values = [ast.literal_eval(part) for part in text.split(";")]
+    values = [tensors[int(v[1:])] if isinstance(v, str) and v.startswith("#") else v for v in values]
+    if kind == "pair":
+        own, (_, *numbers) = values[:3], values[3:]
+        return PairObjective(PairSpec(own[0] is not None, *numbers), *own)
+    desirable, ref_logps, delta, sample_weight, sequence_normalizer, positive, negative, *numbers = values
+    classes = None if positive is None else (positive, negative)
+    normalizers = {"sequence_normalizer": sequence_normalizer, "class_normalizer": classes}
+    return BCOObjective(BCOSpec(*numbers), desirable, ref_logps, delta, sample_weight, normalizers)
 
 
 def _pick(values: Tensor, members: tuple[slice, ...]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from fused_pref import validate
 from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, candidates, choose, device_of
+from fused_pref.usage import UsageError
 
 # Public shapes of language models: (D, V).
 MODELS = {
@@ -246,7 +247,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the explanation."""
     options = {name: value for name, value in vars(args).items() if name in KEYWORDS}
-    explanation = explain(**options)
+    try:
+        explanation = explain(**options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(error) from error
     print(explanation)
     if args.all:
         print("\nwhat a budget buys:")

@@ -270,7 +270,7 @@ def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_lo
     token_normalizer = validate.normalizer("token_normalizer", keywords["token_normalizer"], zero=True)
     ref_logps = _ref_logps(batch, ref_logps) if spec.reference else None
     objective = PairObjective(spec, ref_logps, pair_normalizer, token_normalizer)
-    scores, attach = batch.scores(Local(2, objective.slope))
+    scores, attach = batch.scores(Local(2, objective))
     result = objective(scores, batch.spec, batch.dtype)
     pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
     return PairOutput(
@@ -295,7 +295,7 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
     normalizers = _bco_normalizers(spec, keywords)
     delta = _delta(keywords["delta"])
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
-    scores, attach = batch.scores(Local(1, objective.slope) if objective.local else None)
+    scores, attach = batch.scores(Local(1, objective) if objective.local else None)
     result = objective(scores, batch.spec, batch.dtype)
     means = batch.spec.logits_mean is not None
     return BCOOutput(

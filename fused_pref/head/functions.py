@@ -67,9 +67,16 @@ class KnownGradientsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Tensor, *gradients: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: Tensor,
+        backend: str,
+        *gradients: Tensor | None,
     ) -> Tensor:
         """0-d."""
+        ctx.backend = backend
         ctx.save_for_backward(hidden, weight, bias, *gradients)
         return loss.clone()
 
@@ -77,15 +84,14 @@ class KnownGradientsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Scale the gradients, in place where they are not needed again."""
         hidden, weight, bias, *known = ctx.saved_tensors
-        again = torch.compiler.is_compiling() or _keeps_graph()
         with torch.no_grad():
             scaled = Gradients(
                 *(
-                    None if gradient is None or tensor is None else scale(gradient, grads[0], tensor.dtype, again)
+                    None if gradient is None or tensor is None else scale(gradient, grads[0], tensor.dtype, ctx.backend)
                     for gradient, tensor in zip(known, (hidden, weight, bias), strict=True)
                 )
             )
-        return (*_once(scaled, hidden, weight, bias), None, None, None, None)
+        return (*_once(scaled, hidden, weight, bias), None, None, None, None, None)
 
 
 def known_gradients(
@@ -110,17 +116,23 @@ def known_gradients(
     return logp.view(labels.shape), means, gradients
 
 
-def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, again: bool) -> Tensor:
-    """Gradient · upstream (0-d), multiplied in at least float32 and rounded once; in place unless ``again``."""
-    if gradient.device.type == "cpu" and gradient.dtype == dtype and upstream == 1 and not again:
-        return gradient
-    result = gradient if not again and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    source, sink = gradient.flatten(), result.view(-1)
-    size = CPU_BLOCK if gradient.device.type == "cpu" else DEVICE_BLOCK
+def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """Gradient · upstream (0-d), multiplied in at least float32 and rounded once; in place where that can be."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        return (gradient.to(wide) * upstream.to(wide)).to(dtype)
+    own = gradient.dtype == dtype and not _keeps_graph()
+    if own and backend == "triton":
+        from fused_pref.kernels.scale import scale_
+
+        return scale_(gradient, upstream)
+    if own and gradient.device.type == "cpu" and upstream == 1:
+        return gradient
+    result = gradient if own else torch.empty_like(gradient, dtype=dtype)
+    source, sink = gradient.view(-1), result.view(-1)
+    size = CPU_BLOCK if gradient.device.type == "cpu" else DEVICE_BLOCK
     for start in range(0, source.numel(), size):
-        block = source[start : start + size].to(wide)
-        sink[start : start + size] = block * upstream.to(wide)
+        sink[start : start + size] = source[start : start + size].to(wide) * upstream.to(wide)
     return result
 
 

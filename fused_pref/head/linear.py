@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple
@@ -199,6 +199,11 @@ def vocab_major_bwd(
         dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
         place(dh, rows, sums, -factor)
     return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
+
+
+def keeping_nothing(plan: Plan) -> Plan:
+    """The plan without slices kept from the forward for the backward."""
+    return replace(plan, kept=0)
 
 
 def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:

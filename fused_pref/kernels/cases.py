@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import dlogits, logprob, objective, sequences, slab
+from fused_pref.kernels import dlogits, logprob, objective, scale, sequences, slab
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)
@@ -73,6 +73,11 @@ def slab_gradient(
     logits, targets = meta(8192, columns, dtype=dtype), meta(8192, dtype=torch.int64)
     out = logits if sink is None else logits.view(sink)[:, :columns]
     slab.gradient(out, logits, meta(4, 8192), targets, 0, transform or Transform())
+
+
+def gradient_scale(dtype: torch.dtype) -> Tensor:
+    """Launch the scaling of a gradient."""
+    return scale.scale_(meta(8192, 4096, dtype=dtype), meta())
 
 
 def scores(dtype: torch.dtype, mean: str | None, packed: bool) -> tuple[Tensor, ...]:
@@ -157,6 +162,7 @@ CASES = [
         "16-bit over float32, softcap", partial(slab_gradient, sink=torch.float16, transform=SOFTCAP), (torch.float32,)
     ),
     Case("odd vocabulary", partial(slab_gradient, **ODD), (torch.float32,)),
+    Case("plain", gradient_scale),
     Case("padded, means", partial(scores, mean="all", packed=False), SUMS),
     Case("packed", partial(scores, mean=None, packed=True), SUMS),
     Case("packed", spread, SUMS),

@@ -1,0 +1,191 @@
+"""The linear head as custom ops, opaque to ``torch.compile``: the number of scored tokens stays inside them.
+
+A schema has no dataclasses: constants travel as text. Gradients that are not wanted are empty tensors.
+"""
+
+import ast
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_pref.head import linear
+from fused_pref.head import slab as torch_slab
+from fused_pref.head.call import NAMES, HeadCall
+from fused_pref.head.functions import known_gradients
+from fused_pref.head.linear import Gradients
+from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.spec import LinearSpec, Transform
+
+SEPARATOR = ";"
+
+
+def encode(call: HeadCall) -> str:
+    """A call as text, by means that a compiler can see through."""
+    spec, wanted = call.spec, [name for name in NAMES if name in call.wanted]
+    values = (*spec.constants, spec.logits_mean, spec.memory_budget, spec.max_valid_tokens, str(call.dtype), call.unit)
+    return SEPARATOR.join([f"{value!r}" for value in (*values, *wanted)])
+
+
+def decode(text: str) -> HeadCall:
+    """A call from text."""
+    values = [ast.literal_eval(part) for part in text.split(SEPARATOR)]
+    backend, shift, ignore_index, *transform = values[:6]
+    logits_mean, memory_budget, max_valid_tokens, dtype, unit, *wanted = values[6:]
+    spec = LinearSpec(backend, shift, ignore_index, Transform(*transform), logits_mean, memory_budget, max_valid_tokens)
+    return HeadCall(spec, getattr(torch, dtype.removeprefix("torch.")), frozenset(wanted), unit)
+
+
+@torch.library.custom_op("fused_pref::linear_token_logps_fwd", mutates_args=())
+def linear_token_logps_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, call: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
+    request = decode(call)
+    head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
+    plan, total = request.plan(head, rows), request.totals
+    left = hidden.new_empty(0, dtype=head.accumulator)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if plan.name == "logprob":
+            statistics = linear.logprob(head, rows, plan, total=total)
+        elif plan.name == "frozen_head":
+            statistics, u = linear.frozen_head(head, rows, plan, total=total)
+            left = u if rows.places is None else u.new_zeros(labels.numel(), u.shape[1])
+            if rows.places is not None:
+                left.index_copy_(0, rows.places, u)
+        else:
+            statistics, _ = linear.vocab_major(head, rows, linear.keeping_nothing(plan), total=total)
+            left = torch.stack([rows.spread(row, labels).flatten() for row in statistics])
+        logp, _ = head.finish(statistics, rows.targets)
+        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
+    return rows.spread(logp, labels), means, left
+
+
+@linear_token_logps_fwd.register_fake
+def _(hidden, weight, bias, labels, cu_seqlens, call):  # type: ignore[no-untyped-def]
+    request = decode(call)
+    dtype = accumulator_dtype(request.dtype)
+    logp = hidden.new_empty(labels.shape, dtype=dtype)
+    shape = (4, labels.numel()) if request.wanted != {"hidden"} else (labels.numel(), hidden.shape[-1])
+    return logp, torch.empty_like(logp), hidden.new_empty(shape if request.wanted else 0, dtype=dtype)
+
+
+@torch.library.custom_op("fused_pref::linear_token_logps_bwd", mutates_args=())
+def linear_token_logps_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    left: Tensor,
+    grad_logp: Tensor,
+    call: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias."""
+    request = decode(call)
+    head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
+    upstream = rows.pick(grad_logp)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if request.wanted == {"hidden"}:
+            u = left if rows.places is None else left.index_select(0, rows.places)
+            return _filled(Gradients(linear.frozen_head_bwd(head, rows, u, upstream), None, None), hidden)
+        plan = linear.keeping_nothing(request.plan(head, rows))
+        statistics = torch.stack([rows.pick(row) for row in left])
+        return _filled(linear.vocab_major_bwd(head, rows, plan, statistics, [], upstream, request.wanted), hidden)
+
+
+@linear_token_logps_bwd.register_fake
+def _(hidden, weight, bias, labels, cu_seqlens, left, grad_logp, call):  # type: ignore[no-untyped-def]
+    return _fake_gradients(hidden, weight, bias, decode(call), late=False)
+
+
+@torch.library.custom_op("fused_pref::linear_known_gradients", mutates_args=())
+def linear_known_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    tensors: list[Tensor],
+    objective: str,
+    call: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, mean of z, gradients of the loss) of an objective whose coefficients are known unit by unit."""
+    from fused_pref import bound
+
+    request, slope = decode(call), bound.decode(objective, tensors).slope
+    head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
+    plan = request.plan(head, rows)
+    if plan.name == "grouped":
+        logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
+        return logp, means, *_filled(gradients, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        statistics, kept = linear.vocab_major(head, rows, plan, total=request.totals)
+        values, _ = head.finish(statistics, rows.targets)
+        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
+        sequences = (slice(0, rows.lengths.shape[0]),)
+        upstream = rows.share(slope(sequences, rows.sums(values), rows.lengths)).to(values.dtype)
+        gradients = linear.vocab_major_bwd(head, rows, plan, statistics, kept, upstream, request.wanted)
+    late = Gradients(*(None if part is None else part.to(_late(part.dtype)) for part in gradients))
+    return rows.spread(values, labels), means, *_filled(late, hidden)
+
+
+@linear_known_gradients.register_fake
+def _(hidden, weight, bias, labels, cu_seqlens, tensors, objective, call):  # type: ignore[no-untyped-def]
+    request = decode(call)
+    logp = hidden.new_empty(labels.shape, dtype=accumulator_dtype(request.dtype))
+    return logp, torch.empty_like(logp), *_fake_gradients(hidden, weight, bias, request, late=True)
+
+
+class CompiledTokenLogpsFunction(torch.autograd.Function):
+    """:class:`fused_pref.head.functions.LinearTokenLogpsFunction` for a compiler."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        call: str,
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`linear_token_logps_fwd`."""
+        logp, means, left = linear_token_logps_fwd(hidden, weight, bias, labels, cu_seqlens, call)
+        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, left)
+        ctx.call = call
+        ctx.mark_non_differentiable(means)
+        return logp, means
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """See :func:`linear_token_logps_bwd`."""
+        gradients = linear_token_logps_bwd(*ctx.saved_tensors, grads[0], ctx.call)
+        return (*wanted_only(gradients), None, None, None)
+
+
+def wanted_only(gradients: tuple[Tensor, ...]) -> Gradients:
+    """None for the empty ones."""
+    return Gradients(*(None if part.dim() == 1 and part.shape[0] == 0 else part for part in gradients))
+
+
+def _late(dtype: torch.dtype) -> torch.dtype:
+    """Gradients that the upstream gradient still has to scale: float16 would underflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = (like.new_empty(0) if part is None else part for part in gradients)
+    return hidden, weight, bias
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadCall, *, late: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = []
+    for name, part in zip(("hidden", "weight", "bias"), (hidden, weight, bias), strict=True):
+        if part is None or name not in request.wanted:
+            parts.append(hidden.new_empty(0))
+        else:
+            parts.append(part.new_empty(part.shape, dtype=_late(part.dtype) if late else part.dtype))
+    return parts[0], parts[1], parts[2]
