@@ -1,0 +1,246 @@
+"""The planner: a pure function, checked without tensors, and its predictions against what calls do."""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from harness import make_hidden, peak_bytes, reference_logps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_pref as fp
+from fused_pref.head.plan import CPU, GPU, Plan, Problem, candidates, choose
+from fused_pref.validate import describe
+
+GRADIENTS = [frozenset(), frozenset({"hidden"}), frozenset({"hidden", "weight"}), frozenset({"weight", "bias"})]
+
+
+def problem(**changes: Any) -> Problem:
+    sizes = {"tokens": 1536, "positions": 2048, "hidden": 1024, "vocabulary": 32768, "itemsize": 4, "budget": 2**40}
+    rest = {"weight_itemsize": 4, "gradients": GRADIENTS[2], "local": True, "units": (384,) * 4, "device": CPU}
+    return Problem(**{**sizes, **rest, **changes})
+
+
+problems = st.builds(
+    problem,
+    tokens=st.integers(0, 5000),
+    positions=st.just(5000),
+    hidden=st.integers(1, 4096),
+    vocabulary=st.integers(1, 200_000),
+    itemsize=st.sampled_from([2, 4, 8]),
+    weight_itemsize=st.sampled_from([2, 4, 8]),
+    gradients=st.sampled_from(GRADIENTS),
+    local=st.booleans(),
+    units=st.just(()),
+    device=st.sampled_from([CPU, GPU]),
+    late_scale=st.booleans(),
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(problems, st.lists(st.integers(0, 2**36), min_size=2, max_size=6))
+def test_budgets(sizes: Problem, budgets: list[int]) -> None:
+    """What is chosen fits; the error's least budget is enough and one byte less is not; more budget costs no time."""
+    least = min(plan.workspace for plan in candidates(sizes))
+    with pytest.raises(ValueError, match=rf"memory_budget must be at least {least} bytes"):
+        choose(problem(**{**vars(sizes), "budget": least - 1}))
+    seconds = []
+    for budget in sorted({least, *(least + extra for extra in budgets)}):
+        plan = choose(problem(**{**vars(sizes), "budget": budget}))
+        assert plan.workspace <= budget
+        seconds.append(plan.seconds)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(seconds))
+
+
+@settings(deadline=None, derandomize=True, max_examples=80)
+@given(st.lists(st.integers(0, 900), min_size=1, max_size=20), st.integers(1, 4000))
+def test_groups_are_whole_units(units: list[int], hidden: int) -> None:
+    sizes = problem(tokens=sum(units), units=tuple(units), hidden=hidden)
+    for plan in candidates(sizes):
+        if plan.name == "grouped":
+            assert plan.bounds[0] == 0
+            assert plan.bounds[-1] == len(units)
+            groups = [sum(units[a:b]) for a, b in itertools.pairwise(plan.bounds)]
+            assert sum(groups) == sum(units)
+            assert max(groups) == plan.rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "products"),
+    [
+        ({"gradients": GRADIENTS[0]}, "logprob", 1),
+        ({"gradients": GRADIENTS[1]}, "frozen_head", 2),
+        ({"gradients": GRADIENTS[1], "local": False}, "frozen_head", 2),
+        ({}, "grouped", 3),
+        ({"itemsize": 2, "weight_itemsize": 2}, "grouped", 3),
+        ({"local": False}, "vocab_major", 3),
+        ({"local": False, "budget": 2**25}, "vocab_major", 4),
+        ({"gradients": GRADIENTS[3]}, "grouped", 2),
+        ({"itemsize": 2, "weight_itemsize": 2, "late_scale": True, "budget": 2**28}, "vocab_major", 3),
+    ],
+    ids=str,
+)
+def test_choices(changes: dict[str, Any], name: str, products: float) -> None:
+    plan = choose(problem(**changes))
+    assert (plan.name, plan.products) == (name, products)
+
+
+def test_float32_groups_are_small_and_16_bit_is_one_group() -> None:
+    """In float32 dW adds up in place, so that groups cost nothing; in 16 bits they would need a float32 dW."""
+    assert len(choose(problem()).bounds) == 3
+    assert len(choose(problem(itemsize=2, weight_itemsize=2)).bounds) == 2
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products, in units of 2·N·D·V."""
+
+    def __init__(self, unit: int) -> None:
+        super().__init__()
+        self.unit, self.operations = unit, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = args[-2:] if function.overloadpacket is torch.ops.aten.mm else args[1:3]
+            self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> float:
+        return self.operations / self.unit
+
+
+@pytest.mark.parametrize(
+    ("objective", "keywords", "products"),
+    [
+        ("linear_cpo_loss", {}, 3),
+        ("linear_dpo_loss", {}, 3),
+        ("linear_bco_loss", {"delta": 0.2}, 3),
+        ("linear_bco_loss", {"delta": torch.tensor(0.2)}, 3),
+        ("linear_bco_loss", {"delta": fp.RewardShift(update="step")}, 3),
+        ("linear_bco_loss", {"delta": fp.RewardShift("fixed", value=0.1)}, 3),
+        ("linear_bco_loss", {"delta": fp.RewardShift()}, 3),
+        ("linear_bco_loss", {"delta": fp.RewardShift(), "memory_budget": 4_000_000}, 4),
+        ("linear_cpo_loss", {"memory_budget": 4_000_000}, 4),
+    ],
+    ids=lambda value: describe(value)[:40],
+)
+def test_products_are_counted(objective: str, keywords: dict[str, Any], products: float) -> None:
+    """6NDV where coefficients are known in the forward, at most 8NDV where they are not."""
+    batch = make_hidden(4, 33, 64, 4001, mask="one", seed=3)
+    batch.labels[:, 9:] = torch.randint(0, 4001, (4, 24), generator=torch.Generator().manual_seed(0))
+    number = int((batch.labels[:, 1:] >= 0).sum())
+    assert number == 96
+    extra = {"linear_dpo_loss": (reference_logps(4),)}
+    extra["linear_bco_loss"] = (torch.tensor([True, False, True, False]), reference_logps(4))
+    leaves = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    with Products(2 * number * 64 * 4001) as counted:
+        getattr(fp, objective)(*leaves, batch.labels, *extra.get(objective, ()), **keywords).loss.backward()
+    assert counted.count == pytest.approx(products)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("objective", "wanted", "budget"),
+    [
+        ("linear_cpo_loss", "hw", None),
+        ("linear_cpo_loss", "hw", 60 * 2**20),
+        ("linear_cpo_loss", "h", None),
+        ("linear_token_logps", "hw", None),
+        ("linear_token_logps", "hw", 24 * 2**20),
+        ("linear_token_logps", "", None),
+        ("linear_token_logps", "", 8 * 2**20),
+    ],
+)
+def test_predicted_peak(objective: str, wanted: str, budget: int | None, dtype: torch.dtype) -> None:
+    """Within 15% of the peak that the allocator saw beyond gradients and results."""
+    sequences, length, features, vocabulary = 8, 129, 256, 16384
+    batch = make_hidden(sequences, length, features, vocabulary, dtype=dtype, mask="none")
+    batch.labels[:, :65] = -100
+    h, w = batch.hidden.requires_grad_("h" in wanted), batch.weight.requires_grad_("w" in wanted)
+    tokens = sequences * (length - 65)
+
+    def step() -> None:
+        output = getattr(fp, objective)(h, w, batch.labels, memory_budget=budget)
+        loss = output.loss if isinstance(output, fp.PairOutput) else output.sum()
+        if wanted:
+            loss.backward()
+
+    explained = fp.explain(
+        tokens=tokens,
+        positions=sequences * length,
+        hidden=features,
+        vocab=vocabulary,
+        objective="cpo" if objective == "linear_cpo_loss" else "logps",
+        sequences=sequences,
+        dtype=dtype,
+        device="cpu",
+        gradients=[name for name in ("hidden", "weight") if name[0] in wanted],
+        memory_budget=budget,
+    )
+    step()
+    h.grad = w.grad = None
+    gradients = sum(tensor.numel() * tensor.element_size() for tensor in (h, w) if tensor.requires_grad)
+    measured = peak_bytes(step) - gradients
+    assert measured == pytest.approx(explained.peak_bytes, rel=0.15), explained.plan
+
+
+def test_explanation_says_what_is_done() -> None:
+    text = str(fp.explain("llama-3-8b", tokens=8192, objective="cpo", device="cuda", memory_budget=2**33))
+    for part in ("N=8192", "D=4096", "V=128256", "plan grouped", "3.00NDV", "2.58e+13", "eager", "5.87 GiB"):
+        assert part in text
+    assert "frozen_head" in str(fp.explain("qwen3-8b", gradients=["hidden"]))
+    assert "computed again" in str(fp.explain("gemma-2-2b", objective="bco"))
+    assert "3.00NDV" in str(fp.explain("gemma-2-2b", objective="bco", delta="known", memory_budget=2**34))
+    assert fp.explain(hidden=8, vocab=9, gradients=[]).eager_bytes == 8192 * 9 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "text"),
+    [
+        ({}, ValueError, "model"),
+        ({"model": "gpt-9"}, ValueError, "model must be one of"),
+        ({"hidden": 4}, ValueError, "hidden and vocab"),
+        ({"hidden": 0, "vocab": 4}, ValueError, "hidden must be an integer >= 1"),
+        ({"hidden": 4, "vocab": 1.5}, TypeError, "vocab must be an integer"),
+        ({"model": "phi-4", "tokens": -1}, ValueError, "tokens"),
+        ({"model": "phi-4", "positions": 5}, ValueError, "positions must be an integer >= 8192"),
+        ({"model": "phi-4", "sequences": 3}, ValueError, "sequences must be even"),
+        ({"model": "phi-4", "objective": "kto"}, ValueError, "objective"),
+        ({"model": "phi-4", "dtype": "int8"}, ValueError, "dtype"),
+        ({"model": "phi-4", "dtype": torch.int8}, ValueError, "dtype"),
+        ({"model": "phi-4", "device": "tpu"}, ValueError, "device"),
+        ({"model": "phi-4", "gradients": ["logits"]}, ValueError, "gradients"),
+        ({"model": "phi-4", "delta": "mean"}, ValueError, "delta"),
+        ({"model": "phi-4", "memory_budget": 1}, ValueError, "memory_budget must be at least"),
+    ],
+    ids=str,
+)
+def test_explain_refuses(keywords: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        fp.explain(**keywords)
+
+
+def test_plans_are_immutable_and_cheap_to_choose() -> None:
+    assert choose(problem()) is choose(problem())
+    assert isinstance(choose(problem()), Plan)
+    assert len(list(candidates(problem(vocabulary=262144, tokens=65536, units=(4096,) * 16)))) < 300
+
+
+def test_counter_of_products_sees_every_kind() -> None:
+    """The oracle of the tests above: names of all operations of a step that multiply matrices."""
+    seen: Counter[str] = Counter()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    batch = make_hidden(4, 6, 12, 29)
+    with Names():
+        leaves = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+        fp.linear_cpo_loss(*leaves, batch.labels, logits_mean=None).loss.backward()
+    assert not {"bmm", "matmul", "linear", "baddbmm", "mv"} & set(seen)
+    assert seen["mm"] + seen["addmm"] == 3
