@@ -102,8 +102,8 @@ class Products(TorchDispatchMode):
         self.unit, self.operations = unit, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            a, b = args[-2:] if function.overloadpacket is torch.ops.aten.mm else args[1:3]
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[:2] if function.overloadpacket is torch.ops.aten.mm else args[1:3]
             self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return function(*args, **(kwargs or {}))
 
@@ -122,8 +122,8 @@ class Products(TorchDispatchMode):
         ("linear_bco_loss", {"delta": fp.RewardShift(update="step")}, 3),
         ("linear_bco_loss", {"delta": fp.RewardShift("fixed", value=0.1)}, 3),
         ("linear_bco_loss", {"delta": fp.RewardShift()}, 3),
-        ("linear_bco_loss", {"delta": fp.RewardShift(), "memory_budget": 4_000_000}, 4),
-        ("linear_cpo_loss", {"memory_budget": 4_000_000}, 4),
+        ("linear_bco_loss", {"delta": fp.RewardShift(), "memory_budget": "least"}, 4),
+        ("linear_cpo_loss", {"memory_budget": "least"}, 4),
     ],
     ids=lambda value: describe(value)[:40],
 )
@@ -136,6 +136,10 @@ def test_products_are_counted(objective: str, keywords: dict[str, Any], products
     extra = {"linear_dpo_loss": (reference_logps(4),)}
     extra["linear_bco_loss"] = (torch.tensor([True, False, True, False]), reference_logps(4))
     leaves = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    if keywords.get("memory_budget") == "least":
+        with pytest.raises(ValueError, match="memory_budget must be at least") as refused:
+            getattr(fp, objective)(*leaves, batch.labels, *extra.get(objective, ()), **{**keywords, "memory_budget": 1})
+        keywords = {**keywords, "memory_budget": int(str(refused.value).split("least ")[1].split()[0])}
     with Products(2 * number * 64 * 4001) as counted:
         getattr(fp, objective)(*leaves, batch.labels, *extra.get(objective, ()), **keywords).loss.backward()
     assert counted.count == pytest.approx(products)
@@ -243,4 +247,4 @@ def test_counter_of_products_sees_every_kind() -> None:
         leaves = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
         fp.linear_cpo_loss(*leaves, batch.labels, logits_mean=None).loss.backward()
     assert not {"bmm", "matmul", "linear", "baddbmm", "mv"} & set(seen)
-    assert seen["mm"] + seen["addmm"] == 3
+    assert seen["mm"] + seen["addmm"] + seen["addmm_"] == 3

@@ -50,7 +50,7 @@ class Device:
     measured: str
 
 
-CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 2.0e10, 768 * 1024, 2048, False, 2**21, "2 cores with AMX")
+CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, 768 * 1024, 2048, False, 2**20, "2 cores with AMX")
 GPU = Device("gpu", {2: 7.9e14, 4: 3.0e14, 8: 3.0e13}, 4.3e12, 2 * 132 * 128 * 256, 4096, True, 2**25, "an H200")
 
 
@@ -115,7 +115,9 @@ class Problem:
         operations = 2 * rows * columns * self.hidden
         narrow = min(self.device.columns, self.vocabulary) / columns
         slow = sum(max(1.0, narrow, self.device.outputs / max(entries[product], 1)) for product in products)
+        # Every pass over the slab, and weight and rows once for each product.
         moved = 3 * rows * columns * self.slab_itemsize
+        moved += len(products) * (rows + columns) * self.hidden * self.itemsize
         return count * (operations * slow / self.device.rates[self.itemsize] + moved / self.device.bandwidth)
 
 
