@@ -1,9 +1,11 @@
 """``python -m fused_pref demo``: options, and the run from records to report. Imports its extras only to run."""
 
 import argparse
+import contextlib
 import importlib.util
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if train_cut + heldout_cut:
         limits = f"{batches.MAX_PROMPT} tokens of prompt and {batches.MAX_COMPLETION} of completion"
         console.print(f"{train_cut + heldout_cut} records were cut to {limits}")
-    histories = train_objectives(args, train_pairs, heldout_pairs, tokenizer.n_words, console)
+    with spare_core():
+        histories = train_objectives(args, train_pairs, heldout_pairs, tokenizer.n_words, console)
     report.print_results(console, histories)
     picture = args.out / "curves.png"
     report.plot(histories, picture)
@@ -118,6 +121,17 @@ def train_objectives(
         with Watcher(console, objective.name, args.steps) as watcher:
             histories.append(train_model(model, objective, order, heldout_batches, args.steps, share, watcher))
     return histories
+
+
+@contextlib.contextmanager
+def spare_core() -> Iterator[None]:
+    """Compute with one thread less: where another process has a core, threads that wait for theirs spin for nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _device() -> torch.device:

@@ -57,9 +57,8 @@ def check_line(check: Check) -> str:
 def point_line(history: History, point: Point) -> str:
     """Result of one evaluation."""
     loss = f"loss {history.losses[-1]:.3f}, " if history.losses else ""
-    return (
-        f"  step {point.step:>3}: {loss}held-out accuracy {point.accuracy:.0%}, reward margin {_signed(point.margin)}"
-    )
+    heldout = f"held-out accuracy {point.accuracy:.0%}, reward margin {_signed(point.margin)}"
+    return f"  step {point.step:>3}: {loss}{heldout}"
 
 
 def print_results(console: Console, histories: list[History]) -> None:

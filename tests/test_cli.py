@@ -1,0 +1,124 @@
+"""The command line: help, errors, laziness and the doctor."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fused_pref as fp
+from fused_pref import __main__ as command_line
+from fused_pref import doctor
+from fused_pref.__main__ import COMMANDS, main
+
+
+def python(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for name, (_, summary) in COMMANDS.items():
+        assert name in captured.err
+        assert summary.split()[0] in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m fused_pref")
+    assert all(name in out for name in (COMMANDS if len(arguments) == 1 else arguments[:1]))
+
+
+def test_help_of_the_demo_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    out = capsys.readouterr().out
+    for option in ("--objective", "--steps", "--seed", "--cap", "--out", "--data"):
+        assert option in out
+
+
+@pytest.mark.parametrize("arguments", [["demonstrate"], ["doctor", "--fast"], ["doctor", "now"], ["--verbose"]])
+def test_bad_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fused_pref: ")
+    assert arguments[-1] in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_interruption_is_not_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupt)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "fused_pref: interrupted\n"
+
+
+def test_errors_of_the_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: argparse.Namespace) -> int:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    with pytest.raises(ValueError, match="a defect"):
+        main(["doctor"])
+
+
+def test_arguments_default_to_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fused_pref", "nonsense"])
+    assert command_line.main() == 2
+
+
+def test_module_runs_and_exits_with_the_status() -> None:
+    assert "doctor" in python("-m", "fused_pref", "--help").stdout
+    assert "Traceback" not in python("-m", "fused_pref", "no", status=2).stderr
+
+
+def test_imports_are_light() -> None:
+    """The library needs torch alone, and a command line imports only what its command needs."""
+    heavy = "{'transformers', 'mistral_common', 'matplotlib', 'rich', 'sklearn', 'trl'}"
+    demo = "fused_pref.demo.cli"
+    code = f"import sys, fused_pref, fused_pref.__main__; print({heavy} & set(sys.modules), '{demo}' in sys.modules)"
+    assert python("-c", code).stdout == "set() False\n"
+    code = f"import sys, {demo}; print({heavy} & set(sys.modules))"
+    assert python("-c", code).stdout == "set()\n"
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"fused_pref {fp.__version__}, Python ")
+    assert f"  torch {torch.__version__}" in out
+    assert "cpu: backend '" in out
+    for objective in ("cpo_loss", "dpo_loss", "bco_loss"):
+        for dtype in ("float32", "bfloat16"):
+            assert f"  ok   {objective} {dtype}: value error " in out
+    assert "BAD" not in out
+    assert out.endswith("every self-check holds\n")
+
+
+@pytest.mark.parametrize("errors", [(1e-3, 0.0), (0.0, 1e-3), (float("nan"), 0.0)])
+def test_doctor_reports_what_is_wrong(
+    errors: tuple[float, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def checks(device: torch.device) -> Iterator[tuple[str, torch.dtype, float, float]]:
+        yield "cpo_loss", torch.float32, *errors
+        yield "dpo_loss", torch.float32, 0.0, 0.0
+
+    monkeypatch.setattr(doctor, "self_checks", checks)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "  BAD  cpo_loss float32" in out
+    assert "  ok   dpo_loss float32" in out
+    assert "a self-check failed" in out
