@@ -136,13 +136,14 @@ class LinearBatch(Batch):
         device, features = hidden.device, hidden.shape[-1]
         dtype = product_dtype(hidden)
         # Autocast casts what enters a product; elsewhere the two must agree.
-        dtypes = (hidden.dtype,) if dtype == hidden.dtype else tuple({hidden.dtype, dtype, torch.float32})
+        casts = dtype != torch.float64 and torch.is_autocast_enabled(device.type)
+        dtypes = tuple({hidden.dtype, dtype, torch.float32}) if casts else (hidden.dtype,)
         weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
         if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
             raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)
         bias = keywords["bias"]
         if bias is not None:
-            bias = validate.tensor("bias", bias, "(V,)", weight.shape[:1], dtypes, device)
+            bias = validate.tensor("bias", bias, "(V,)", tuple(weight.shape[:1]), dtypes, device)
         labels, cu_seqlens, sequences = _labels(labels, hidden, weight.shape[0], keywords, spec, pairs=pairs)
         spec = _resolved(spec, keywords, dtype, device, means=means)
         return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias)

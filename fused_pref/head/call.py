@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fused_pref.head import linear
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.linear import Head
+from fused_pref.head.linear import Head, block_rows
 from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose, device_of
 from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
-from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK, Rows
+from fused_pref.head.streaming import Rows
 
 NAMES = ("hidden", "weight", "bias")
 
@@ -139,7 +139,7 @@ def linear_means(head: Head) -> Tensor:
     shift = 0.0 if head.b is None else head.b.to(head.accumulator).mean()
     source = Rows(head.hidden.detach())
     result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
-    step = _block_rows(head.hidden)
+    step = block_rows(head.hidden)
     for start in range(0, source.count, step):
         stop = min(start + step, source.count)
         if source.flat is not None:
@@ -155,14 +155,10 @@ def column_means(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.device.type != "cpu" or weight.dtype == dtype:
         return weight.mean(0, dtype=dtype)
     # Summing 16-bit entries across rows is slow on a CPU: blocks in float32 go through a product with ones.
-    step = _block_rows(weight)
+    step = block_rows(weight)
     block = torch.empty((min(step, weight.shape[0]), weight.shape[1]), dtype=dtype)
     total = torch.zeros(weight.shape[1], dtype=dtype)
     for start in range(0, weight.shape[0], step):
         part = block[: weight.shape[0] - start].copy_(weight[start : start + step])
         total.addmv_(part.t(), part.new_ones(part.shape[0]))
     return total / weight.shape[0]
-
-
-def _block_rows(x: Tensor) -> int:
-    return max(1, (CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK) // max(x.shape[-1], 1))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.linear import Gradients, Head, place, scaled_rows
+from fused_pref.head.linear import Gradients, Head, scaled_rows
 from fused_pref.head.plan import Plan
-from fused_pref.head.products import add_product, mixed, overlay, project
+from fused_pref.head.products import add_product, overlay, product_dtype, project
 from fused_pref.head.rows import ValidRows
 
 # (runs of sequences, their sums (s,) float64, scored tokens of all sequences (S,) int64) → ∂loss/∂sums (s,) float64
@@ -78,9 +78,10 @@ class _Sums:
         if self.db is not None:
             self.db += head.bias_gradient(q, factor)
         if self.dh is not None:
-            left = torch.empty(h.shape, dtype=head.accumulator if mixed(h) else h.dtype, device=h.device)
+            left = torch.empty(h.shape, dtype=product_dtype(h), device=h.device)
+            label_q = torch_slab.take_targets(q, group.targets, 0)
             add_product(left, q, head.w, fresh=True)
-            place(self.dh, group, left, -factor)
+            head.place(self.dh, group, left, -factor, label_q)
         self.fresh = False
 
     def gradients(self) -> Gradients:

@@ -16,10 +16,10 @@ from torch import Tensor
 from fused_pref.head import slab as torch_slab
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.plan import Plan
-from fused_pref.head.products import add_product, overlay, project, slab_dtype
+from fused_pref.head.products import add_product, overlay, project, slab_dtype, upcast
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.spec import Transform
-from fused_pref.head.streaming import Rows
+from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK, Rows
 
 
 class Gradients(NamedTuple):
@@ -93,14 +93,35 @@ class Head:
         """(logp, 1 − p_y) of rows."""
         return torch_slab.finish(statistics, targets, self.columns, self.ignore_index)
 
+    def with_targets(self, sums: Tensor, targets: Tensor, label_q: Tensor) -> Tensor:
+        """Rows of a product plus each target's entry of Q times the target's weight; see :func:`slab.take_targets`."""
+        valid = (targets >= 0) & (targets < self.columns)
+        return sums + self.w.index_select(0, targets.long().where(valid, 0)).to(label_q.dtype) * label_q[:, None]
+
+    def place(self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, label_q: Tensor | None) -> None:
+        """Rows of ``sums``, with their targets', times ``factor`` to their places of ``dh``, contiguous and else 0."""
+        flat = dh.view(-1, dh.shape[-1])
+        for part in ranges(sums.shape[0], block_rows(dh)):
+            block = sums[part]
+            if label_q is not None:
+                block = self.with_targets(block, rows.targets[part], label_q[part])
+            block = (block * factor[part, None]).to(dh.dtype)
+            if rows.places is None:
+                flat[part] = block
+            else:
+                flat.index_copy_(0, rows.places[part], block)
+
     def bias_gradient(self, q: Tensor, factor: Tensor) -> Tensor:
         """−qᵀ factor, (v,) in the dtype of the token math."""
         total = torch.zeros(q.shape[1], dtype=self.accumulator, device=q.device)
-        step = max(1, torch_slab.CPU_BLOCK // max(q.shape[1], 1)) if q.device.type == "cpu" else q.shape[0]
-        for start in range(0, q.shape[0], max(step, 1)):
-            part = q[start : start + step].to(total.dtype)
-            total.addmv_(part.t(), factor[start : start + step].to(total.dtype), alpha=-1)
+        for part in ranges(q.shape[0], block_rows(q)):
+            total.addmv_(q[part].to(total.dtype).t(), factor[part].to(total.dtype), alpha=-1)
         return total
+
+
+def block_rows(x: Tensor) -> int:
+    """Rows of x that elementwise work takes at a time."""
+    return max(1, (CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK) // max(x.shape[-1], 1))
 
 
 def ranges(length: int, size: int) -> Iterator[slice]:
@@ -132,16 +153,20 @@ def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
         z = _project(head, memory, head.take(rows, group), slice(0, head.columns))
         q, targets = overlay(z, head.dtype), rows.targets[group]
         head.kernels.absorb(statistics[:, group], z, targets, 0, head.transform, total=total, sink=q)
+        label_q = torch_slab.take_targets(q, targets, 0)
         add_product(u[group], q, head.w, fresh=True)
         _, miss = head.finish(statistics[:, group], targets)
-        u[group] *= (-head.transform.slope * miss)[:, None]
+        for part in ranges(group.stop - group.start, block_rows(u)):
+            rest = u[group][part]
+            rest.copy_(head.with_targets(rest, targets[part], label_q[part]))
+            rest *= (-head.transform.slope * miss[part])[:, None]
     return statistics, u
 
 
 def frozen_head_bwd(head: Head, rows: ValidRows, u: Tensor, grad_logp: Tensor) -> Tensor:
     """Gradient of the hidden states, a_n U_n at the valid rows; ``grad_logp`` (N,) is a."""
     dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
-    place(dh, rows, u, grad_logp)
+    head.place(dh, rows, u, grad_logp, None)
     return dh
 
 
@@ -177,6 +202,7 @@ def vocab_major_bwd(
     dw = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if "weight" in wanted else None
     db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
     sums = torch.empty(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
+    label_q = torch.zeros_like(factor)
     x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
     memory = None
     for number, columns in enumerate(ranges(head.columns, plan.columns)):
@@ -187,17 +213,18 @@ def vocab_major_bwd(
             z = _project(head, memory, h, columns)
         q = overlay(z, head.dtype)
         head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
-        if sums is not None:
-            add_product(sums, q, head.w[columns], fresh=number == 0)
         if dw is not None and x is not None:
             add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
         if db is not None:
             db[columns] = head.bias_gradient(q, factor)
+        if sums is not None:
+            label_q += torch_slab.take_targets(q, rows.targets, columns.start)
+            add_product(sums, q, head.w[columns], fresh=number == 0)
     kept.clear()
     dh = None
     if sums is not None:
         dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
-        place(dh, rows, sums, -factor)
+        head.place(dh, rows, sums, -factor, label_q)
     return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
 
 
@@ -209,8 +236,10 @@ def keeping_nothing(plan: Plan) -> Plan:
 def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
     """−factor · h in the dtype of the products, and what the product with it must be multiplied by (None: 1).
 
-    Float16 would underflow: there the factors are divided by the largest.
+    Float16 would underflow: there the factors are divided by the largest, or the rows are float32 as their products.
     """
+    if upcast(h):
+        return h * -factor[:, None], None
     if head.dtype != torch.float16:
         return _narrow(h, -factor), None
     largest = factor.abs().amax() if factor.numel() else factor.new_zeros(())
@@ -228,15 +257,3 @@ def _project(head: Head, memory: Tensor, h: Tensor, columns: slice) -> Tensor:
     width = columns.stop - columns.start
     z = memory[: h.shape[0] * width].view(h.shape[0], width)
     return project(z, h, head.w[columns], None if head.b is None else head.b[columns])
-
-
-def place(dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor) -> None:
-    """Rows of ``sums`` times ``factor`` into their places of ``dh``, which is contiguous and 0 elsewhere."""
-    flat = dh.view(-1, dh.shape[-1])
-    step = max(1, torch_slab.CPU_BLOCK // max(dh.shape[-1], 1)) if dh.device.type == "cpu" else max(sums.shape[0], 1)
-    for part in ranges(sums.shape[0], step):
-        block = (sums[part] * factor[part, None]).to(dh.dtype)
-        if rows.places is None:
-            flat[part] = block
-        else:
-            flat.index_copy_(0, rows.places[part], block)

@@ -103,7 +103,21 @@ class Problem:
     @property
     def partial(self) -> int:
         """Bytes of an entry of a product that is then added in float32 (0: it is added in place)."""
-        return 0 if self.device.mixed or self.itemsize > 2 else self.itemsize
+        if self.device.mixed or self.itemsize > 2:
+            return 0
+        return 4 if self.late_scale else self.itemsize
+
+    @property
+    def scaled_itemsize(self) -> int:
+        """Bytes of an entry of the rows that dW is a product with."""
+        return 4 if self.late_scale and not self.device.mixed else self.itemsize
+
+    def upcast(self, rows: int, features: int) -> int:
+        """Bytes of a block of operands that is made float32 for a product (float16 where there is no mixed one)."""
+        if not self.late_scale or self.device.mixed:
+            return 0
+        block = min(self.device.columns, rows) + features
+        return 4 * block * min(self.device.columns, self.vocabulary)
 
     def copied(self, rows: int) -> int:
         """Bytes of gathered rows."""
@@ -209,7 +223,8 @@ def _logprob(p: Problem) -> Iterator[Plan]:
 def _frozen_head(p: Problem) -> Iterator[Plan]:
     left = p.tokens * p.hidden * max(p.itemsize, 4)
     for rows in row_groups(p):
-        group = rows * p.vocabulary * p.slab_itemsize + p.copied(rows) + rows * p.hidden * p.itemsize
+        group = rows * p.vocabulary * p.slab_itemsize + p.copied(rows) + rows * p.hidden * max(p.itemsize, p.partial)
+        group += p.upcast(rows, p.hidden)
         seconds = p.seconds(rows, p.vocabulary, ("logits", "hidden"), _rounds(p.tokens, rows))
         workspace = left + group + p.device.scratch + p.cast_weight
         yield Plan("frozen_head", rows, p.vocabulary, 2.0, workspace, seconds)
@@ -228,13 +243,14 @@ def _grouped(p: Problem) -> Iterator[Plan]:
         # dW is its own accumulator where its dtype is that of the sums.
         direct = (p.weight_itemsize >= 4 and not p.late_scale) or (single and not p.late_scale)
         accumulator = 0 if direct or "weight" not in p.gradients else 4 * p.vocabulary * p.hidden
-        scaled = rows * p.hidden * p.itemsize if "weight" in p.gradients else 0
+        scaled = rows * p.hidden * p.scaled_itemsize if "weight" in p.gradients else 0
         left = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed else 0) if "hidden" in p.gradients else 0
         workspace = (
             rows * p.vocabulary * p.slab_itemsize
             + p.copied(rows)
             + max(scaled + (0 if single and direct else p.partial * _partial_columns(p) * p.hidden), left)
             + accumulator
+            + p.upcast(rows, p.hidden)
             + p.device.scratch
             + p.cast_weight
         )
@@ -273,12 +289,12 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
     hidden, weight = "hidden" in gradients, "weight" in gradients
     row = p.tokens * p.hidden
     sums = row * max(p.itemsize, 4) if hidden else 0
-    fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight
+    fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight + p.upcast(p.tokens, p.hidden)
     for columns in slices(p):
         count = _rounds(p.vocabulary, columns)
         slab = p.tokens * columns * p.slab_itemsize
         late = p.partial * max(row if hidden else 0, columns * p.hidden if weight and p.weight_itemsize > 2 else 0)
-        backward = (row * p.itemsize if weight else 0) + sums + late
+        backward = (row * p.scaled_itemsize if weight else 0) + sums + late
         steps = range(9) if columns >= min(p.device.columns, p.vocabulary) else range(1)
         for kept in sorted({count * part // 8 for part in steps}):
             scratch_slab = slab if kept < count else 0

@@ -15,6 +15,16 @@ def mixed(x: Tensor) -> bool:
     return x.dtype.itemsize == 2 and device_of(x.device.type).mixed
 
 
+def upcast(x: Tensor) -> bool:
+    """Whether products of this tensor are taken in float32: float16 results of large sums may overflow."""
+    return x.dtype == torch.float16 and not mixed(x)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which a product of this tensor comes out at its most exact."""
+    return torch.float32 if mixed(x) or upcast(x) else x.dtype
+
+
 def slab_dtype(x: Tensor) -> torch.dtype:
     """Dtype of the logits of these hidden states."""
     return torch.float32 if mixed(x) else x.dtype
@@ -40,7 +50,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tens
 
     Rows of ``total`` are worked in blocks where a partial result in memory of its own cannot be avoided.
     """
-    if scale is None and total.dtype == a.dtype:
+    if scale is None and total.dtype == a.dtype and not upcast(a):
         if fresh:
             torch.mm(a, b, out=total)
         else:
@@ -54,10 +64,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tens
         return
     rows = device_of(a.device.type).columns
     for start in range(0, total.shape[0], rows):
-        block = a[start : start + rows]
-        part = torch.mm(block, b, out_dtype=torch.float32) if mixed(a) else torch.mm(block, b)
+        part = _product(a[start : start + rows], b)
         part = part if scale is None else part.to(total.dtype).mul_(scale)
         if fresh:
             total[start : start + rows] = part
         else:
             total[start : start + rows] += part
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of a and b, in float32 where the device can; float16 goes through float32 a block at a time."""
+    if mixed(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if not upcast(a):
+        return torch.mm(a, b)
+    total = torch.zeros((a.shape[0], b.shape[1]), device=a.device)
+    step = device_of(a.device.type).columns
+    for start in range(0, a.shape[1], step):
+        total.addmm_(a[:, start : start + step].float(), b[start : start + step].float())
+    return total

@@ -83,6 +83,17 @@ def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, fi
         _mark(sink, here, column)
 
 
+def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
+    """Set the targets' entries of Q to 0 and give what they were, (n,); 0 where the target is in another slab.
+
+    They are most of what a row weighs: added to a product of the rest by themselves, they are not rounded with it.
+    """
+    here, column = _local(targets, first, q.shape[1])
+    found = q.gather(1, column[:, None])[:, 0]
+    _put(q, column, found.masked_fill(here, 0))
+    return found.masked_fill_(~here, 0).to(torch.promote_types(q.dtype, torch.float32))
+
+
 def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(logp, 1 − p_y) of rows: (0, 0) where nothing is scored, NaN for a label outside the vocabulary."""
     top, others, label, _ = statistics
