@@ -72,11 +72,11 @@ class BCOObjective:
     @property
     def local(self) -> bool:
         """Whether δ is known before this batch is scored."""
-        return not isinstance(self.delta, RewardShift) or self.delta.known() is not None
+        return not (isinstance(self.delta, RewardShift) and self.delta.moving())
 
     def slope(self, members: tuple[slice, ...], sums: Tensor, lengths: Tensor) -> Tensor:
         """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
-        delta = self.delta.known() if isinstance(self.delta, RewardShift) else self.delta
+        delta = self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
         rewards = self.spec.beta * (sums - _pick(self.ref_logps, members).double())
         normalizers = dict(self.normalizers)
         if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:
@@ -109,7 +109,7 @@ def encode(objective: Objective) -> tuple[str, list[Tensor]]:
         own = (objective.ref_logps, objective.pair_normalizer, objective.token_normalizer)
     else:
         kind, numbers = "bco", (objective.spec.beta, objective.spec.reduction)
-        delta = objective.delta.known() if isinstance(objective.delta, RewardShift) else objective.delta
+        delta = objective.delta.current() if isinstance(objective.delta, RewardShift) else objective.delta
         classes = objective.normalizers["class_normalizer"] or (None, None)
         own = (objective.desirable, objective.ref_logps, delta, objective.sample_weight)
         own = (*own, objective.normalizers["sequence_normalizer"], *classes)

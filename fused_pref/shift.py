@@ -97,10 +97,12 @@ class RewardShift(nn.Module):
         """Whether a forward would update now: training, with gradients, and not a recomputation in a backward."""
         return self.kind != "fixed" and self.training and torch.is_grad_enabled() and not _in_backward()
 
-    def known(self) -> Tensor | None:
-        """δ of the next forward, 0-d float64, where it does not depend on that forward's batch; else None."""
-        if self.update == "forward" and self.updating():
-            return None
+    def moving(self) -> bool:
+        """Whether the batch of the next forward moves the δ that this forward uses."""
+        return self.update == "forward" and self.updating()
+
+    def current(self) -> Tensor:
+        """δ as the state is now, 0-d float64."""
         return self._delta(ShiftState(self.mean, self.count, self.pending_sum, self.pending_count))
 
     def peek(self, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, ShiftState | None]:

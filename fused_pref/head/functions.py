@@ -32,19 +32,12 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """By plan ``logprob``, ``frozen_head`` or ``vocab_major``."""
         head, total = call.head(hidden, weight, bias), call.totals
-        ctx.call, ctx.rows, ctx.plan, ctx.kept = call, rows, plan, []
-        left = None
+        ctx.call, ctx.rows, ctx.plan = call, rows, plan
         with torch.autocast(hidden.device.type, enabled=False):
-            if plan.name == "logprob":
-                statistics = linear.logprob(head, rows, plan, total=total)
-            elif plan.name == "frozen_head":
-                statistics, left = linear.frozen_head(head, rows, plan, total=total)
-            else:
-                statistics, ctx.kept = linear.vocab_major(head, rows, plan, total=total)
-                left = statistics
+            statistics, u, ctx.kept = linear.forward(head, rows, plan, total=total)
             logp, _ = head.finish(statistics, rows.targets)
             means = call.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
-        ctx.save_for_backward(hidden, weight, bias, left)
+        ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u)
         ctx.mark_non_differentiable(means)
         return rows.spread(logp, labels), means
 

@@ -130,6 +130,24 @@ def ranges(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
+class Forward(NamedTuple):
+    """What a forward leaves: statistics (4, N) of the rows; U (N, D) of a frozen head; slices kept for the backward."""
+
+    statistics: Tensor
+    u: Tensor | None
+    kept: list[Tensor]
+
+
+def forward(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Forward:
+    """By any plan but ``grouped``; ``total``: also Σ z."""
+    if plan.name == "logprob":
+        return Forward(logprob(head, rows, plan, total=total), None, [])
+    if plan.name == "frozen_head":
+        return Forward(*frozen_head(head, rows, plan, total=total), [])
+    statistics, kept = vocab_major(head, rows, plan, total=total)
+    return Forward(statistics, None, kept)
+
+
 def logprob(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
     """Statistics (4, N) of the rows, a slice of the vocabulary at a time."""
     statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)

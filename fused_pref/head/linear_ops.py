@@ -43,19 +43,17 @@ def linear_token_logps_fwd(
     """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
     request = decode(call)
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
-    plan, total = request.plan(head, rows), request.totals
-    left = hidden.new_empty(0, dtype=head.accumulator)
+    plan = linear.keeping_nothing(request.plan(head, rows))
     with torch.autocast(hidden.device.type, enabled=False):
+        statistics, u, _ = linear.forward(head, rows, plan, total=request.totals)
         if plan.name == "logprob":
-            statistics = linear.logprob(head, rows, plan, total=total)
-        elif plan.name == "frozen_head":
-            statistics, u = linear.frozen_head(head, rows, plan, total=total)
+            left = hidden.new_empty(0, dtype=head.accumulator)
+        elif u is None:
+            left = torch.stack([rows.spread(row, labels).flatten() for row in statistics])
+        else:
             left = u if rows.places is None else u.new_zeros(labels.numel(), u.shape[1])
             if rows.places is not None:
                 left.index_copy_(0, rows.places, u)
-        else:
-            statistics, _ = linear.vocab_major(head, rows, linear.keeping_nothing(plan), total=total)
-            left = torch.stack([rows.spread(row, labels).flatten() for row in statistics])
         logp, _ = head.finish(statistics, rows.targets)
         means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
     return rows.spread(logp, labels), means, left
