@@ -152,13 +152,15 @@ def linear_means(head: Head) -> Tensor:
 
 def column_means(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean of each column of (V, D) in ``dtype``, (D,)."""
-    if weight.device.type != "cpu" or weight.dtype == dtype:
+    if weight.device.type != "cpu":
         return weight.mean(0, dtype=dtype)
-    # Summing 16-bit entries across rows is slow on a CPU: blocks in float32 go through a product with ones.
+    # Summing down columns is slow on a CPU: a product with ones, of 16-bit entries by blocks in float32.
+    total = torch.zeros(weight.shape[1], dtype=dtype)
+    if weight.dtype == dtype:
+        return torch.mv(weight.t(), weight.new_ones(weight.shape[0]), out=total).div_(weight.shape[0])
     step = block_rows(weight)
     block = torch.empty((min(step, weight.shape[0]), weight.shape[1]), dtype=dtype)
-    total = torch.zeros(weight.shape[1], dtype=dtype)
     for start in range(0, weight.shape[0], step):
         part = block[: weight.shape[0] - start].copy_(weight[start : start + step])
         total.addmv_(part.t(), part.new_ones(part.shape[0]))
-    return total / weight.shape[0]
+    return total.div_(weight.shape[0])

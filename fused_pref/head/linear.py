@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
+from fused_pref.head.memory import new_memory
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, project, slab_dtype, upcast
@@ -87,7 +88,7 @@ class Head:
     def new_slab(self, rows: int, columns: int) -> Tensor:
         """Memory for logits, (rows · columns,)."""
         h = self.hidden.new_empty(0, dtype=self.dtype)
-        return torch.empty(rows * columns, dtype=slab_dtype(h), device=h.device)
+        return new_memory((rows * columns,), slab_dtype(h), h.device)
 
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
@@ -96,7 +97,8 @@ class Head:
     def with_targets(self, sums: Tensor, targets: Tensor, label_q: Tensor) -> Tensor:
         """Rows of a product plus each target's entry of Q times the target's weight; see :func:`slab.take_targets`."""
         valid = (targets >= 0) & (targets < self.columns)
-        return sums + self.w.index_select(0, targets.long().where(valid, 0)).to(label_q.dtype) * label_q[:, None]
+        own = self.w.index_select(0, targets.long().where(valid, 0)).to(label_q.dtype)
+        return own.mul_(label_q[:, None]).add_(sums.to(label_q.dtype))
 
     def place(self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, label_q: Tensor | None) -> None:
         """Rows of ``sums``, with their targets', times ``factor`` to their places of ``dh``, contiguous and else 0."""
@@ -217,7 +219,7 @@ def vocab_major_bwd(
     _, miss = head.finish(statistics, rows.targets)
     factor = grad_logp * miss * head.transform.slope
     h, device = head.take(rows), head.hidden.device
-    dw = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if "weight" in wanted else None
+    dw = new_memory(head.weight.shape, head.weight.dtype, device) if "weight" in wanted else None
     db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
     sums = torch.empty(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
     label_q = torch.zeros_like(factor)
@@ -266,8 +268,12 @@ def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor |
 
 
 def _narrow(h: Tensor, factor: Tensor) -> Tensor:
-    """H · factor, multiplied in the dtype of the factor and rounded once."""
-    return torch.mul(h, factor[:, None], out=torch.empty_like(h, memory_format=torch.contiguous_format))
+    """H · factor, multiplied in the dtype of the factor and rounded once; contiguous."""
+    result = torch.empty_like(h, memory_format=torch.contiguous_format)
+    for part in ranges(h.shape[0], block_rows(h)):
+        # Operands of one dtype: a product of two is slow on a CPU.
+        torch.mul(h[part].to(factor.dtype), factor[part, None], out=result[part])
+    return result
 
 
 def _project(head: Head, memory: Tensor, h: Tensor, columns: slice) -> Tensor:

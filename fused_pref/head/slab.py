@@ -6,6 +6,7 @@ all the mass. The slab receives Q = q − onehot, whose target entry is exactly 
 rows of what the slab is multiplied with.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,21 +49,29 @@ def absorb(
         sink: (n, v), may lie over the slab: receives Q; the slab is then the whole vocabulary.
     """
     here, column = _local(targets, first, slab.shape[1])
-    label = transform.apply_(slab.gather(1, column[:, None])[:, 0].to(statistics.dtype, copy=True))
+    raw = slab.gather(1, column[:, None])[:, 0]
+    label = transform.apply_(raw.to(statistics.dtype, copy=True))
     without_target = label.masked_fill(here, -torch.inf)
+    # The targets are taken out: once and for all where that can be said in raw logits.
+    at_once = transform.softcap is None
+    if at_once:
+        _put(slab, column, raw.masked_fill(here, -math.copysign(torch.inf, transform.slope)))
     new = torch.empty_like(statistics)
     least = torch.finfo(new.dtype).min
     for rows, z in _blocks(slab, new.dtype):
         transform.apply_(z.copy_(slab[rows]))
         if total:
-            torch.sum(z, 1, out=new[TOTAL, rows])
-        _put(z, column[rows], without_target[rows])
+            torch.sum(z, 1, out=new[TOTAL, rows])  # asked for with a softcap only
+        if not at_once:
+            _put(z, column[rows], without_target[rows])
         top = z.amax(1, keepdim=True).clamp_(min=least)
         new[TOP, rows] = top[:, 0]
         torch.sum(z.sub_(top).exp_(), 1, out=new[OTHERS, rows])
         if sink is not None:
             _normalise(sink[rows], slab[rows], z, new[OTHERS, rows], here[rows], column[rows], transform)
-    if sink is not None and transform.softcap is None:
+    if sink is None:
+        _put(slab, column, raw)
+    elif at_once:
         _mark(sink, here, column)
     top = torch.maximum(statistics[TOP], new[TOP])
     others = [part[OTHERS] * (part[TOP] - top).exp_() for part in (statistics, new)]
