@@ -137,7 +137,7 @@ class LinearBatch(Batch):
         dtype = product_dtype(hidden)
         # Autocast casts what enters a product; elsewhere the two must agree.
         casts = dtype != torch.float64 and torch.is_autocast_enabled(device.type)
-        dtypes = tuple({hidden.dtype, dtype, torch.float32}) if casts else (hidden.dtype,)
+        dtypes = tuple(dict.fromkeys((hidden.dtype, dtype, torch.float32))) if casts else (hidden.dtype,)
         weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
         if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
             raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)

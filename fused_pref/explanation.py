@@ -257,7 +257,7 @@ def run(args: argparse.Namespace) -> int:
         found: dict[tuple[str, float], Plan] = {}
         for plan in sorted(candidates(explanation.problem), key=lambda plan: plan.workspace):
             chosen = choose(replace(explanation.problem, budget=plan.workspace))
-            found.setdefault((chosen.name, chosen.products), chosen)
+            found[chosen.name, chosen.products] = chosen
         for (name, products), plan in found.items():
             print(f"  {_bytes(plan.workspace):>12}  {name:12} {products:.2f} products, {plan.seconds * 1e3:.3g} ms")
     return 0

@@ -58,24 +58,24 @@ def absorb(
         _put(slab, column, raw.masked_fill(here, -math.copysign(torch.inf, transform.slope)))
     new = torch.empty_like(statistics)
     least = torch.finfo(new.dtype).min
-    for rows, z in _blocks(slab, new.dtype):
-        transform.apply_(z.copy_(slab[rows]))
+    rows = (new[TOP], new[OTHERS], new[TOTAL], here, column, without_target, slab if sink is None else sink)
+    for z, x, top, others, sums, there, place, without, out in _blocks(slab, new.dtype, *rows):
+        transform.apply_(z.copy_(x))
         if total:
-            torch.sum(z, 1, out=new[TOTAL, rows])  # asked for with a softcap only
+            torch.sum(z, 1, out=sums)  # asked for with a softcap only
         if not at_once:
-            _put(z, column[rows], without_target[rows])
-        top = z.amax(1, keepdim=True).clamp_(min=least)
-        new[TOP, rows] = top[:, 0]
-        torch.sum(z.sub_(top).exp_(), 1, out=new[OTHERS, rows])
+            _put(z, place, without)
+        torch.amax(z, 1, out=top).clamp_(min=least)
+        torch.sum(z.sub_(top[:, None]).exp_(), 1, out=others)
         if sink is not None:
-            _normalise(sink[rows], slab[rows], z, new[OTHERS, rows], here[rows], column[rows], transform)
+            _normalise(out, x, z, others, there, place, transform)
     if sink is None:
         _put(slab, column, raw)
     elif at_once:
         _mark(sink, here, column)
     top = torch.maximum(statistics[TOP], new[TOP])
-    others = [part[OTHERS] * (part[TOP] - top).exp_() for part in (statistics, new)]
-    statistics[OTHERS] = others[0] + others[1]
+    statistics[OTHERS] *= (statistics[TOP] - top).exp_()
+    statistics[OTHERS] += new[OTHERS] * (new[TOP] - top).exp_()
     statistics[TOP] = top
     statistics[LABEL] = torch.where(here, label, statistics[LABEL])
     if total:
@@ -85,9 +85,10 @@ def absorb(
 def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform) -> None:
     """Write Q of a slab of raw logits into ``sink``, which may lie over it, from the statistics of the whole rows."""
     here, column = _local(targets, first, slab.shape[1])
-    for rows, z in _blocks(slab, statistics.dtype):
-        transform.apply_(z.copy_(slab[rows])).sub_(statistics[TOP, rows, None]).exp_()
-        _normalise(sink[rows], slab[rows], z, statistics[OTHERS, rows], here[rows], column[rows], transform)
+    rows = (sink, statistics[TOP], statistics[OTHERS], here, column)
+    for z, x, out, top, others, there, place in _blocks(slab, statistics.dtype, *rows):
+        transform.apply_(z.copy_(x)).sub_(top[:, None]).exp_()
+        _normalise(out, x, z, others, there, place, transform)
     if transform.softcap is None:
         _mark(sink, here, column)
 
@@ -116,15 +117,16 @@ def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int)
     return torch.where(scored & valid, logp, fill), torch.where(scored & valid, miss, fill)
 
 
-def _blocks(slab: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a slab a block at a time, and a buffer for them in the dtype of the token math."""
+def _blocks(slab: Tensor, dtype: torch.dtype, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A buffer in the dtype of the token math, the slab's rows, and those of other tensors, a block at a time."""
     size = CPU_BLOCK if slab.device.type == "cpu" else DEVICE_BLOCK
     number, columns = slab.shape
     step = max(1, min(size // max(columns, 1), number))
     buffer = torch.empty((step, columns), dtype=dtype, device=slab.device)
-    for start in range(0, number, step):
-        rows = slice(start, min(start + step, number))
-        yield rows, buffer[: rows.stop - start]
+    if number == 0:
+        return
+    for x, *parts in zip(slab.split(step), *(part.split(step) for part in rows), strict=True):
+        yield buffer[: x.shape[0]], x, *parts
 
 
 def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
