@@ -167,7 +167,7 @@ def test_a_split_that_is_given_is_kept() -> None:
 def test_tokenize_sets_off_completions_and_cuts_long_ones() -> None:
     tokenizer = load_tokenizer()
     assert tokenizer.n_words == 131_072
-    records = [Record("Dutch:", "ja", " nee", None), Record("a" + " b" * 500, " c" * 500, "d", None)]
+    records = [Record("Dutch:", "ja", " nee", None), Record(" b" * 500 + " z:", " c" * 500, "d", None)]
     (pair, long), cut = tokenize(records, tokenizer)
     assert tokenizer.decode(pair.prompt + pair.chosen) == "Dutch: ja"
     assert tokenizer.decode(pair.prompt + pair.rejected) == "Dutch: nee"
@@ -175,7 +175,7 @@ def test_tokenize_sets_off_completions_and_cuts_long_ones() -> None:
     assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_id
     assert cut == 1
     assert len(long.chosen) == MAX_COMPLETION
-    assert tokenizer.decode(long.prompt).endswith(" b")
+    assert tokenizer.decode(long.prompt).endswith(" b z:")
 
 
 def test_batch_scores_the_completions() -> None:
@@ -290,9 +290,7 @@ def test_check_and_evaluation_leave_the_shift_alone() -> None:
     check_step(model, objective, batch)
     evaluate(model, objective, [batch], [objective.inputs(batch)], 0)
     assert objective.shift.count.tolist() == [0, 0]
-    objective.loss.train()(
-        model.lm_head(hidden_states(model, batch)), *objective.inputs(batch), cu_seqlens=batch.cu_seqlens
-    )
+    objective.loss(model.lm_head(hidden_states(model, batch)), *objective.inputs(batch), cu_seqlens=batch.cu_seqlens)
     assert objective.shift.count.tolist() == [3, 3]
 
 
@@ -316,6 +314,7 @@ def test_demo_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "\x1b" not in captured.out
+    assert "\n\n" not in captured.out
     for part in (
         f"data: 8 pairs from {tmp_path / 'mine.jsonl'}, 6 to train on, 2 held out",
         "vocabulary 131,072",
