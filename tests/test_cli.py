@@ -89,7 +89,10 @@ def test_imports_are_light() -> None:
     """The library needs torch alone, and a command line imports only what its command needs."""
     heavy = "{'transformers', 'mistral_common', 'matplotlib', 'rich', 'sklearn', 'trl'}"
     demo = "fused_pref.demo.cli"
-    code = f"import sys, fused_pref, fused_pref.__main__; print({heavy} & set(sys.modules), '{demo}' in sys.modules)"
+    code = (
+        "import sys; from fused_pref.__main__ import main; main(['doctor', '--nonsense']); "
+        f"print({heavy} & set(sys.modules), '{demo}' in sys.modules)"
+    )
     assert python("-c", code).stdout == "set() False\n"
     code = f"import sys, {demo}; print({heavy} & set(sys.modules))"
     assert python("-c", code).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""The demo: its data, its reading of a user's records, its batches, its training and the whole run."""
+"""The demo: its batches, its training and the whole run."""
 
 import itertools
 import json
@@ -19,13 +19,11 @@ from fused_pref.demo import cli
 from fused_pref.demo.batches import MAX_COMPLETION, Pair, in_order, load_tokenizer, make_batch, shuffled, tokenize
 from fused_pref.demo.model import build, hidden_states
 from fused_pref.demo.objectives import BCO, CPO, OBJECTIVES
-from fused_pref.demo.records import SHIPPED, Record, read_records, split_records
+from fused_pref.demo.records import Record
 from fused_pref.demo.report import Watcher, make_console, peak_memory, point_line
 from fused_pref.demo.train import Check, History, Point, check_step, evaluate, train
-from fused_pref.usage import UsageError
 
 CPU = torch.device("cpu")
-GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 PAIRS = [Pair([1, 5, 6], [7, 8, 2], [9, 2]), Pair([1, 5], [8, 2], [9, 9, 7, 2]), Pair([1, 6, 5, 5], [7, 2], [9, 7, 2])]
 
 
@@ -47,118 +45,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def write(path: Path, *records: Any) -> Path:
+def mini(path: Path) -> Path:
+    records = ({"prompt": f"Say {i}:", "chosen": f"yes {i}", "rejected": f"no no {i}"} for i in range(8))
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
-
-
-def mini(path: Path, number: int = 8) -> Path:
-    return write(
-        path, *({"prompt": f"Say {i}:", "chosen": f"yes {i}", "rejected": f"no no {i}"} for i in range(number))
-    )
-
-
-# The shipped records.
-
-
-def test_shipped_records_are_many_and_varied() -> None:
-    lines = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
-    records = read_records(SHIPPED)
-    assert len(records) == len(lines) >= 150
-    assert len({line["pair"] for line in lines}) >= 4
-    for split in ("train", "heldout"):
-        part = [line for line in lines if line["split"] == split]
-        assert {line["pair"] for line in part} == {line["pair"] for line in lines}
-        assert {line["flaw"] for line in part} == {line["flaw"] for line in lines}
-
-
-def test_shipped_records_are_clean() -> None:
-    records = read_records(SHIPPED)
-    assert len({record.prompt for record in records}) == len(records)
-    assert len({record.chosen for record in records}) == len(records)
-    for record in records:
-        for text in (record.chosen, record.rejected):
-            assert text == " ".join(text.split()), text
-    train_part, heldout = split_records(records, seed=0)
-    assert not {record.chosen for record in train_part} & {record.chosen for record in heldout}
-    _, cut = tokenize(records, load_tokenizer())
-    assert cut == 0
-
-
-# A user's records.
-
-# line, part of the message
-MALFORMED: dict[str, tuple[bytes, str]] = {
-    "not JSON": (b'{"prompt": ', "not valid JSON: Expecting value at column 12"),
-    "two objects": (b"{} {}", "not valid JSON: Extra data at column 4"),
-    "too deep": (b"[" * 200_000, "not valid JSON: nested too deeply"),
-    "not UTF-8": (b'{"prompt": "\xff"}', "not UTF-8 at byte 13"),
-    "a list": (b'["p", "c", "r"]', 'must be a JSON object with prompt, chosen, rejected; got ["p", "c", "r"]'),
-    "a string": (b'"p"', 'must be a JSON object with prompt, chosen, rejected; got "p"'),
-    "null": (b"null", "must be a JSON object with prompt, chosen, rejected; got null"),
-    "no key": (b"{}", "the key 'prompt' is missing; got none"),
-    "no chosen": (b'{"prompt": "p", "rejected": "r"}', "the key 'chosen' is missing; got 'prompt', 'rejected'"),
-    "no rejected": (b'{"prompt": "p", "chosen": "c"}', "the key 'rejected' is missing; got 'prompt', 'chosen'"),
-    "a number": (b'{"prompt": 3, "chosen": "c", "rejected": "r"}', "'prompt' must be a string; got 3"),
-    "a null": (b'{"prompt": "p", "chosen": null, "rejected": "r"}', "'chosen' must be a string; got null"),
-    "messages": (b'{"prompt": "p", "chosen": "c", "rejected": [{}]}', "'rejected' must be a string; got [{}]"),
-    "empty": (b'{"prompt": "p", "chosen": "c", "rejected": ""}', "'rejected' must not be empty"),
-    "blank": (b'{"prompt": " ", "chosen": "c", "rejected": "r"}', "'prompt' must not be empty"),
-    "half a pair": (b'{"prompt": "p", "chosen": "c\\ud800", "rejected": "r"}', "'chosen' is not valid text at char"),
-    "the same": (b'{"prompt": "p", "chosen": "c", "rejected": "c"}', "'chosen' and 'rejected' must differ"),
-    "bad split": (json.dumps({**GOOD, "split": "test"}).encode(), "'split' must be one of ('train', 'heldout'); got"),
-    "some splits": (json.dumps({**GOOD, "split": "train"}).encode(), "either every record or none must have 'split'"),
-}
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line, message = MALFORMED[name]
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n" + json.dumps(GOOD).encode() + b"\n")
-    assert main(["demo", "--data", str(path)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith(f"fused_pref: {path}, line 3: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(("number", "message"), [(0, "got 0"), (3, "got 3")])
-def test_too_few_records(number: int, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"few.jsonl: at least 4 records are needed; {message}"):
-        read_records(mini(tmp_path / "few.jsonl", number))
-
-
-@pytest.mark.parametrize(("name", "reason"), [("nowhere.jsonl", "No such file"), (".", "Is a directory")])
-def test_unreadable_file(name: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--data", str(tmp_path / name)]) == 2
-    assert f"cannot read {tmp_path / name}: {reason}" in capsys.readouterr().err
-
-
-def test_records_may_have_other_keys_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    line = json.dumps({**GOOD, "chosen": "Grüße\u2028", "score": 3}, ensure_ascii=False).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n \n" + b"\n".join([line] * 3))
-    assert read_records(path) == [Record("p", "Grüße\u2028", "r", None)] * 4
-
-
-def test_a_split_is_made_by_the_seed_where_there_is_none() -> None:
-    records = [Record(str(i), "c", "r", None) for i in range(10)]
-    train_part, heldout = split_records(records, seed=3)
-    assert (len(train_part), len(heldout)) == (8, 2)
-    assert sorted(train_part + heldout, key=lambda record: record.prompt) == records
-    assert split_records(records, seed=3) == (train_part, heldout)
-    assert len({split_records(records, seed)[1][0].prompt for seed in range(20)}) > 3
-
-
-def test_a_split_that_is_given_is_kept() -> None:
-    records = [Record(str(i), "c", "r", "heldout" if i % 3 else "train") for i in range(6)]
-    train_part, heldout = split_records(records, seed=0)
-    assert [record.prompt for record in train_part] == ["0", "3"]
-    assert [record.prompt for record in heldout] == ["1", "2", "4", "5"]
-    with pytest.raises(UsageError, match="both splits need records; got 2 for train and 0 for heldout"):
-        split_records(train_part, seed=0)
 
 
 # Batches.
@@ -167,7 +57,7 @@ def test_a_split_that_is_given_is_kept() -> None:
 def test_tokenize_sets_off_completions_and_cuts_long_ones() -> None:
     tokenizer = load_tokenizer()
     assert tokenizer.n_words == 131_072
-    records = [Record("Dutch:", "ja", " nee", None), Record("a" + " b" * 500, " c" * 500, "d", None)]
+    records = [Record("Dutch:", "ja", " nee", None), Record(" b" * 500 + " z:", " c" * 500, "d", None)]
     (pair, long), cut = tokenize(records, tokenizer)
     assert tokenizer.decode(pair.prompt + pair.chosen) == "Dutch: ja"
     assert tokenizer.decode(pair.prompt + pair.rejected) == "Dutch: nee"
@@ -175,7 +65,7 @@ def test_tokenize_sets_off_completions_and_cuts_long_ones() -> None:
     assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_id
     assert cut == 1
     assert len(long.chosen) == MAX_COMPLETION
-    assert tokenizer.decode(long.prompt).endswith(" b")
+    assert tokenizer.decode(long.prompt).endswith(" b z:")
 
 
 def test_batch_scores_the_completions() -> None:
@@ -290,9 +180,7 @@ def test_check_and_evaluation_leave_the_shift_alone() -> None:
     check_step(model, objective, batch)
     evaluate(model, objective, [batch], [objective.inputs(batch)], 0)
     assert objective.shift.count.tolist() == [0, 0]
-    objective.loss.train()(
-        model.lm_head(hidden_states(model, batch)), *objective.inputs(batch), cu_seqlens=batch.cu_seqlens
-    )
+    objective.loss(model.lm_head(hidden_states(model, batch)), *objective.inputs(batch), cu_seqlens=batch.cu_seqlens)
     assert objective.shift.count.tolist() == [3, 3]
 
 
@@ -316,6 +204,7 @@ def test_demo_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "\x1b" not in captured.out
+    assert "\n\n" not in captured.out
     for part in (
         f"data: 8 pairs from {tmp_path / 'mine.jsonl'}, 6 to train on, 2 held out",
         "vocabulary 131,072",

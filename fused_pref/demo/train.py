@@ -133,7 +133,6 @@ def training_step(
 ) -> float:
     """One step of the optimiser; the loss before it."""
     model.train()
-    objective.loss.train()
     loss = forward(model, objective, batch, objective.inputs(batch)).loss
     optimizer.zero_grad()
     loss.backward()
@@ -146,9 +145,8 @@ def training_step(
 def evaluate(
     model: LlamaForCausalLM, objective: Objective, heldout: list[Batch], inputs: list[tuple[Tensor, ...]], step: int
 ) -> Point:
-    """Measures over all held-out pairs; in evaluation mode, so that BCO's shift stays as it is."""
+    """Measures over all held-out pairs; without gradients, so that BCO's shift stays as it is."""
     model.eval()
-    objective.loss.eval()
     averages, rewards = [], []
     for batch, given in zip(heldout, inputs, strict=True):
         output = forward(model, objective, batch, given)
@@ -167,8 +165,8 @@ def check_step(model: LlamaForCausalLM, objective: Objective, batch: Batch) -> C
     truth = logits.double().requires_grad_()
     true_loss = objective.specification(truth, *inputs, **objective.keywords() | packing).loss
     (true_gradient,) = torch.autograd.grad(true_loss, truth)
-    # A copy, because evaluating BCO in training mode moves its shift.
-    loss = copy.deepcopy(objective.loss).train()(logits.requires_grad_(), *inputs, **packing).loss
+    # A copy, because evaluating BCO with gradients moves its shift.
+    loss = copy.deepcopy(objective.loss)(logits.requires_grad_(), *inputs, **packing).loss
     (gradient,) = torch.autograd.grad(loss, logits)
     return Check(
         abs(loss.item() - true_loss.item()) / max(1.0, abs(true_loss.item())),
