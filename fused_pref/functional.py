@@ -318,6 +318,7 @@ def _delta(delta: Any) -> RewardShift | float | Tensor:
     if isinstance(delta, Tensor):
         if delta.dim() != 0 or not delta.is_floating_point():
             raise validate.fail("delta", "a RewardShift, a finite number or a 0-d floating tensor", delta)
+        validate.values("delta", delta, torch.isfinite, "finite")
         return delta.detach()
     return validate.finite("delta", delta, "a RewardShift, a finite number or a 0-d tensor")
 

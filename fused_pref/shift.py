@@ -95,11 +95,14 @@ class RewardShift(nn.Module):
 
     def updating(self) -> bool:
         """Whether a forward would update now: training, with gradients, and not a recomputation in a backward."""
-        return self.kind != "fixed" and self.training and torch.is_grad_enabled() and not _in_backward()
+        return self._learning() and not _in_backward()
+
+    def _learning(self) -> bool:
+        return self.kind != "fixed" and self.training and torch.is_grad_enabled()
 
     def moving(self) -> bool:
-        """Whether the batch of the next forward moves the δ that this forward uses."""
-        return self.update == "forward" and self.updating()
+        """Whether the batch of a forward moves the δ that it uses; a recomputation says what its forward said."""
+        return self.update == "forward" and self._learning()
 
     def current(self) -> Tensor:
         """δ as the state is now, 0-d float64."""

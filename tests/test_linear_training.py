@@ -141,6 +141,21 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert torch.equal(mine, other)
 
 
+def test_checkpointing_with_a_moving_shift() -> None:
+    """A recomputation takes the plan of its forward, and does not move δ again."""
+    batch = make_hidden(4, 6, 12, 29)
+    results = []
+    for wrap in (False, True):
+        h, w, shift = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_(), fp.RewardShift()
+
+        def head(h: torch.Tensor, w: torch.Tensor, shift: fp.RewardShift = shift) -> torch.Tensor:
+            return fp.linear_bco_loss(h, w, batch.labels, DESIRABLE, REF, delta=shift).loss
+
+        (checkpoint(head, h, w, use_reentrant=False) if wrap else head(h, w)).backward()
+        results.append((h.grad, w.grad, shift.mean, shift.count))
+    assert all(torch.equal(mine, other) for mine, other in zip(*results, strict=True))
+
+
 def test_the_gradient_is_handed_over_not_copied() -> None:
     """With an upstream gradient of 1 the accumulated dW is the memory that the forward filled."""
     batch = make_hidden(4, 9, 32, 4001)

@@ -191,6 +191,20 @@ def test_predicted_peak(objective: str, wanted: str, budget: int | None, dtype: 
     assert measured == pytest.approx(explained.peak_bytes, rel=0.15), explained.plan
 
 
+@pytest.mark.parametrize("mask", ["some", "all"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("name", ["linear_cpo_loss", "linear_token_logps"])
+def test_the_least_budget_is_enough(name: str, softcap: float | None, mask: str) -> None:
+    batch = make_hidden(4, 6, 8, 33, mask=mask)
+    batch.hidden.requires_grad_()
+    with pytest.raises(ValueError, match="memory_budget must be at least") as refused:
+        getattr(fp, name)(batch.hidden, batch.weight, batch.labels, softcap=softcap, memory_budget=1)
+    least = int(str(refused.value).split("least ")[1].split()[0])
+    getattr(fp, name)(batch.hidden, batch.weight, batch.labels, softcap=softcap, memory_budget=least)
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        getattr(fp, name)(batch.hidden, batch.weight, batch.labels, softcap=softcap, memory_budget=least - 1)
+
+
 def test_explanation_says_what_is_done() -> None:
     text = str(fp.explain("llama-3-8b", tokens=8192, objective="cpo", device="cuda", memory_budget=2**33))
     for part in ("N=8192", "D=4096", "V=128256", "plan grouped", "3.00NDV", "2.58e+13", "eager", "5.87 GiB"):

@@ -1,6 +1,6 @@
 """A call of the linear head: which dtype, which gradients, which plan; and the means of the logits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ class HeadCall:
             device=device_of(weight.device.type),
             late_scale=weight.dtype == torch.float16,
             gathered=rows.places is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
+            unscored=self.unscored(rows, head.hidden.shape[:-1].numel()),
             cast_weight=0 if self.dtype == weight.dtype else weight.numel() * self.dtype.itemsize,
         )
 
@@ -97,7 +98,7 @@ class HeadCall:
         """Whether Σ z must be taken from the logits: only a softcap hides it."""
         return self.spec.logits_mean is not None and self.spec.transform.softcap is not None
 
-    def means(self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor) -> Tensor:
+    def means(self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor, unscored: Tensor | None) -> Tensor:
         """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
 
         Args:
@@ -105,29 +106,32 @@ class HeadCall:
             rows: the valid rows.
             labels: (S, T) or (N_total,).
             totals: Σ z of the valid rows in the shape of the labels, used with a softcap only.
+            unscored: Σ z of the other rows, from :meth:`unscored_totals`.
         """
         if self.spec.logits_mean is None or labels.numel() == 0:
             return torch.zeros_like(totals)
         if self.totals:
-            if self.spec.logits_mean == "all":
-                totals = totals + self._unscored_totals(head, rows, labels)
-            return totals / head.columns
+            return (totals if unscored is None else totals + unscored) / head.columns
         means = linear_means(head).view(labels.shape)
         if self.spec.logits_mean == "completion":
             means = means * rows.spread(torch.ones_like(rows.targets, dtype=means.dtype), labels)
         return means
 
-    def _unscored_totals(self, head: Head, rows: ValidRows, labels: Tensor) -> Tensor:
-        """Σ z where nothing is scored: a softcap leaves no way around the logits of those rows too."""
+    def unscored(self, rows: ValidRows, positions: int) -> int:
+        """Rows that are projected for the means alone: a softcap leaves no way around the logits of all positions."""
+        return positions - sum(rows.counts) if self.totals and self.spec.logits_mean == "all" else 0
+
+    def unscored_totals(self, head: Head, rows: ValidRows, labels: Tensor) -> Tensor | None:
+        """Σ z where nothing is scored, shape of the labels; None where that is not needed."""
+        number = self.unscored(rows, labels.numel())
+        if number == 0:
+            return None
         scored = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
         valid = torch.ones_like(rows.targets, dtype=torch.bool) if rows.padding is None else ~rows.padding
         rows.put(scored, valid)
-        number = labels.numel() - (sum(rows.counts) if rows.counts else 0)
         places = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
-        targets = torch.full((number,), head.ignore_index, device=labels.device)
-        others = ValidRows(places, targets, rows.lengths)
-        problem = self.problem(head, others)
-        plan = choose(Problem(**{**vars(problem), "gradients": frozenset()}))
+        others = ValidRows(places, torch.full((number,), head.ignore_index, device=labels.device), rows.lengths)
+        plan = choose(replace(self.problem(head, rows), tokens=number, gradients=frozenset(), unscored=0))
         statistics = linear.logprob(head, others, plan, total=True)
         found = others.spread(statistics[torch_slab.TOTAL], labels)
         return found.masked_fill_(scored.view(labels.shape), 0)

@@ -34,9 +34,10 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         head, total = call.head(hidden, weight, bias), call.totals
         ctx.call, ctx.rows, ctx.plan = call, rows, plan
         with torch.autocast(hidden.device.type, enabled=False):
+            unscored = call.unscored_totals(head, rows, labels)
             statistics, u, ctx.kept = linear.forward(head, rows, plan, total=total)
             logp, _ = head.finish(statistics, rows.targets)
-            means = call.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
+            means = call.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels), unscored)
         ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u)
         ctx.mark_non_differentiable(means)
         return rows.spread(logp, labels), means
@@ -100,12 +101,13 @@ def known_gradients(
     """(logp, mean of z, gradients of the loss) by plan ``grouped``."""
     head = call.head(hidden, weight, bias)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        unscored = call.unscored_totals(head, rows, labels)
         logp, totals, gradients = grouped(
             head, rows, plan, slope, call.wanted, paired=call.unit == 2, total=call.totals
         )
         if rows.overflow is not None:
             logp.masked_fill_(rows.overflow, torch.nan)
-        means = call.means(head, rows, labels, totals.view(labels.shape))
+        means = call.means(head, rows, labels, totals.view(labels.shape), unscored)
     return logp.view(labels.shape), means, gradients
 
 

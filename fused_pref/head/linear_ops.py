@@ -45,6 +45,7 @@ def linear_token_logps_fwd(
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = linear.keeping_nothing(request.plan(head, rows))
     with torch.autocast(hidden.device.type, enabled=False):
+        unscored = request.unscored_totals(head, rows, labels)
         statistics, u, _ = linear.forward(head, rows, plan, total=request.totals)
         if plan.name == "logprob":
             left = hidden.new_empty(0, dtype=head.accumulator)
@@ -55,7 +56,7 @@ def linear_token_logps_fwd(
             if rows.places is not None:
                 left.index_copy_(0, rows.places, u)
         logp, _ = head.finish(statistics, rows.targets)
-        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
+        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels), unscored)
     return rows.spread(logp, labels), means, left
 
 
@@ -118,9 +119,10 @@ def linear_known_gradients(
         logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
         return logp, means, *_filled(gradients, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
+        unscored = request.unscored_totals(head, rows, labels)
         statistics, kept = linear.vocab_major(head, rows, plan, total=request.totals)
         values, _ = head.finish(statistics, rows.targets)
-        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels))
+        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels), unscored)
         sequences = (slice(0, rows.lengths.shape[0]),)
         upstream = rows.share(slope(sequences, rows.sums(values), rows.lengths)).to(values.dtype)
         gradients = linear.vocab_major_bwd(head, rows, plan, statistics, kept, upstream, request.wanted)

@@ -16,7 +16,7 @@ A product is 2·N·D·V operations. The workspace is what is alive beyond inputs
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 DEFAULT_BUDGET = 2**28
@@ -75,6 +75,7 @@ class Problem:
         units: rows of each pair (or sequence) that a group must not cut; empty if not known.
         late_scale: whether dW stays float32 until the upstream gradient is known (float16, which would underflow).
         gathered: whether the rows are copied out of the hidden states.
+        unscored: rows that are projected for the means of the logits alone, before anything else.
         cast_weight: bytes of the weight's copy in the dtype of the products (autocast), 0 if none.
         budget: bytes of workspace allowed.
         device: constants.
@@ -93,6 +94,7 @@ class Problem:
     device: Device
     late_scale: bool = False
     gathered: bool = True
+    unscored: int = 0
     cast_weight: int = 0
 
     @property
@@ -168,9 +170,13 @@ def choose(problem: Problem) -> Plan:
         ValueError: no plan fits; the message says the least budget that would.
     """
     plans = list(candidates(problem))
+    floor = 0
+    if problem.unscored:
+        alone = replace(problem, tokens=problem.unscored, gradients=frozenset(), unscored=0)
+        floor = min(plan.workspace for plan in candidates(alone))
     fitting = [plan for plan in plans if plan.workspace <= problem.budget]
-    if not fitting:
-        least = min(plan.workspace for plan in plans)
+    if not fitting or floor > problem.budget:
+        least = max(floor, min(plan.workspace for plan in plans))
         raise ValueError(
             f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, D={problem.hidden}, "
             f"V={problem.vocabulary}; got {problem.budget}"
