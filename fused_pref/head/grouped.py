@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
 from fused_pref.head.linear import Gradients, Head, scaled_rows
-from fused_pref.head.memory import new_memory
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, product_dtype, project
 from fused_pref.head.rows import ValidRows
@@ -62,7 +61,7 @@ class _Sums:
         if "weight" in wanted:
             # Several 16-bit groups are summed in float32; one comes out of its product rounded once.
             dtype = self._late(head.weight) if single else torch.promote_types(head.weight.dtype, torch.float32)
-            self.dw = new_memory(head.weight.shape, dtype, head.weight.device)
+            self.dw = head.weight.new_empty(head.weight.shape, dtype=dtype)
         if "bias" in wanted:
             self.db = head.weight.new_zeros(head.columns, dtype=head.accumulator)
 

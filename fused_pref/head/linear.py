@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.memory import new_memory
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, project, slab_dtype, upcast
@@ -88,7 +87,7 @@ class Head:
     def new_slab(self, rows: int, columns: int) -> Tensor:
         """Memory for logits, (rows · columns,)."""
         h = self.hidden.new_empty(0, dtype=self.dtype)
-        return new_memory((rows * columns,), slab_dtype(h), h.device)
+        return torch.empty(rows * columns, dtype=slab_dtype(h), device=h.device)
 
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
@@ -219,7 +218,7 @@ def vocab_major_bwd(
     _, miss = head.finish(statistics, rows.targets)
     factor = grad_logp * miss * head.transform.slope
     h, device = head.take(rows), head.hidden.device
-    dw = new_memory(head.weight.shape, head.weight.dtype, device) if "weight" in wanted else None
+    dw = head.weight.new_empty(head.weight.shape) if "weight" in wanted else None
     db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
     sums = torch.empty(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
     label_q = torch.zeros_like(factor)
