@@ -81,7 +81,7 @@ def test_groups_are_whole_units(units: list[int], hidden: int) -> None:
         ({"gradients": GRADIENTS[3]}, "grouped", 2),
         ({"itemsize": 2, "weight_itemsize": 2, "late_scale": True, "budget": 2**28}, "vocab_major", 3),
     ],
-    ids=str,
+    ids=range(9),  # a set has no order to name a test by
 )
 def test_choices(changes: dict[str, Any], name: str, products: float) -> None:
     plan = choose(problem(**changes))
