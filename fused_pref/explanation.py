@@ -164,9 +164,11 @@ def explain(
     """
     hidden, vocab = _shape(model, hidden, vocab)
     for name, value, least in (("tokens", tokens, 0), ("sequences", sequences, 1), ("hidden", hidden, 1)):
-        _count(name, value, least)
-    _count("vocab", vocab, 1)
-    positions = tokens if positions is None else _count("positions", positions, tokens)
+        validate.at_least(name, value, least)
+    validate.at_least("vocab", vocab, 1)
+    if positions is None:
+        positions = tokens
+    validate.at_least("positions", positions, tokens)
     validate.choice("objective", objective, OBJECTIVES)
     validate.choice("delta", delta, DELTAS)
     kind = torch.accelerator.is_available() if device is None else validate.choice("device", device, DEVICES) != "cpu"
@@ -196,12 +198,6 @@ def explain(
 
 
 KEYWORDS = tuple(inspect.signature(explain).parameters)
-
-
-def _count(name: str, value: object, least: int) -> int:
-    if validate.integer(name, value) < least:
-        raise validate.fail(name, f"an integer >= {least}", value)
-    return int(value)  # type: ignore[call-overload]
 
 
 def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[int, int]:

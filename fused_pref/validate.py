@@ -96,10 +96,12 @@ def integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def at_least(name: str, value: Any, least: int) -> int | None:
-    """None, or an integer of at least ``least``."""
-    if value is not None and integer(name, value) < least:
-        raise fail(name, f"an integer >= {least}, or None", value)
+def at_least(name: str, value: Any, least: int, *, optional: bool = False) -> Any:
+    """An integer of at least ``least``; ``optional``: or None."""
+    if value is None and optional:
+        return None
+    if integer(name, value) < least:
+        raise fail(name, f"an integer >= {least}{', or None' if optional else ''}", value)
     return value
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from fused_pref.demo.batches import Batch
 from fused_pref.demo.model import hidden_states
 from fused_pref.demo.objectives import Objective
+from fused_pref.doctor import GRADIENT_BOUND, VALUE_BOUND
 
 LEARNING_RATE, WARMUP_STEPS, LARGEST_GRADIENT = 2e-3, 5, 1.0
 EVALUATIONS = 5
@@ -21,8 +22,6 @@ EVALUATIONS = 5
 CHECKED_PAIRS = 1
 # Rewards start at 0 but for the rounding of float32 log-probs: a smaller difference is a tie.
 TIE = 1e-5
-# Of the numerics contract for float32.
-VALUE_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 
 
 @dataclass(frozen=True)

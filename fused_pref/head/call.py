@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fused_pref.head import linear
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.linear import Head, block_rows
+from fused_pref.head.linear import Forward, Head
 from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose, device_of
 from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
-from fused_pref.head.streaming import Rows
+from fused_pref.head.streaming import Rows, block_rows, ranges
 
 NAMES = ("hidden", "weight", "bias")
 
@@ -98,6 +98,14 @@ class HeadCall:
         """Whether Σ z must be taken from the logits: only a softcap hides it."""
         return self.spec.logits_mean is not None and self.spec.transform.softcap is not None
 
+    def score(self, head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
+        """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""
+        unscored = self.unscored_totals(head, rows, labels)
+        left = linear.forward(head, rows, plan, total=self.totals)
+        logp, _ = head.finish(left.statistics, rows.targets)
+        totals = rows.spread(left.statistics[torch_slab.TOTAL], labels)
+        return logp, self.means(head, rows, labels, totals, unscored), left
+
     def means(self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor, unscored: Tensor | None) -> Tensor:
         """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
 
@@ -143,14 +151,12 @@ def linear_means(head: Head) -> Tensor:
     shift = 0.0 if head.b is None else head.b.to(head.accumulator).mean()
     source = Rows(head.hidden.detach())
     result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
-    step = block_rows(head.hidden)
-    for start in range(0, source.count, step):
-        stop = min(start + step, source.count)
+    for part in ranges(source.count, block_rows(head.hidden)):
         if source.flat is not None:
-            h = source.flat[start:stop]
+            h = source.flat[part]
         else:
-            h = source.read(torch.arange(start, stop, device=result.device))
-        torch.mv(h.to(head.dtype).to(mean.dtype), mean, out=result[start:stop])
+            h = source.read(torch.arange(part.start, part.stop, device=result.device))
+        torch.mv(h.to(head.dtype).to(mean.dtype), mean, out=result[part])
     return result.add_(shift).mul_(head.transform.slope)
 
 
@@ -164,7 +170,7 @@ def column_means(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mv(weight.t(), weight.new_ones(weight.shape[0]), out=total).div_(weight.shape[0])
     step = block_rows(weight)
     block = torch.empty((min(step, weight.shape[0]), weight.shape[1]), dtype=dtype)
-    for start in range(0, weight.shape[0], step):
-        part = block[: weight.shape[0] - start].copy_(weight[start : start + step])
+    for rows in ranges(weight.shape[0], step):
+        part = block[: rows.stop - rows.start].copy_(weight[rows])
         total.addmv_(part.t(), part.new_ones(part.shape[0]))
     return total.div_(weight.shape[0])

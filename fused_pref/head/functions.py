@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import linear
-from fused_pref.head import slab as torch_slab
 from fused_pref.head.call import HeadCall
 from fused_pref.head.grouped import Slope, grouped
 from fused_pref.head.linear import Gradients
 from fused_pref.head.logits import OnceDifferentiableFunction
 from fused_pref.head.plan import Plan
 from fused_pref.head.rows import ValidRows
-from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK
+from fused_pref.head.streaming import block_entries, ranges
 
 
 class LinearTokenLogpsFunction(torch.autograd.Function):
@@ -31,13 +30,10 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         call: HeadCall,
     ) -> tuple[Tensor, Tensor]:
         """By plan ``logprob``, ``frozen_head`` or ``vocab_major``."""
-        head, total = call.head(hidden, weight, bias), call.totals
         ctx.call, ctx.rows, ctx.plan = call, rows, plan
         with torch.autocast(hidden.device.type, enabled=False):
-            unscored = call.unscored_totals(head, rows, labels)
-            statistics, u, ctx.kept = linear.forward(head, rows, plan, total=total)
-            logp, _ = head.finish(statistics, rows.targets)
-            means = call.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels), unscored)
+            logp, means, left = call.score(call.head(hidden, weight, bias), rows, plan, labels)
+        statistics, u, ctx.kept = left
         ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u)
         ctx.mark_non_differentiable(means)
         return rows.spread(logp, labels), means
@@ -125,9 +121,8 @@ def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) 
         return gradient
     result = gradient if own else torch.empty_like(gradient, dtype=dtype)
     source, sink = gradient.view(-1), result.view(-1)
-    size = CPU_BLOCK if gradient.device.type == "cpu" else DEVICE_BLOCK
-    for start in range(0, source.numel(), size):
-        sink[start : start + size] = source[start : start + size].to(wide) * upstream.to(wide)
+    for part in ranges(source.numel(), block_entries(gradient.device)):
+        sink[part] = source[part].to(wide) * upstream.to(wide)
     return result
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.linear import Gradients, Head, scaled_rows
+from fused_pref.head.linear import Gradients, Head, late_dtype, scaled_rows
 from fused_pref.head.plan import Plan
-from fused_pref.head.products import add_product, overlay, product_dtype, project
+from fused_pref.head.products import add_product, overlay, product_dtype
 from fused_pref.head.rows import ValidRows
 
 # (runs of sequences, their sums (s,) float64, scored tokens of all sequences (S,) int64) → ∂loss/∂sums (s,) float64
@@ -38,7 +38,7 @@ def grouped(
         members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
         group = rows if (u0, u1) == (0, units) else rows.part(members)
         h = head.take(group)
-        z = project(memory[: h.shape[0] * head.columns].view(-1, head.columns), h, head.w, head.b)
+        z = head.project(memory, h)
         q = overlay(z, head.dtype)
         statistics = torch_slab.new_statistics(group.number, h, head.accumulator)
         head.kernels.absorb(statistics, z, group.targets, 0, head.transform, total=total, sink=q)
@@ -57,17 +57,13 @@ class _Sums:
         self.head, self.fresh = head, True
         self.dh = self.dw = self.db = None
         if "hidden" in wanted:
-            self.dh = torch.zeros(head.hidden.shape, dtype=self._late(head.hidden), device=head.hidden.device)
+            self.dh = torch.zeros(head.hidden.shape, dtype=late_dtype(head.hidden), device=head.hidden.device)
         if "weight" in wanted:
             # Several 16-bit groups are summed in float32; one comes out of its product rounded once.
-            dtype = self._late(head.weight) if single else torch.promote_types(head.weight.dtype, torch.float32)
+            dtype = late_dtype(head.weight) if single else torch.promote_types(head.weight.dtype, torch.float32)
             self.dw = head.weight.new_empty(head.weight.shape, dtype=dtype)
         if "bias" in wanted:
             self.db = head.weight.new_zeros(head.columns, dtype=head.accumulator)
-
-    @staticmethod
-    def _late(tensor: Tensor) -> torch.dtype:
-        return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
     def add(self, group: ValidRows, h: Tensor, q: Tensor, factor: Tensor) -> None:
         """A group's rows h (n, D), their Q (n, V) and −∂loss/∂z = factor · Q."""
@@ -87,6 +83,6 @@ class _Sums:
     def gradients(self) -> Gradients:
         """In the dtypes of the tensors, float32 for float16."""
         head = self.head
-        dw = None if self.dw is None else self.dw.to(self._late(head.weight))
-        db = None if self.db is None or head.bias is None else self.db.to(self._late(head.bias))
+        dw = None if self.dw is None else self.dw.to(late_dtype(head.weight))
+        db = None if self.db is None or head.bias is None else self.db.to(late_dtype(head.bias))
         return Gradients(self.dh, dw, db)

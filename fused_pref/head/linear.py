@@ -4,7 +4,6 @@
 :mod:`fused_pref.head.grouped`. Rows are the N valid ones throughout.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
@@ -19,7 +18,7 @@ from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, project, slab_dtype, upcast
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.spec import Transform
-from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK, Rows
+from fused_pref.head.streaming import Rows, block_rows, ranges
 
 
 class Gradients(NamedTuple):
@@ -28,6 +27,11 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+def late_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype of a gradient that the upstream gradient still has to scale: float16 would underflow."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,12 @@ class Head:
         h = self.hidden.new_empty(0, dtype=self.dtype)
         return torch.empty(rows * columns, dtype=slab_dtype(h), device=h.device)
 
+    def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Raw logits of these columns, (n, v), in memory from :meth:`new_slab`."""
+        w = self.w[columns]
+        z = memory[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+        return project(z, h, w, None if self.b is None else self.b[columns])
+
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
         return torch_slab.finish(statistics, targets, self.columns, self.ignore_index)
@@ -120,17 +130,6 @@ class Head:
         return total
 
 
-def block_rows(x: Tensor) -> int:
-    """Rows of x that elementwise work takes at a time."""
-    return max(1, (CPU_BLOCK if x.device.type == "cpu" else DEVICE_BLOCK) // max(x.shape[-1], 1))
-
-
-def ranges(length: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size``."""
-    for start in range(0, length, max(size, 1)):
-        yield slice(start, min(start + size, length))
-
-
 class Forward(NamedTuple):
     """What a forward leaves: statistics (4, N) of the rows; U (N, D) of a frozen head; slices kept for the backward."""
 
@@ -156,7 +155,7 @@ def logprob(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
     for group in ranges(rows.number, plan.rows):
         h = head.take(rows, group)
         for columns in ranges(head.columns, plan.columns):
-            z = _project(head, memory, h, columns)
+            z = head.project(memory, h, columns)
             head.kernels.absorb(
                 statistics[:, group], z, rows.targets[group], columns.start, head.transform, total=total
             )
@@ -169,7 +168,7 @@ def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
     u = torch.empty((rows.number, head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
     memory = head.new_slab(plan.rows, head.columns)
     for group in ranges(rows.number, plan.rows):
-        z = _project(head, memory, head.take(rows, group), slice(0, head.columns))
+        z = head.project(memory, head.take(rows, group))
         q, targets = overlay(z, head.dtype), rows.targets[group]
         head.kernels.absorb(statistics[:, group], z, targets, 0, head.transform, total=total, sink=q)
         label_q = torch_slab.take_targets(q, targets, 0)
@@ -198,7 +197,7 @@ def vocab_major(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
     for number, columns in enumerate(slices):
         width = columns.stop - columns.start
         memory = head.new_slab(rows.number, width) if number < plan.kept or scratch is None else scratch
-        z = _project(head, memory, h, columns)
+        z = head.project(memory, h, columns)
         head.kernels.absorb(statistics, z, rows.targets, columns.start, head.transform, total=total)
         if number < plan.kept:
             kept.append(z)
@@ -229,7 +228,7 @@ def vocab_major_bwd(
             z = kept[number]
         else:
             memory = head.new_slab(rows.number, plan.columns) if memory is None else memory
-            z = _project(head, memory, h, columns)
+            z = head.project(memory, h, columns)
         q = overlay(z, head.dtype)
         head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
         if dw is not None and x is not None:
@@ -273,10 +272,3 @@ def _narrow(h: Tensor, factor: Tensor) -> Tensor:
         # Operands of one dtype: a product of two is slow on a CPU.
         torch.mul(h[part].to(factor.dtype), factor[part, None], out=result[part])
     return result
-
-
-def _project(head: Head, memory: Tensor, h: Tensor, columns: slice) -> Tensor:
-    """Raw logits of these columns, (n, v)."""
-    width = columns.stop - columns.start
-    z = memory[: h.shape[0] * width].view(h.shape[0], width)
-    return project(z, h, head.w[columns], None if head.b is None else head.b[columns])

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import linear
-from fused_pref.head import slab as torch_slab
 from fused_pref.head.call import NAMES, HeadCall
 from fused_pref.head.functions import known_gradients
-from fused_pref.head.linear import Gradients
+from fused_pref.head.linear import Gradients, late_dtype
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.spec import LinearSpec, Transform
 
@@ -45,8 +44,7 @@ def linear_token_logps_fwd(
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = linear.keeping_nothing(request.plan(head, rows))
     with torch.autocast(hidden.device.type, enabled=False):
-        unscored = request.unscored_totals(head, rows, labels)
-        statistics, u, _ = linear.forward(head, rows, plan, total=request.totals)
+        logp, means, (statistics, u, _) = request.score(head, rows, plan, labels)
         if plan.name == "logprob":
             left = hidden.new_empty(0, dtype=head.accumulator)
         elif u is None:
@@ -55,8 +53,6 @@ def linear_token_logps_fwd(
             left = u if rows.places is None else u.new_zeros(labels.numel(), u.shape[1])
             if rows.places is not None:
                 left.index_copy_(0, rows.places, u)
-        logp, _ = head.finish(statistics, rows.targets)
-        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels), unscored)
     return rows.spread(logp, labels), means, left
 
 
@@ -119,14 +115,11 @@ def linear_known_gradients(
         logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
         return logp, means, *_filled(gradients, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        unscored = request.unscored_totals(head, rows, labels)
-        statistics, kept = linear.vocab_major(head, rows, plan, total=request.totals)
-        values, _ = head.finish(statistics, rows.targets)
-        means = request.means(head, rows, labels, rows.spread(statistics[torch_slab.TOTAL], labels), unscored)
+        values, means, (statistics, _, kept) = request.score(head, rows, plan, labels)
         sequences = (slice(0, rows.lengths.shape[0]),)
         upstream = rows.share(slope(sequences, rows.sums(values), rows.lengths)).to(values.dtype)
         gradients = linear.vocab_major_bwd(head, rows, plan, statistics, kept, upstream, request.wanted)
-    late = Gradients(*(None if part is None else part.to(_late(part.dtype)) for part in gradients))
+    late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
     return rows.spread(values, labels), means, *_filled(late, hidden)
 
 
@@ -169,11 +162,6 @@ def wanted_only(gradients: tuple[Tensor, ...]) -> Gradients:
     return Gradients(*(None if part.dim() == 1 and part.shape[0] == 0 else part for part in gradients))
 
 
-def _late(dtype: torch.dtype) -> torch.dtype:
-    """Gradients that the upstream gradient still has to scale: float16 would underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = (like.new_empty(0) if part is None else part for part in gradients)
     return hidden, weight, bias
@@ -183,9 +171,9 @@ def _fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadCall, *, late: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = []
-    for name, part in zip(("hidden", "weight", "bias"), (hidden, weight, bias), strict=True):
+    for name, part in zip(NAMES, (hidden, weight, bias), strict=True):
         if part is None or name not in request.wanted:
             parts.append(hidden.new_empty(0))
         else:
-            parts.append(part.new_empty(part.shape, dtype=_late(part.dtype) if late else part.dtype))
+            parts.append(part.new_empty(part.shape, dtype=late_dtype(part) if late else part.dtype))
     return parts[0], parts[1], parts[2]

@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-GIB = 2**30
 DEFAULT_BUDGET = 2**28
 # Plans within this factor of the cheapest are alike: the smallest of them is taken.
 ALIKE = 1.02
@@ -247,15 +246,21 @@ def _grouped(p: Problem) -> Iterator[Plan]:
         rows = max(groups)
         single = len(groups) == 1
         # dW is its own accumulator where its dtype is that of the sums.
-        direct = (p.weight_itemsize >= 4 and not p.late_scale) or (single and not p.late_scale)
+        direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
         accumulator = 0 if direct or "weight" not in p.gradients else 4 * p.vocabulary * p.hidden
         scaled = rows * p.hidden * p.scaled_itemsize if "weight" in p.gradients else 0
-        left = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed else 0) if "hidden" in p.gradients else 0
+        left = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
+        # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
+        late = 4 * p.positions * p.hidden if p.late_scale and "hidden" in p.gradients else 0
         workspace = (
             rows * p.vocabulary * p.slab_itemsize
             + p.copied(rows)
-            + max(scaled + (0 if single and direct else p.partial * _partial_columns(p) * p.hidden), left)
+            + max(
+                scaled + (0 if single and direct else p.partial * _partial_columns(p) * p.hidden),
+                left if "hidden" in p.gradients else 0,
+            )
             + accumulator
+            + late
             + p.upcast(rows, p.hidden)
             + p.device.scratch
             + p.cast_weight

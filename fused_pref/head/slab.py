@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.head.spec import Transform
-from fused_pref.head.streaming import CPU_BLOCK, DEVICE_BLOCK
+from fused_pref.head.streaming import block_rows
 
 # Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
 # Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
@@ -119,9 +119,8 @@ def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int)
 
 def _blocks(slab: Tensor, dtype: torch.dtype, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A buffer in the dtype of the token math, the slab's rows, and those of other tensors, a block at a time."""
-    size = CPU_BLOCK if slab.device.type == "cpu" else DEVICE_BLOCK
     number, columns = slab.shape
-    step = max(1, min(size // max(columns, 1), number))
+    step = max(1, min(block_rows(slab), number))
     buffer = torch.empty((step, columns), dtype=dtype, device=slab.device)
     if number == 0:
         return

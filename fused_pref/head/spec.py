@@ -121,4 +121,4 @@ class LinearSpec(TokenSpec):
         if keywords["tp_group"] is not None:
             raise validate.fail("tp_group", "None: vocab-parallel heads are not supported", keywords["tp_group"])
         bounds = {"memory_budget": 1, "max_valid_tokens": 0}
-        return {name: validate.at_least(name, keywords[name], least) for name, least in bounds.items()}
+        return {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}

@@ -17,6 +17,22 @@ CPU_BLOCK = 2**18
 DEVICE_BLOCK = 2**22
 
 
+def block_entries(device: torch.device) -> int:
+    """Entries that elementwise work takes at a time."""
+    return CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+
+
+def block_rows(x: Tensor) -> int:
+    """Rows of x that elementwise work takes at a time."""
+    return max(1, block_entries(x.device) // max(x.shape[-1], 1))
+
+
+def ranges(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size``."""
+    for start in range(0, length, max(size, 1)):
+        yield slice(start, min(start + size, length))
+
+
 class Rows:
     """The rows of logits of any strides, read and written by blocks of row numbers, never copied as a whole."""
 
@@ -49,11 +65,9 @@ class Rows:
 
 def blocks(wanted: Tensor, columns: int) -> Iterator[Tensor]:
     """Row numbers to visit, block by block: the wanted ones on a CPU; all elsewhere, where asking would synchronise."""
-    if wanted.device.type == "cpu":
-        rows, size = wanted.nonzero()[:, 0], CPU_BLOCK
-    else:
-        rows, size = torch.arange(wanted.numel(), device=wanted.device), DEVICE_BLOCK
-    yield from rows.split(max(1, size // columns))
+    place = wanted.device
+    rows = wanted.nonzero()[:, 0] if place.type == "cpu" else torch.arange(wanted.numel(), device=place)
+    yield from rows.split(max(1, block_entries(place) // columns))
 
 
 def token_logps_fwd(
