@@ -164,13 +164,9 @@ def column_means(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean of each column of (V, D) in ``dtype``, (D,)."""
     if weight.device.type != "cpu":
         return weight.mean(0, dtype=dtype)
-    # Summing down columns is slow on a CPU: a product with ones, of 16-bit entries by blocks in float32.
-    total = torch.zeros(weight.shape[1], dtype=dtype)
-    if weight.dtype == dtype:
-        return torch.mv(weight.t(), weight.new_ones(weight.shape[0]), out=total).div_(weight.shape[0])
-    step = block_rows(weight)
-    block = torch.empty((min(step, weight.shape[0]), weight.shape[1]), dtype=dtype)
-    for rows in ranges(weight.shape[0], step):
-        part = block[: rows.stop - rows.start].copy_(weight[rows])
-        total.addmv_(part.t(), part.new_ones(part.shape[0]))
-    return total.div_(weight.shape[0])
+    # Summing down columns is slow on a CPU: blocks are added up first.
+    number = weight.shape[0]
+    total = torch.zeros((min(block_rows(weight), number), weight.shape[1]), dtype=dtype)
+    for rows in ranges(number, total.shape[0]):
+        total[: rows.stop - rows.start] += weight[rows]
+    return total.sum(0).div_(number)

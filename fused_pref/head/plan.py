@@ -120,6 +120,12 @@ class Problem:
         block = min(self.device.columns, rows) + features
         return 4 * block * min(self.device.columns, self.vocabulary)
 
+    def turned(self, rows: int, columns: int) -> int:
+        """Bytes of a block of logits that is copied into rows of the vocabulary for dW (bfloat16 on a CPU)."""
+        if self.device.mixed or self.itemsize != 2 or self.late_scale or "weight" not in self.gradients:
+            return 0
+        return rows * min(columns, self.device.columns) * self.itemsize
+
     def copied(self, rows: int) -> int:
         """Bytes of gathered rows."""
         return rows * self.hidden * self.itemsize if self.gathered else 0
@@ -247,33 +253,21 @@ def _grouped(p: Problem) -> Iterator[Plan]:
         single = len(groups) == 1
         # dW is its own accumulator where its dtype is that of the sums.
         direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
-        accumulator = 0 if direct or "weight" not in p.gradients else 4 * p.vocabulary * p.hidden
-        scaled = rows * p.hidden * p.scaled_itemsize if "weight" in p.gradients else 0
-        left = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
-        # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
-        late = 4 * p.positions * p.hidden if p.late_scale and "hidden" in p.gradients else 0
-        workspace = (
-            rows * p.vocabulary * p.slab_itemsize
-            + p.copied(rows)
-            + max(
-                scaled + (0 if single and direct else p.partial * _partial_columns(p) * p.hidden),
-                left if "hidden" in p.gradients else 0,
-            )
-            + accumulator
-            + late
-            + p.upcast(rows, p.hidden)
-            + p.device.scratch
-            + p.cast_weight
-        )
+        workspace = rows * p.vocabulary * p.slab_itemsize + p.copied(rows) + p.upcast(rows, p.hidden)
+        weight = hidden = 0
+        if "weight" in p.gradients:
+            workspace += 0 if direct else 4 * p.vocabulary * p.hidden
+            partial = 0 if single and direct else p.partial * min(p.vocabulary, p.device.columns) * p.hidden
+            weight = rows * p.hidden * p.scaled_itemsize + partial + p.turned(rows, p.vocabulary)
+        if "hidden" in p.gradients:
+            # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
+            workspace += 4 * p.positions * p.hidden if p.late_scale else 0
+            hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
+        workspace += max(weight, hidden) + p.device.scratch + p.cast_weight
         seconds = sum(p.seconds(group, p.vocabulary, products, 1) for group in groups)
         if not single:
             seconds += (len(groups) - 1) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
         yield Plan("grouped", rows, p.vocabulary, float(len(products)), workspace, seconds, bounds)
-
-
-def _partial_columns(p: Problem) -> int:
-    """Vocabulary rows of a 16-bit partial sum of dW on the way to float32."""
-    return min(p.vocabulary, p.device.columns)
 
 
 def _groupings(p: Problem) -> Iterator[tuple[int, ...]]:
@@ -304,7 +298,8 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
     for columns in slices(p):
         count = _rounds(p.vocabulary, columns)
         slab = p.tokens * columns * p.slab_itemsize
-        late = p.partial * max(row if hidden else 0, columns * p.hidden if weight and p.weight_itemsize > 2 else 0)
+        partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
+        late = max(p.partial * row if hidden else 0, partial + p.turned(p.tokens, columns))
         backward = (row * p.scaled_itemsize if weight else 0) + sums + late
         steps = range(9) if columns >= min(p.device.columns, p.vocabulary) else range(1)
         for kept in sorted({count * part // 8 for part in steps}):

@@ -144,7 +144,10 @@ def _normalise(
     """
     inverse = others.clamp(min=0.5).reciprocal_()[:, None]
     if transform.softcap is None:
-        torch.mul(z, inverse, out=sink)
+        if sink.dtype == z.dtype:
+            torch.mul(z, inverse, out=sink)
+        else:
+            sink.copy_(z.mul_(inverse))  # faster than a product that narrows
     else:
         _mark(z.mul_(inverse), here, column)
         sink.copy_(transform.chain_(z, x))
