@@ -11,7 +11,7 @@ from fused_pref.head.plan import device_of
 from fused_pref.head.streaming import ranges
 
 # Columns that are copied into rows at a time: what they touch stays in a cache.
-BAND = 64
+BAND = 32
 
 
 def mixed(x: Tensor) -> bool:
@@ -61,16 +61,19 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tens
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
-    rows = max(1, total.shape[0]) if direct and not turned(a) else device_of(a.device.type).columns
+    turn = turned(a)
+    rows = max(1, total.shape[0]) if direct and not turn else device_of(a.device.type).columns
+    copy = a.new_empty((min(rows, total.shape[0]), a.shape[1])) if turn else a
     for part in ranges(total.shape[0], rows):
+        operand = straight(a[part], copy[: part.stop - part.start]) if turn else a[part]
         if not direct:
-            product = _product(straight(a[part]), b)
+            product = _product(operand, b)
             product = product if scale is None else product.to(total.dtype).mul_(scale)
             total[part] = product if fresh else product + total[part]
         elif fresh:
-            torch.mm(straight(a[part]), b, out=total[part])
+            torch.mm(operand, b, out=total[part])
         else:
-            total[part].addmm_(straight(a[part]), b)
+            total[part].addmm_(operand, b)
 
 
 def turned(a: Tensor) -> bool:
@@ -78,14 +81,11 @@ def turned(a: Tensor) -> bool:
     return a.dtype == torch.bfloat16 and not mixed(a) and a.stride(1) != 1
 
 
-def straight(a: Tensor) -> Tensor:
-    """The operand as rows, if it is :func:`turned`."""
-    if not turned(a):
-        return a
-    result = torch.empty(a.shape, dtype=a.dtype)
+def straight(a: Tensor, copy: Tensor) -> Tensor:
+    """The operand copied into rows."""
     for band in ranges(a.shape[1], BAND):
-        result[:, band] = a[:, band]
-    return result
+        copy[:, band] = a[:, band]
+    return copy
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
