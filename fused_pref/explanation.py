@@ -193,6 +193,9 @@ def explain(
         device=device_of("cuda" if kind else "cpu"),
         late_scale=dtype == torch.float16,
         gathered=positions > tokens,
+        fused=kind and dtype != torch.float64,
+        wide_range=dtype != torch.float16,
+        indexed=True,
     )
     return Explanation(choose(problem), problem, objective)
 

@@ -42,14 +42,17 @@ def parity(objective: str, batch: Hidden, *, device: str = "cpu", **keywords: An
 
 
 @contextlib.contextmanager
-def only(monkeypatch: pytest.MonkeyPatch, name: str, *, small: bool = False) -> Iterator[list[plan.Plan]]:
-    """Only plans of this name; ``small``: the smallest of them, else the largest. Gives the plans taken."""
+def only(
+    monkeypatch: pytest.MonkeyPatch, name: str, *, small: bool = False, fused: bool = False
+) -> Iterator[list[plan.Plan]]:
+    """Only plans of this name and form; ``small``: the smallest of them, else the largest. Gives the plans taken."""
     taken: list[plan.Plan] = []
 
     def choose(problem: plan.Problem) -> plan.Plan:
-        plans = [p for p in plan.candidates(problem) if p.name == name]
+        plans = [p for p in plan.candidates(problem) if p.name == name and p.fused == fused]
         if not plans:  # the means of unscored rows
-            return plan.choose(problem)
+            assert not problem.gradients
+            return next(p for p in plan.candidates(problem) if p.fused == fused)
         if small:
             best = min(plans, key=lambda p: (p.rows * p.columns, p.kept))
         else:

@@ -86,6 +86,9 @@ class HeadCall:
             late_scale=weight.dtype == torch.float16,
             gathered=rows.places is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
             unscored=self.unscored(rows, head.hidden.shape[:-1].numel()),
+            fused=head.fusible,
+            wide_range=self.dtype != torch.float16,
+            indexed=head.indexed,
             cast_weight=0 if self.dtype == weight.dtype else weight.numel() * self.dtype.itemsize,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_pref.head import slab as torch_slab
 from fused_pref.head.linear import Gradients, Head, late_dtype, scaled_rows
 from fused_pref.head.plan import Plan
-from fused_pref.head.products import add_product, overlay, product_dtype
+from fused_pref.head.products import add_product, product_dtype
 from fused_pref.head.rows import ValidRows
 
 # (runs of sequences, their sums (s,) float64, scored tokens of all sequences (S,) int64) → ∂loss/∂sums (s,) float64
@@ -33,16 +33,15 @@ def grouped(
     positions = head.hidden.shape[:-1].numel()
     logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
     sums = _Sums(head, wanted, single=len(bounds) == 2)
-    memory = head.new_slab(plan.rows, head.columns)
+    memory = head.new_slab(plan.rows, head.columns, fused=plan.fused)
     for u0, u1 in itertools.pairwise(bounds):
         members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
         group = rows if (u0, u1) == (0, units) else rows.part(members)
         h = head.take(group)
-        z = head.project(memory, h)
-        q = overlay(z, head.dtype)
         statistics = torch_slab.new_statistics(group.number, h, head.accumulator)
-        head.kernels.absorb(statistics, z, group.targets, 0, head.transform, total=total, sink=q)
+        q, multiple = head.absorb(statistics, memory, h, group.targets, total=total, fused=plan.fused)
         values, miss = head.finish(statistics, group.targets)
+        miss = miss if multiple is None else miss / multiple
         group.put(logp, values)
         group.put(totals, statistics[torch_slab.TOTAL])
         known = slope(members, group.sums(values), rows.lengths)

@@ -88,16 +88,62 @@ class Head:
         # What stands in a position that is not scored must not reach a product, where 0 · NaN is NaN.
         return taken if rows.padding is None else taken.masked_fill_(rows.padding[part, None], 0)
 
-    def new_slab(self, rows: int, columns: int) -> Tensor:
-        """Memory for logits, (rows · columns,)."""
+    def new_slab(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
+        """Memory for logits, (rows · columns,); ``fused``: for Q alone."""
         h = self.hidden.new_empty(0, dtype=self.dtype)
-        return torch.empty(rows * columns, dtype=slab_dtype(h), device=h.device)
+        return torch.empty(rows * columns, dtype=self.dtype if fused else slab_dtype(h), device=h.device)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_slab`."""
         w = self.w[columns]
         z = memory[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         return project(z, h, w, None if self.b is None else self.b[columns])
+
+    def absorb(
+        self, statistics: Tensor, memory: Tensor, h: Tensor, targets: Tensor, *, total: bool, fused: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Statistics of whole rows, and their Q (n, V) times the second result, (n,), None for 1."""
+        if fused:
+            q = memory[: h.shape[0] * self.columns].view(h.shape[0], self.columns)
+            return q, self.fused.exponentials(q, self.operands(h), statistics, targets, self.transform, total=total)
+        z = self.project(memory, h)
+        q = overlay(z, self.dtype)
+        self.kernels.absorb(statistics, z, targets, 0, self.transform, total=total, sink=q)
+        return q, None
+
+    @property
+    def fused(self) -> ModuleType:
+        """``absorb``, ``gradient`` and ``exponentials`` of products whose logits never leave the chip."""
+        from fused_pref.kernels import linear as fused
+
+        return fused
+
+    @property
+    def fusible(self) -> bool:
+        """Whether :attr:`fused` serves this head: float32 and halves, weight rows contiguous, offsets in 32 bits."""
+        there = self.backend == "triton" and self.hidden.device.type in ("cuda", "cpu")
+        return there and self.weight.stride(1) == 1 and self.columns < 2**22
+
+    @property
+    def indexed(self) -> bool:
+        """Whether a fused product can read the rows of the hidden states in place."""
+        return self.dtype == self.hidden.dtype and self.hidden.stride(-1) == 1 and Rows(self.hidden).flat is not None
+
+    def operands(self, h: Tensor, columns: slice = slice(None), places: Tensor | None = None) -> object:
+        """What a fused product multiplies: rows h, or the rows of h at ``places``, and a slice of the vocabulary."""
+        from fused_pref.kernels.gemm import Operands
+
+        return Operands(h, self.w[columns], None if self.b is None else self.b[columns], places)
+
+    def operands_of(self, rows: ValidRows, columns: slice = slice(None)) -> object:
+        """The same for these rows, read in place if they can be."""
+        flat = Rows(self.hidden.detach()).flat
+        if flat is None or not self.indexed:
+            return self.operands(self.take(rows), columns)
+        places = rows.places
+        if places is not None and rows.padding is not None:
+            places = places.masked_fill(rows.padding, -1)
+        return self.operands(flat, columns, places)
 
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
@@ -151,6 +197,9 @@ def forward(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Forward:
 def logprob(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
     """Statistics (4, N) of the rows, a slice of the vocabulary at a time."""
     statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+    if plan.fused:
+        head.fused.absorb(statistics, head.operands_of(rows), rows.targets, 0, head.transform, total=total)
+        return statistics
     memory = head.new_slab(plan.rows, plan.columns)
     for group in ranges(rows.number, plan.rows):
         h = head.take(rows, group)
@@ -166,14 +215,14 @@ def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
     """Statistics (4, N), and U (N, D): ∂logp/∂h of each row, in the dtype of the token math."""
     statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
     u = torch.empty((rows.number, head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
-    memory = head.new_slab(plan.rows, head.columns)
+    memory = head.new_slab(plan.rows, head.columns, fused=plan.fused)
     for group in ranges(rows.number, plan.rows):
-        z = head.project(memory, head.take(rows, group))
-        q, targets = overlay(z, head.dtype), rows.targets[group]
-        head.kernels.absorb(statistics[:, group], z, targets, 0, head.transform, total=total, sink=q)
+        h, targets = head.take(rows, group), rows.targets[group]
+        q, multiple = head.absorb(statistics[:, group], memory, h, targets, total=total, fused=plan.fused)
         label_q = torch_slab.take_targets(q, targets, 0)
         add_product(u[group], q, head.w, fresh=True)
         _, miss = head.finish(statistics[:, group], targets)
+        miss = miss if multiple is None else miss / multiple
         for part in ranges(group.stop - group.start, block_rows(u)):
             rest = u[group][part]
             rest.copy_(head.with_targets(rest, targets[part], label_q[part]))
@@ -193,6 +242,10 @@ def vocab_major(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
     statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
     h, kept = head.take(rows), []
     slices = list(ranges(head.columns, plan.columns))
+    if plan.fused:
+        slices, rest = slices[: plan.kept], slice(plan.kept * plan.columns, head.columns)
+        operands = head.operands(h, rest)
+        head.fused.absorb(statistics, operands, rows.targets, rest.start, head.transform, total=total)
     scratch = head.new_slab(rows.number, plan.columns) if plan.kept < len(slices) else None
     for number, columns in enumerate(slices):
         width = columns.stop - columns.start
@@ -224,13 +277,16 @@ def vocab_major_bwd(
     x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
     memory = None
     for number, columns in enumerate(ranges(head.columns, plan.columns)):
-        if number < len(kept):
-            z = kept[number]
+        if number >= len(kept) and memory is None:
+            memory = head.new_slab(rows.number, plan.columns, fused=plan.fused)
+        if plan.fused and number >= len(kept) and memory is not None:
+            q = memory[: h.shape[0] * (columns.stop - columns.start)].view(h.shape[0], -1)
+            operands = head.operands(h, columns)
+            head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
         else:
-            memory = head.new_slab(rows.number, plan.columns) if memory is None else memory
-            z = head.project(memory, h, columns)
-        q = overlay(z, head.dtype)
-        head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
+            z = kept[number] if memory is None else head.project(memory, h, columns)
+            q = overlay(z, head.dtype)
+            head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
         if dw is not None and x is not None:
             add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
         if db is not None:

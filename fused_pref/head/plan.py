@@ -10,11 +10,14 @@ Four plans turn hidden states (N, D) and a weight (V, D) into log-probs and grad
 - ``vocab_major``: everything else. The forward keeps the row statistics and some slices of the logits; the backward
   recomputes the other slices and finishes the rows of dW that belong to each. Three to four products.
 
-A product is 2·N·D·V operations. The workspace is what is alive beyond inputs, gradients and (S, T) results.
+A product is 2·N·D·V operations. The workspace is what is alive beyond inputs, gradients and (S, T) results. Each plan
+has a *fused* form where Triton runs: the kernel that multiplies also takes the logits in, tile by tile, so that no slab
+of raw logits is written; it pays where that pass over memory costs more than the kernel's epilogue (small D).
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -37,6 +40,8 @@ class Device:
         mixed: whether products of 16-bit entries come out in float32.
         scratch: bytes of the block that elementwise work goes through.
         measured: where the figures are from.
+        epilogue: seconds that a fused product spends on a logit beyond multiplying; a prediction from compiled code
+            (``benchmarks/static.md``), not measured. Infinite where kernels run for tests alone.
     """
 
     name: str
@@ -47,10 +52,15 @@ class Device:
     mixed: bool
     scratch: int
     measured: str
+    epilogue: float = math.inf
 
 
+# See static.md: the statistics and gradient kernels on sm_90.
+EPILOGUE = 7.0e-13
 CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, 768 * 1024, 2048, False, 2**20, "2 cores with AMX")
-GPU = Device("gpu", {2: 7.9e14, 4: 3.0e14, 8: 3.0e13}, 4.3e12, 2 * 132 * 128 * 256, 4096, True, 2**25, "an H200")
+GPU = Device(
+    "gpu", {2: 7.9e14, 4: 3.0e14, 8: 3.0e13}, 4.3e12, 2 * 132 * 128 * 256, 4096, True, 2**25, "an H200", EPILOGUE
+)
 
 
 def device_of(kind: str) -> Device:
@@ -76,6 +86,9 @@ class Problem:
         gathered: whether the rows are copied out of the hidden states.
         unscored: rows that are projected for the means of the logits alone, before anything else.
         cast_weight: bytes of the weight's copy in the dtype of the products (autocast), 0 if none.
+        fused: whether the fused kernels can be taken.
+        wide_range: whether the entries' dtype reaches as far as float32, as exponentials do.
+        indexed: whether a fused product can read the rows in place.
         budget: bytes of workspace allowed.
         device: constants.
     """
@@ -95,6 +108,9 @@ class Problem:
     gathered: bool = True
     unscored: int = 0
     cast_weight: int = 0
+    fused: bool = False
+    wide_range: bool = True
+    indexed: bool = False
 
     @property
     def slab_itemsize(self) -> int:
@@ -130,16 +146,33 @@ class Problem:
         """Bytes of gathered rows."""
         return rows * self.hidden * self.itemsize if self.gathered else 0
 
-    def seconds(self, rows: int, columns: int, products: tuple[str, ...], count: int) -> float:
-        """Time of ``count`` rounds of these products on ``rows`` × ``columns`` logits."""
+    def sink_itemsize(self, fused: bool) -> int:
+        """Bytes of an entry of the slab that the products of the gradients read; unless fused, raw logits came first."""
+        return self.itemsize if fused else self.slab_itemsize
+
+    def product_seconds(self, rows: int, columns: int, products: tuple[str, ...]) -> float:
+        """Time of these products on ``rows`` × ``columns`` logits, weight and rows read once for each."""
         entries = {"logits": rows * columns, "hidden": rows * self.hidden, "weight": columns * self.hidden}
         operations = 2 * rows * columns * self.hidden
         narrow = min(self.device.columns, self.vocabulary) / columns
         slow = sum(max(1.0, narrow, self.device.outputs / max(entries[product], 1)) for product in products)
-        # Every pass over the slab, and weight and rows once for each product.
-        moved = 3 * rows * columns * self.slab_itemsize
-        moved += len(products) * (rows + columns) * self.hidden * self.itemsize
-        return count * (operations * slow / self.device.rates[self.itemsize] + moved / self.device.bandwidth)
+        moved = len(products) * (rows + columns) * self.hidden * self.itemsize
+        return operations * slow / self.device.rates[self.itemsize] + moved / self.device.bandwidth
+
+    def slab_seconds(self, rows: int, columns: int) -> float:
+        """Time of a slab's passes over memory: raw logits written, read, and written over."""
+        return 3 * rows * columns * self.slab_itemsize / self.device.bandwidth
+
+    def fused_seconds(self, rows: int, columns: int, *, written: bool) -> float:
+        """Time that a fused product adds to multiplying: its epilogue, and the result if it is written."""
+        moved = rows * columns * self.itemsize if written else 0
+        return rows * columns * self.device.epilogue + moved / self.device.bandwidth
+
+    def pass_seconds(self, rows: int, columns: int, *, fused: bool) -> float:
+        """Time that statistics and Q of these logits add to multiplying, at once."""
+        if fused:
+            return self.fused_seconds(rows, columns, written=True)
+        return self.slab_seconds(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -152,6 +185,7 @@ class Plan:
         columns: vocabulary columns of a slice.
         bounds: unit numbers at which the groups begin, and their end; empty where rows are cut anywhere.
         kept: slices of logits kept from the forward for the backward.
+        fused: whether the product that makes the logits is fused; kept slices never are.
         products: matrix products in units of 2·N·D·V operations.
         workspace: predicted peak bytes beyond inputs, gradients and results.
         seconds: predicted time.
@@ -165,6 +199,7 @@ class Plan:
     seconds: float
     bounds: tuple[int, ...] = ()
     kept: int = 0
+    fused: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -224,21 +259,35 @@ def row_groups(problem: Problem) -> list[int]:
 
 
 def _logprob(p: Problem) -> Iterator[Plan]:
+    least = p.device.scratch + p.cast_weight
     for rows in row_groups(p):
         for columns in slices(p):
             rounds = _rounds(p.tokens, rows) * _rounds(p.vocabulary, columns)
-            workspace = p.copied(rows) + rows * columns * p.slab_itemsize + p.device.scratch + p.cast_weight
-            yield Plan("logprob", rows, columns, 1.0, workspace, p.seconds(rows, columns, ("logits",), rounds))
+            workspace = p.copied(rows) + rows * columns * p.slab_itemsize + least
+            seconds = rounds * (p.product_seconds(rows, columns, ("logits",)) + p.slab_seconds(rows, columns))
+            yield Plan("logprob", rows, columns, 1.0, workspace, seconds)
+    if p.fused:
+        rows, columns = p.tokens, p.vocabulary
+        workspace = least + (0 if p.indexed else p.copied(rows))
+        seconds = p.product_seconds(rows, columns, ("logits",)) + p.fused_seconds(rows, columns, written=False)
+        yield Plan("logprob", rows, columns, 1.0, workspace, seconds, fused=True)
 
 
 def _frozen_head(p: Problem) -> Iterator[Plan]:
     left = p.tokens * p.hidden * max(p.itemsize, 4)
-    for rows in row_groups(p):
-        group = rows * p.vocabulary * p.slab_itemsize + p.copied(rows) + rows * p.hidden * max(p.itemsize, p.partial)
-        group += p.upcast(rows, p.hidden)
-        seconds = p.seconds(rows, p.vocabulary, ("logits", "hidden"), _rounds(p.tokens, rows))
-        workspace = left + group + p.device.scratch + p.cast_weight
-        yield Plan("frozen_head", rows, p.vocabulary, 2.0, workspace, seconds)
+    for fused in _at_once(p):
+        for rows in row_groups(p):
+            group = rows * p.vocabulary * p.sink_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
+            group += rows * p.hidden * max(p.itemsize, p.partial)
+            seconds = p.product_seconds(rows, p.vocabulary, ("logits", "hidden"))
+            seconds = _rounds(p.tokens, rows) * (seconds + p.pass_seconds(rows, p.vocabulary, fused=fused))
+            workspace = left + group + p.device.scratch + p.cast_weight
+            yield Plan("frozen_head", rows, p.vocabulary, 2.0, workspace, seconds, fused=fused)
+
+
+def _at_once(p: Problem) -> tuple[bool, ...]:
+    """Forms in which statistics and Q can come from one product: fused, Q waits for its sum as an exponential."""
+    return (False, True) if p.fused and p.wide_range else (False,)
 
 
 def _gradient_products(p: Problem) -> tuple[str, ...]:
@@ -247,13 +296,13 @@ def _gradient_products(p: Problem) -> tuple[str, ...]:
 
 def _grouped(p: Problem) -> Iterator[Plan]:
     products = ("logits", *_gradient_products(p))
-    for bounds in _groupings(p):
+    for fused, bounds in itertools.product(_at_once(p), list(_groupings(p))):
         groups = [sum(p.units[a:b]) for a, b in itertools.pairwise(bounds)] or [p.tokens]
         rows = max(groups)
         single = len(groups) == 1
         # dW is its own accumulator where its dtype is that of the sums.
         direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
-        workspace = rows * p.vocabulary * p.slab_itemsize + p.copied(rows) + p.upcast(rows, p.hidden)
+        workspace = rows * p.vocabulary * p.sink_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
         weight = hidden = 0
         if "weight" in p.gradients:
             workspace += 0 if direct else 4 * p.vocabulary * p.hidden
@@ -264,10 +313,10 @@ def _grouped(p: Problem) -> Iterator[Plan]:
             workspace += 4 * p.positions * p.hidden if p.late_scale else 0
             hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
         workspace += max(weight, hidden) + p.device.scratch + p.cast_weight
-        seconds = sum(p.seconds(group, p.vocabulary, products, 1) for group in groups)
-        if not single:
-            seconds += (len(groups) - 1) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
-        yield Plan("grouped", rows, p.vocabulary, float(len(products)), workspace, seconds, bounds)
+        seconds = 0.0 if single else (len(groups) - 1) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
+        for n in groups:
+            seconds += p.product_seconds(n, p.vocabulary, products) + p.pass_seconds(n, p.vocabulary, fused=fused)
+        yield Plan("grouped", rows, p.vocabulary, float(len(products)), workspace, seconds, bounds, fused=fused)
 
 
 def _groupings(p: Problem) -> Iterator[tuple[int, ...]]:
@@ -295,20 +344,29 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
     row = p.tokens * p.hidden
     sums = row * max(p.itemsize, 4) if hidden else 0
     fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight + p.upcast(p.tokens, p.hidden)
-    for columns in slices(p):
+    for columns, fused in itertools.product(slices(p), (False, True) if p.fused else (False,)):
         count = _rounds(p.vocabulary, columns)
         slab = p.tokens * columns * p.slab_itemsize
         partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
         late = max(p.partial * row if hidden else 0, partial + p.turned(p.tokens, columns))
         backward = (row * p.scaled_itemsize if weight else 0) + sums + late
+        # A slice that is kept, and one that is computed again.
+        seconds = p.product_seconds(p.tokens, columns, ("logits", *gradients)) + p.slab_seconds(p.tokens, columns)
+        twice = p.product_seconds(p.tokens, columns, ("logits", "logits", *gradients))
+        if fused:
+            twice += p.fused_seconds(p.tokens, columns, written=False)
+            twice += p.fused_seconds(p.tokens, columns, written=True)
+        else:
+            twice += 2 * p.slab_seconds(p.tokens, columns)
         steps = range(9) if columns >= min(p.device.columns, p.vocabulary) else range(1)
         for kept in sorted({count * part // 8 for part in steps}):
-            scratch_slab = slab if kept < count else 0
-            workspace = fixed + kept * slab + scratch_slab + backward
-            again = (count - kept) / count
-            seconds = p.seconds(p.tokens, columns, ("logits", *gradients), count)
-            seconds += p.seconds(p.tokens, columns, ("logits",), count - kept)
-            yield Plan("vocab_major", p.tokens, columns, 1 + len(gradients) + again, workspace, seconds, kept=kept)
+            again = count - kept
+            if fused and not again:
+                continue
+            workspace = fixed + kept * slab + backward + (p.tokens * columns * p.sink_itemsize(fused) if again else 0)
+            time = kept * seconds + again * twice
+            products = 1 + len(gradients) + again / count
+            yield Plan("vocab_major", p.tokens, columns, products, workspace, time, kept=kept, fused=fused)
 
 
 def _rounds(length: int, size: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import dlogits, logprob, objective, scale, sequences, slab
+from fused_pref.kernels import dlogits, gemm, linear, logprob, objective, scale, sequences, slab
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)
@@ -73,6 +73,57 @@ def slab_gradient(
     logits, targets = meta(8192, columns, dtype=dtype), meta(8192, dtype=torch.int64)
     out = logits if sink is None else logits.view(sink)[:, :columns]
     slab.gradient(out, logits, meta(4, 8192), targets, 0, transform or Transform())
+
+
+def operands(dtype: torch.dtype, columns: int, features: int, by_index: bool, bias: bool) -> gemm.Operands:
+    """Rows of hidden states and a slice of the weight."""
+    places = meta(8192, dtype=torch.int64) if by_index else None
+    hidden, weight = meta(16384 if by_index else 8192, features, dtype=dtype), meta(columns, features, dtype=dtype)
+    return gemm.Operands(hidden, weight, meta(columns, dtype=dtype) if bias else None, places)
+
+
+def linear_statistics(
+    dtype: torch.dtype,
+    total: bool = False,
+    transform: Transform | None = None,
+    features: int = 4096,
+    by_index: bool = True,
+    bias: bool = False,
+) -> None:
+    """Launch the statistics of rows of the linear head."""
+    statistics, targets = meta(4, 8192), meta(8192, dtype=torch.int64)
+    head = operands(dtype, VOCABULARY, features, by_index, bias)
+    linear.absorb(statistics, head, targets, 0, transform or Transform(), total=total)
+
+
+def linear_exponentials(dtype: torch.dtype, transform: Transform | None = None, bias: bool = False) -> Tensor:
+    """Launch the exponentials of a group of rows, and their statistics."""
+    statistics, targets = meta(4, 8192), meta(8192, dtype=torch.int64)
+    head = operands(dtype, VOCABULARY, 4096, by_index=False, bias=bias)
+    sink = meta(8192, VOCABULARY, dtype=dtype)
+    return linear.exponentials(sink, head, statistics, targets, transform or Transform(), total=False)
+
+
+def linear_gradient(
+    dtype: torch.dtype,
+    transform: Transform | None = None,
+    features: int = 4096,
+    bias: bool = False,
+) -> None:
+    """Launch the gradient of a slice of the linear head."""
+    statistics, targets = meta(4, 8192), meta(8192, dtype=torch.int64)
+    head = operands(dtype, 8192, features, by_index=False, bias=bias)
+    linear.gradient(meta(8192, 8192, dtype=dtype), head, statistics, targets, 0, transform or Transform())
+
+
+def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:
+    """Launch with products of float32 that may be rounded."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        launch(dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def gradient_scale(dtype: torch.dtype) -> Tensor:
@@ -162,6 +213,18 @@ CASES = [
         "16-bit over float32, softcap", partial(slab_gradient, sink=torch.float16, transform=SOFTCAP), (torch.float32,)
     ),
     Case("odd vocabulary", partial(slab_gradient, **ODD), (torch.float32,)),
+    Case("by index", linear_statistics),
+    Case("dense, bias", partial(linear_statistics, by_index=False, bias=True)),
+    Case("sums, softcap", partial(linear_statistics, total=True, transform=SOFTCAP)),
+    Case("odd depth", partial(linear_statistics, features=2305), (torch.bfloat16,)),
+    Case("by index, TF32", partial(with_tf32, linear_statistics), (torch.float32,)),
+    Case("exponentials", linear_exponentials, (torch.float32, torch.bfloat16)),
+    Case("exponentials, softcap, bias", partial(linear_exponentials, transform=SOFTCAP, bias=True), (torch.bfloat16,)),
+    Case("plain", linear_gradient),
+    Case("bias", partial(linear_gradient, bias=True)),
+    Case("TF32", partial(with_tf32, linear_gradient), (torch.float32,)),
+    Case("softcap", partial(linear_gradient, transform=SOFTCAP)),
+    Case("odd depth", partial(linear_gradient, features=2305), (torch.bfloat16,)),
     Case("plain", gradient_scale),
     Case("padded, means", partial(scores, mean="all", packed=False), SUMS),
     Case("packed", partial(scores, mean=None, packed=True), SUMS),

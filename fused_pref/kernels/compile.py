@@ -86,12 +86,26 @@ class Launch:
     keywords: dict[str, Any]
 
     @property
-    def constants(self) -> dict[str, Any]:
-        """The constexpr arguments."""
+    def bound(self) -> dict[str, Any]:
+        """The arguments by name."""
         given = {name: value for name, value in self.keywords.items() if name in self.kernel.arg_names}
         bound = self.kernel.signature.bind(*self.arguments, **given)
         bound.apply_defaults()
-        return {p.name: bound.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        return dict(bound.arguments)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constexpr arguments."""
+        bound = self.bound
+        return {p.name: bound[p.name] for p in self.kernel.params if p.is_constexpr}
+
+    @property
+    def flags(self) -> str:
+        """What its code depends on, in a line: constexpr arguments, and tensors that are not given."""
+        constants, absent = self.constants, [f"-{name}" for name, value in self.bound.items() if value is None]
+        return " ".join(
+            [*(name if value is True else f"{name}={value}" for name, value in constants.items() if value), *absent]
+        )
 
 
 def record(launcher: Callable[[], object], target: str) -> list[Launch]:

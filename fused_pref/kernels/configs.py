@@ -46,6 +46,42 @@ BACKWARD: dict[tuple[str, int], Config] = {
     ("gfx942", 2): Config(4096, 8),
     ("gfx942", 4): Config(2048, 8),
 }
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Logits [rows, columns] of a program, made of blocks ``depth`` deep; ``group`` row blocks share a weight block."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Options of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+# The widest tiles that do not spill, by bytes of an entry.
+_WIDE, _SQUARE = Tile(128, 256, 64, 16, 8, 3, True), Tile(128, 128, 64, 16, 8, 3, True)
+_AMPERE, _MI300 = Tile(128, 128, 64, 16, 8, 3, False), Tile(256, 128, 64, 16, 8, 2, False)
+_FLOAT32 = Tile(64, 64, 16, 16, 8, 3, False)
+_EXACT = {(target, 4): _FLOAT32 for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
+STATISTICS_TILE: dict[tuple[str, int], Tile] = {
+    ("sm_80", 2): _AMPERE, ("sm_90", 2): _WIDE, ("sm_100", 2): _WIDE, ("gfx942", 2): _MI300, **_EXACT
+}  # fmt: skip
+GRADIENT_TILE = STATISTICS_TILE
+EXPONENTIALS_TILE = STATISTICS_TILE | {("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False)}
+# For epilogues that need more registers (a softcap), and for rows that are read entry by entry.
+HEAVY_TILE = EXPONENTIALS_TILE | {("sm_90", 2): _SQUARE, ("sm_100", 2): _SQUARE}
+UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
+INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)
+# Entries of a target's product that a program takes at a time.
+LABEL = Config(1024, 4)
 CANDIDATES = [Config(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 # Tokens of a sequence that a program sums at a time.
 REDUCTION = Config(1024, 4)
@@ -93,3 +129,12 @@ def tuned(key: tuple[object, ...], default: Config, launch: Callable[[Config], N
         timed = [(triton.testing.do_bench(lambda c=config: launch(c)), config) for config in (default, *CANDIDATES)]
         _tuned[key] = min(timed, key=lambda pair: float(pair[0]))[1]  # type: ignore[arg-type]
     return _tuned[key]
+
+
+def tile(table: dict[tuple[str, int], Tile], x: torch.Tensor, *, heavy: bool) -> Tile:
+    """The default tile for products of x (n, D); ``heavy``: with an epilogue that needs more registers."""
+    if x.device.type == "cpu":
+        return INTERPRETER_TILE
+    if x.stride(0) * x.dtype.itemsize % 16:
+        return UNALIGNED_TILE
+    return (HEAVY_TILE if heavy else table)[architecture(x.device), x.dtype.itemsize]

@@ -108,9 +108,9 @@ def _compile_case(index: int, dtype: torch.dtype, target: str) -> list[dict[str,
 
     case = cases.CASES[index]
     rows = []
-    for launch in compile.record(lambda: case.launch(dtype), target):
-        flags = (name if value is True else f"{name}={value}" for name, value in launch.constants.items() if value)
-        row = {"kernel": launch.kernel.__name__, "case": case.name, "target": target, "config": " ".join(flags)}
+    launches = {(x.kernel.__name__, x.flags): x for x in compile.record(lambda: case.launch(dtype), target)}
+    for (kernel, flags), launch in launches.items():
+        row = {"kernel": kernel, "case": case.name, "target": target, "config": flags}
         row["dtype"] = DTYPES[str(dtype).removeprefix("torch.")]
         try:
             rows.append(row | compile.resources(launch, compile.compile_launch(launch, target), target))

@@ -1,0 +1,163 @@
+"""A tile of logits in registers: rows of the hidden states times rows of the head's weight.
+
+:func:`logits_tile` is the product that the kernels of :mod:`fused_pref.kernels.linear` put their epilogues to;
+:class:`Operands` is what a launch gives it.
+"""
+
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_pref.kernels import configs
+
+
+@triton.jit
+def tile_order(number, row_blocks, splits, GROUP: tl.constexpr):
+    """Row block and split of a program: GROUP row blocks in a row share a split of the weight in the cache."""
+    band = number // (GROUP * splits)
+    place = number - band * (GROUP * splits)
+    height = tl.minimum(row_blocks - band * GROUP, GROUP)
+    return band * GROUP + place % height, place // height
+
+
+@triton.jit
+def logits_tile(
+    hidden,  # [N_total, D], or the descriptor of its blocks [ROWS, DEPTH]
+    weight,  # [V, D], or the descriptor of its blocks [COLUMNS, DEPTH]
+    places,  # [ROWS] int64 rows of hidden
+    row, column, columns, features, hidden_stride, weight_stride,
+    HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Products [ROWS, COLUMNS] float32, the rows at ``places`` (from ``row`` on with a descriptor)."""
+    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    depth = tl.arange(0, DEPTH)
+    if not HIDDEN_DESCRIPTOR:
+        hidden_pointers = hidden + places[:, None] * hidden_stride + depth[None, :]
+    if not WEIGHT_DESCRIPTOR:
+        # Columns beyond the end repeat the last: what they give is not used.
+        own = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - column)
+        weight_pointers = weight + tl.cast(column, tl.int64) * weight_stride + own[:, None] * weight_stride + depth
+    for start in range(0, features, DEPTH):
+        if HIDDEN_DESCRIPTOR:
+            a = hidden.load([row, start])
+        elif WHOLE:
+            a = tl.load(hidden_pointers + start)
+        else:
+            a = tl.load(hidden_pointers + start, mask=(start + depth < features)[None, :], other=0.0)
+        if WEIGHT_DESCRIPTOR:
+            b = weight.load([column, start])
+        elif WHOLE:
+            b = tl.load(weight_pointers + start)
+        else:
+            b = tl.load(weight_pointers + start, mask=(start + depth < features)[None, :], other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        x = tl.dot(a, b.T, x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile in four, from left to right: an epilogue that takes one after another needs fewer registers."""
+    left, right = x.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
+    a, b = left.reshape([ROWS, 2, COLUMNS // 4]).permute(0, 2, 1).split()
+    c, d = right.reshape([ROWS, 2, COLUMNS // 4]).permute(0, 2, 1).split()
+    return a, b, c, d
+
+
+@triton.jit
+def biased(x, bias, cols, columns):
+    """Part of a tile with the bias of its columns."""
+    if bias is not None:
+        x += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def store(sink, x, row, inside, cols, end, stride, ROWS: tl.constexpr):
+    """Part of a tile to its place in ``sink``: offsets inside a tile are int32, which spares registers."""
+    offsets = tl.arange(0, ROWS)[:, None] * stride + cols[None, :]
+    pointers = sink + tl.cast(row, tl.int64) * stride + offsets
+    tl.store(pointers, x.to(sink.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What is projected: rows of the hidden states and a slice of the weight, each row of both contiguous.
+
+    Attributes:
+        hidden: (N_total, D).
+        weight: (v, D).
+        bias: (v,) or None.
+        places: (N,) int64 rows of ``hidden``, −1 where there is none; None for all of them in order.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    places: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.hidden.shape[0] if self.places is None else self.places.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of this slice of the vocabulary."""
+        return self.weight.shape[0]
+
+    def arguments(self, tile: configs.Tile) -> dict[str, Any]:
+        """Keywords of a kernel that calls :func:`logits_tile`."""
+        hidden_descriptor = tile.descriptors and self.places is None and describable(self.hidden)
+        weight_descriptor = tile.descriptors and describable(self.weight)
+        features = self.hidden.shape[1]
+        # The interpreter multiplies the bits of 16-bit entries.
+        interpreted = self.hidden.device.type == "cpu"
+        return {
+            "hidden": described(self.hidden, tile.rows, tile.depth) if hidden_descriptor else self.hidden,
+            "weight": described(self.weight, tile.columns, tile.depth) if weight_descriptor else self.weight,
+            "bias": self.bias,
+            "rows": self.rows,
+            "columns": self.columns,
+            "features": features,
+            "hidden_stride": self.hidden.stride(0),
+            "weight_stride": self.weight.stride(0),
+            "HIDDEN_DESCRIPTOR": hidden_descriptor,
+            "WEIGHT_DESCRIPTOR": weight_descriptor,
+            "WHOLE": features % tile.depth == 0,
+            "PRECISION": precision(self.hidden.dtype),
+            "UPCAST": interpreted and self.hidden.dtype.itemsize == 2,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+            "DEPTH": tile.depth,
+            "GROUP": tile.group,
+        }
+
+
+def describable(x: Tensor) -> bool:
+    """Whether blocks of x can be read through a descriptor: rows of whole 16 bytes."""
+    step = x.stride(0) * x.element_size()
+    return x.numel() > 0 and x.stride(1) == 1 and step % 16 == 0 and 0 < step < 2**40 and x.data_ptr() % 16 == 0
+
+
+def described(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
+    """The descriptor of blocks [rows, depth] of x."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of float32 products: exact unless PyTorch was told otherwise."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    return "tf32" if allowed else "ieee"

@@ -1,0 +1,342 @@
+"""The linear head on a device: products whose logits never leave the chip.
+
+The fused twins of :mod:`fused_pref.head.slab`: what those read from a slab of logits, these make tile by tile.
+
+- :func:`absorb`: the statistics of rows from a slice of the vocabulary; nothing of size N·V is written.
+- :func:`gradient`: Q of a slice from the statistics of the whole rows, computed again.
+- :func:`exponentials`: Q of the whole vocabulary, up to a factor for each row, and the statistics in the same product.
+"""
+
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL, new_statistics
+from fused_pref.head.spec import Transform
+from fused_pref.kernels import configs
+from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order
+from fused_pref.kernels.helpers import chain, exp, transform
+from fused_pref.kernels.logprob import factors
+
+# Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they are kept: far enough
+# for any trained model, near enough that float32 sums and bfloat16 entries hold them.
+PROBE, REACH = 1024, 40.0
+
+
+@triton.jit
+def _targets(targets, row, rows, first, ROWS: tl.constexpr):
+    """Columns (int32) of the targets in this slice; outside of it for those of other slices."""
+    r = row + tl.arange(0, ROWS)
+    y = tl.load(targets + r, mask=r < rows, other=-1).to(tl.int64) - first
+    return tl.where((y >= 0) & (y < 2147483647), y, -1).to(tl.int32)
+
+
+@triton.jit
+def _absorb(x, cols, y, end, top, others, total, inner, outer, TRANSFORM: tl.constexpr, TOTALS: tl.constexpr):
+    """Running maximum and sum of exponentials of the other entries, targets' logits and sums, with part of a tile."""
+    own = cols[None, :] == y[:, None]
+    z = transform(x, inner, outer, TRANSFORM)
+    if TOTALS:
+        total += tl.sum(tl.where((cols < end)[None, :], z, 0.0), 1)
+    z = tl.where(own | (cols >= end)[None, :], float("-inf"), z)
+    risen = tl.maximum(top, tl.max(z, 1))
+    shift = tl.where(risen == float("-inf"), 0.0, risen)
+    others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
+    return risen, others, total
+
+
+@triton.jit
+def _emit(
+    x, cols, y, end, pivot, row, inside, sink, sink_stride, top, others, total, inner, outer,
+    TRANSFORM: tl.constexpr, TOTALS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_absorb`, with Σ exp(z − pivot) in place of the sum; the exponentials go to ``sink``."""
+    own = cols[None, :] == y[:, None]
+    z = transform(x, inner, outer, TRANSFORM)
+    if TOTALS:
+        total += tl.sum(tl.where((cols < end)[None, :], z, 0.0), 1)
+    z = tl.where(own | (cols >= end)[None, :], float("-inf"), z)
+    top = tl.maximum(top, tl.max(z, 1))
+    e = exp(z - pivot[:, None])
+    others += tl.sum(e, 1)
+    e = tl.where(own, -1.0, e)
+    if TRANSFORM == 2:
+        e = chain(e, x, inner, outer, TRANSFORM)
+    store(sink, e, row, inside, cols, end, sink_stride, ROWS)
+    return top, others, total
+
+
+@triton.jit
+def _linear_statistics_kernel(
+    hidden, weight, bias, places,  # see logits_tile
+    targets,  # [N]
+    partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z
+    pivots,  # [N] or None: the exponentials are exp(z − pivot)
+    before,  # [N] or None: pivots of an earlier pass, which a block of rows repeats only if one of its own has risen
+    sink,  # [N, v] or None: receives the exponentials, −1 at the targets, times the softcap's slope
+    rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns,
+    sink_stride, inner, outer,
+    HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, TOTALS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    block, split = tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
+    row = block * ROWS
+    r = row + tl.arange(0, ROWS)
+    if pivots is not None:
+        pivot = tl.load(pivots + r, mask=r < rows, other=0.0)
+    if places is None:
+        place = tl.minimum(r, rows - 1).to(tl.int64)
+        known = r < rows
+    else:
+        place = tl.load(places + r, mask=r < rows, other=-1)
+        known = place >= 0
+        place = tl.maximum(place, 0)
+    y = _targets(targets, row, rows, first, ROWS)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    others = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, columns)
+    there = r < rows
+    if before is not None:
+        moved = tl.max((pivot != tl.load(before + r, mask=there, other=0.0)).to(tl.int32), 0)
+        there = r < tl.where(moved > 0, rows, 0)
+        end = tl.where(moved > 0, end, begin)
+    for column in range(begin, end, COLUMNS):
+        x = logits_tile(
+            hidden, weight, place, row, column, columns, features, hidden_stride, weight_stride,
+            HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        a, b, c, d = quarters(x, ROWS, COLUMNS)
+        for i in tl.static_range(4):
+            cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+            part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
+            if pivots is None:
+                top, others, total = _absorb(part, cols, y, end, top, others, total, inner, outer, TRANSFORM, TOTALS)
+            else:
+                top, others, total = _emit(
+                    part, cols, y, end, pivot, row, r < rows, sink, sink_stride, top, others, total, inner, outer,
+                    TRANSFORM, TOTALS, ROWS,
+                )  # fmt: skip
+    # A row that is none says nothing, whatever stands for it.
+    top, others = tl.where(known, top, float("-inf")), tl.where(known, others, 0.0)
+    into = partials + tl.cast(split, tl.int64) * 3 * rows + r
+    tl.store(into, top, mask=there)
+    tl.store(into + rows, others, mask=there)
+    tl.store(into + 2 * rows, total, mask=there)
+
+
+@triton.jit
+def _linear_label_kernel(
+    hidden,  # [N_total, D]
+    weight,  # [v, D]
+    bias,  # [v] or None
+    places,  # [N] or None
+    targets,  # [N]
+    labels,  # [N], written where the target is in this slice
+    columns, features, hidden_stride, weight_stride, first, inner, outer,
+    TRANSFORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The target's z of each row, by itself: the tiles need not look for it."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row).to(tl.int64) - first
+    place = row
+    if places is not None:
+        place = tl.load(places + row)
+    if (y >= 0) & (y < columns) & (place >= 0):
+        sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, features, BLOCK):
+            depth = start + tl.arange(0, BLOCK)
+            h = tl.load(hidden + place * hidden_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
+            w = tl.load(weight + y * weight_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
+            sums += h * w
+        x = tl.sum(sums, 0)
+        if bias is not None:
+            x += tl.load(bias + y).to(tl.float32)
+        tl.store(labels + row, transform(x, inner, outer, TRANSFORM))
+
+
+@triton.jit
+def _linear_gradient_kernel(
+    hidden, weight, bias,  # see logits_tile
+    targets,  # [N]
+    statistics,  # [4, N]
+    sink,  # [N, v], receives Q
+    rows, columns, features, hidden_stride, weight_stride, first, statistics_stride, sink_stride, inner, outer,
+    HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    block, tile = tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    row, column = block * ROWS, tile * COLUMNS
+    r = row + tl.arange(0, ROWS)
+    x = logits_tile(
+        hidden, weight, tl.minimum(r, rows - 1).to(tl.int64), row, column, columns, features, hidden_stride,
+        weight_stride, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
+    y = _targets(targets, row, rows, first, ROWS)
+    top = tl.load(statistics + r, mask=r < rows, other=0.0)
+    inverse = 1.0 / tl.maximum(tl.load(statistics + statistics_stride + r, mask=r < rows, other=1.0), 0.5)
+    a, b, c, d = quarters(x, ROWS, COLUMNS)
+    for i in tl.static_range(4):
+        cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+        part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
+        q = exp(transform(part, inner, outer, TRANSFORM) - top[:, None]) * inverse[:, None]
+        q = tl.where(cols[None, :] == y[:, None], -1.0, q)
+        if TRANSFORM == 2:
+            q = chain(q, part, inner, outer, TRANSFORM)
+        store(sink, q, row, r < rows, cols, columns, sink_stride, ROWS)
+
+
+def absorb(
+    statistics: Tensor, operands: Operands, targets: Tensor, first: int, constants: Transform, *, total: bool
+) -> None:
+    """Take a slice of the vocabulary into the running statistics of its rows.
+
+    Args:
+        statistics: (4, N), see :mod:`fused_pref.head.slab`; updated.
+        operands: the slice.
+        targets: (N,) labels of the rows.
+        first: the slice's first column in the vocabulary.
+        constants: the logits transform.
+        total: whether Σ z is wanted.
+    """
+    if operands.rows == 0 or operands.columns == 0:
+        return
+    _labels(statistics, operands, targets, first, constants)
+    partials = _partials(operands, targets, first, constants, total)
+    top = torch.maximum(statistics[TOP], partials[:, 0].amax(0))
+    statistics[OTHERS] *= (statistics[TOP] - top).exp_()
+    statistics[OTHERS] += (partials[:, 1] * (partials[:, 0] - top).exp_()).sum(0)
+    statistics[TOP] = top
+    if total:
+        statistics[TOTAL] += partials[:, 2].sum(0)
+
+
+def gradient(
+    sink: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, first: int, constants: Transform
+) -> None:
+    """Write Q of a slice of the vocabulary into ``sink`` (N, v) from the statistics of the whole rows. One launch."""
+    rows, columns = operands.rows, operands.columns
+    if rows == 0 or columns == 0:
+        return
+    tile = configs.tile(configs.GRADIENT_TILE, operands.hidden, heavy=constants.softcap is not None)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    _linear_gradient_kernel[grid](
+        targets=targets, statistics=statistics, sink=sink, first=first, statistics_stride=statistics.stride(0),
+        sink_stride=sink.stride(0), **operands.arguments(tile), **factors(constants), **tile.options,
+    )  # fmt: skip
+
+
+def exponentials(
+    sink: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, constants: Transform, *, total: bool
+) -> Tensor:
+    """Write exp(z − pivot) of whole rows into ``sink`` (N, V), and their statistics, in one product.
+
+    A row's pivot is the maximum of its first columns. Rows that rise too far above it for the dtype are computed again
+    with their own maximum: the device decides, nothing waits for it.
+
+    Args:
+        sink: (N, V) of a dtype with the range of float32; receives Q times the result.
+        operands: the whole vocabulary.
+        statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
+        targets: (N,) labels of the rows.
+        constants: the logits transform.
+        total: whether Σ z is wanted.
+
+    Returns:
+        (N,) what each row of Q was multiplied by, exactly as the targets' entries say it.
+    """
+    probe = Operands(
+        operands.hidden,
+        operands.weight[:PROBE],
+        None if operands.bias is None else operands.bias[:PROBE],
+        operands.places,
+    )
+    pivots = new_statistics(operands.rows, sink, statistics.dtype)
+    absorb(pivots, probe, targets, 0, constants, total=False)
+    low = pivots[TOP].contiguous()
+    if low.numel():
+        _labels(statistics, operands, targets, 0, constants)
+        partials = _partials(operands, targets, 0, constants, total, Exponentials(sink, low))
+        top = partials[:, 0].amax(0)
+        high = torch.where(top - low > REACH, top, low)
+        _partials(operands, targets, 0, constants, total, Exponentials(sink, high, low, partials))
+        statistics[TOP], statistics[OTHERS] = high, partials[:, 1].sum(0)
+        if total:
+            statistics[TOTAL] = partials[:, 2].sum(0)
+    others = statistics[OTHERS].to(sink.dtype)
+    scale = torch.where(others == 0, 1, others)
+    here = (targets >= 0) & (targets < operands.columns)
+    row, column = torch.arange(operands.rows, device=sink.device), targets.long().where(here, 0)
+    sink[row, column] *= torch.where(here, scale, 1)
+    return scale.to(statistics.dtype)
+
+
+@dataclass(frozen=True)
+class Exponentials:
+    """Where a pass over the vocabulary leaves exp(z − pivot).
+
+    Attributes:
+        sink: (N, V).
+        pivots: (N,).
+        before: (N,) pivots of an earlier pass: only where they differ is there something to do.
+        partials: what the earlier pass gave, updated there.
+    """
+
+    sink: Tensor
+    pivots: Tensor
+    before: Tensor | None = None
+    partials: Tensor | None = None
+
+
+def _partials(
+    operands: Operands,
+    targets: Tensor,
+    first: int,
+    constants: Transform,
+    total: bool,
+    exponentials: Exponentials | None = None,
+) -> Tensor:
+    """Maximum, Σ exp(z − maximum or pivot) of the other entries and Σ z of each split of the slice, (splits, 3, N)."""
+    rows, device = operands.rows, operands.hidden.device
+    table = configs.STATISTICS_TILE if exponentials is None else configs.EXPONENTIALS_TILE
+    tile = configs.tile(table, operands.hidden, heavy=constants.softcap is not None)
+    chunks = triton.cdiv(operands.columns, tile.columns)
+    # Two programs or more for every processor, and for each as many tiles as for the others, or one more.
+    splits = min(triton.cdiv(2 * configs.processors(device), triton.cdiv(rows, tile.rows)), chunks)
+    split_columns = triton.cdiv(chunks, splits) * tile.columns
+    splits = triton.cdiv(operands.columns, split_columns)
+    sink = pivots = before = partials = None
+    if exponentials is not None:
+        sink, pivots = exponentials.sink, exponentials.pivots
+        before, partials = exponentials.before, exponentials.partials
+    if before is not None:
+        # The kernel also holds what tells it whether to do anything: smaller tiles leave registers for that.
+        tile = replace(tile, rows=min(tile.rows, 64))
+    if partials is None:
+        partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device)
+    _linear_statistics_kernel[triton.cdiv(rows, tile.rows) * splits,](
+        places=operands.places, targets=targets, partials=partials, pivots=pivots, before=before, sink=sink,
+        first=first, splits=splits, split_columns=split_columns, sink_stride=0 if sink is None else sink.stride(0),
+        TOTALS=total, **operands.arguments(tile), **factors(constants), **tile.options,
+    )  # fmt: skip
+    return partials
+
+
+def _labels(statistics: Tensor, operands: Operands, targets: Tensor, first: int, constants: Transform) -> None:
+    """Launch the targets' z."""
+    hidden, weight = operands.hidden, operands.weight
+    _linear_label_kernel[operands.rows,](
+        hidden, weight, operands.bias, operands.places, targets, statistics[LABEL], operands.columns, hidden.shape[1],
+        hidden.stride(0), weight.stride(0), first, **factors(constants),
+        BLOCK=min(configs.LABEL.block, triton.next_power_of_2(hidden.shape[1])), **configs.LABEL.options,
+    )  # fmt: skip
