@@ -86,6 +86,8 @@ class Explanation:
         slices, dh = -(-p.vocabulary // plan.columns), "dh" if "hidden" in p.gradients else ""
         groups = max(len(plan.bounds) - 1, 1) if plan.name == "grouped" else -(-p.tokens // max(plan.rows, 1))
         made = " and ".join(part for part in (dh, "dW" if "weight" in p.gradients else "") if part) or "dbias"
+        if plan.name == "logprob" and plan.fused:
+            return (f"forward: a fused product of {plan.rows} x {plan.columns}, no logits are written → log-probs",)
         if plan.name == "logprob":
             return (f"forward: {groups} x {slices} slabs of {plan.rows} x {plan.columns} logits → log-probs",)
         if plan.name == "frozen_head":
@@ -100,9 +102,16 @@ class Explanation:
                 f"log-probs, coefficients, {made}",
                 "backward: the upstream gradient scales them",
             )
+        again = f"{slices - plan.kept} of them computed again"
+        if plan.fused:
+            return (
+                f"forward: {plan.kept} slabs of {p.tokens} x {plan.columns} logits, which are kept, and a fused "
+                "product of the rest, no logits are written → log-probs",
+                f"backward: each of {slices} slabs, {again} in a fused product → {made}",
+            )
         return (
             f"forward: {slices} slabs of {p.tokens} x {plan.columns} logits → log-probs; {plan.kept} slabs are kept",
-            f"backward: each slab, {slices - plan.kept} of them computed again → {made}",
+            f"backward: each slab, {again} → {made}",
         )
 
     def _product(self, rows: int) -> int:
@@ -113,7 +122,8 @@ class Explanation:
         sizes = f"N={p.tokens} of {p.positions} positions, D={p.hidden}, V={p.vocabulary}, {p.itemsize * 8}-bit"
         lines = [
             f"{self.objective}, {sizes}, gradients of {', '.join(sorted(p.gradients)) or 'nothing'}",
-            f"plan {plan.name} on {p.device.name} (budget {_bytes(p.budget)}; figures of {p.device.measured})",
+            f"plan {plan.name}{', fused,' if plan.fused else ''} on {p.device.name} (budget {_bytes(p.budget)}; figures of "
+            f"{p.device.measured})",
             *(f"  {number}. {step}" for number, step in enumerate(self.steps, 1)),
             f"{'':10}{'products':>12}{'FLOP':>12}{'peak beyond gradients':>24}",
             f"{'ours':10}{plan.products:>9.2f}NDV{self.flops:>12.3g}{_bytes(self.peak_bytes):>24}",

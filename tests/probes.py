@@ -111,17 +111,18 @@ def memory() -> Iterator[Memory]:
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def launch(kernel: Any, *args: Any, **keywords: Any) -> Any:
-        storages = [value.untyped_storage() for value in (*args, *keywords.values()) if isinstance(value, Tensor)]
+        given = [getattr(value, "base", value) for value in (*args, *keywords.values())]  # descriptors have a base
+        storages = [value.untyped_storage() for value in given if isinstance(value, Tensor)]
         watch.allowed = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
         return run(kernel, *args, **keywords)
 
-    def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+    def watched_load(pointers: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
         watch.touch(pointers, mask, watch.read)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **keywords)
 
-    def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
         watch.touch(pointers, mask, watch.written)
-        return store(pointers, value, mask, *rest)
+        return store(pointers, value, mask, *rest, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KERNEL, "run", launch)

@@ -101,7 +101,7 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("hip", "capability", "expected"),
     [(None, (8, 0), "sm_80"), (None, (8, 9), "sm_80"), (None, (9, 0), "sm_90"), (None, (10, 0), "sm_100"),
-     (None, (12, 0), "sm_100"), ("6.4", (9, 4), "gfx942")],
+     (None, (10, 3), "sm_100"), (None, (12, 0), "sm_80"), ("6.4", (9, 4), "gfx942")],
 )  # fmt: skip
 def test_architecture(
     hip: str | None, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch

@@ -94,6 +94,48 @@ def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
                 ), (kernel, target, dtype, config)
 
 
+def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
+    from fused_pref.kernels import configs
+
+    statistics, gradient = "_linear_statistics_kernel", "_linear_gradient_kernel"
+    tables = [
+        (statistics, "by index", configs.STATISTICS_TILE),
+        (statistics, "sums, softcap", configs.HEAVY_TILE),
+        (statistics, "exponentials", configs.EXPONENTIALS_TILE),
+        (gradient, "plain", configs.GRADIENT_TILE),
+        (gradient, "softcap", configs.HEAVY_TILE),
+    ]
+    for kernel, case, table in tables:
+        for (target, size), tile in table.items():
+            found = [
+                row
+                for row in rows
+                if (row["kernel"], row["case"], row["target"], BYTES.get(row["dtype"])) == (kernel, case, target, size)
+            ]
+            expected = {f"ROWS={tile.rows}", f"COLUMNS={tile.columns}", f"DEPTH={tile.depth}"}
+            assert any(expected <= set(row["config"].split()) for row in found), (kernel, case, target, tile)
+            assert {row["num_warps"] for row in found} == {tile.num_warps}
+    unaligned = {f"ROWS={configs.UNALIGNED_TILE.rows}", f"DEPTH={configs.UNALIGNED_TILE.depth}"}
+    assert all(unaligned <= set(row["config"].split()) for row in rows if row["case"] == "odd depth")
+
+
+def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
+    """16-bit products everywhere; exact ones of float32 on NVIDIA's only where they may be rounded."""
+    products = [row for row in rows if row["kernel"] in ("_linear_statistics_kernel", "_linear_gradient_kernel")]
+    assert {row["target"] for row in products} == set(TARGETS)
+    for row in products:
+        exact = row["dtype"] == "fp32" and "PRECISION=ieee" in row["config"] and row["target"] != "gfx942"
+        assert (row["matrix_instructions"] > 0) != exact, row
+
+
+def test_weights_are_read_through_descriptors(rows: list[dict[str, Any]]) -> None:
+    """On the architectures that have them, where rows are whole 16 bytes and in 16-bit dtypes."""
+    for row in rows:
+        if row["kernel"] in ("_linear_statistics_kernel", "_linear_gradient_kernel"):
+            expected = row["target"] in ("sm_90", "sm_100") and row["dtype"] != "fp32" and row["case"] != "odd depth"
+            assert ("WEIGHT_DESCRIPTOR" in row["config"].split()) == expected, row
+
+
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
     assert [row for row in rows if row["stack_bytes"] or row["spills"]] == []
 

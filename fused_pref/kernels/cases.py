@@ -87,33 +87,40 @@ def linear_statistics(
     total: bool = False,
     transform: Transform | None = None,
     features: int = 4096,
+    vocabulary: int = VOCABULARY,
     by_index: bool = True,
     bias: bool = False,
 ) -> None:
     """Launch the statistics of rows of the linear head."""
-    statistics, targets = meta(4, 8192), meta(8192, dtype=torch.int64)
-    head = operands(dtype, VOCABULARY, features, by_index, bias)
-    linear.absorb(statistics, head, targets, 0, transform or Transform(), total=total)
+    head, targets = operands(dtype, vocabulary, features, by_index, bias), meta(8192, dtype=torch.int64)
+    linear.absorb(meta(4, 8192), head, targets, 0, transform or Transform(), total=total)
 
 
-def linear_exponentials(dtype: torch.dtype, transform: Transform | None = None, bias: bool = False) -> Tensor:
+def linear_exponentials(
+    dtype: torch.dtype,
+    transform: Transform | None = None,
+    features: int = 4096,
+    vocabulary: int = VOCABULARY,
+    bias: bool = False,
+) -> None:
     """Launch the exponentials of a group of rows, and their statistics."""
-    statistics, targets = meta(4, 8192), meta(8192, dtype=torch.int64)
-    head = operands(dtype, VOCABULARY, 4096, by_index=False, bias=bias)
-    sink = meta(8192, VOCABULARY, dtype=dtype)
-    return linear.exponentials(sink, head, statistics, targets, transform or Transform(), total=False)
+    head, targets = operands(dtype, vocabulary, features, False, bias), meta(8192, dtype=torch.int64)
+    sink = meta(8192, vocabulary, dtype=dtype)
+    linear.exponentials(sink, head, meta(4, 8192), targets, transform or Transform(), total=False)
 
 
 def linear_gradient(
     dtype: torch.dtype,
     transform: Transform | None = None,
     features: int = 4096,
+    vocabulary: int = VOCABULARY,
     bias: bool = False,
 ) -> None:
     """Launch the gradient of a slice of the linear head."""
-    statistics, targets = meta(4, 8192), meta(8192, dtype=torch.int64)
-    head = operands(dtype, 8192, features, by_index=False, bias=bias)
-    linear.gradient(meta(8192, 8192, dtype=dtype), head, statistics, targets, 0, transform or Transform())
+    columns = min(vocabulary, 8192)
+    head, targets = operands(dtype, columns, features, False, bias), meta(8192, dtype=torch.int64)
+    sink = meta(8192, columns, dtype=dtype)
+    linear.gradient(sink, head, meta(4, 8192), targets, 0, transform or Transform())
 
 
 def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:

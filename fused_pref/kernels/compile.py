@@ -36,7 +36,13 @@ PROCESSORS = 108
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.(?!v\d|b\d)\w+(?:::\w+)*)*(?:\.v(\d))?\.[bsuf](\d+)")
 AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword(?:x\d)?)")
 AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-MATRIX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_s?mfma\w*)\b")
+# The matrix instructions of each architecture; one of an elder architecture would be slow.
+MATRIX = {
+    "sm_80": re.compile(r"\bmma\.sync\b"),
+    "sm_90": re.compile(r"\bwgmma\.mma_async\b"),
+    "sm_100": re.compile(r"\btcgen05\.mma\b"),
+    "gfx942": re.compile(r"\bv_s?mfma\w*\b"),
+}
 # Bits of a wide access.
 WIDE = 128
 
@@ -108,8 +114,8 @@ class Launch:
         )
 
 
-def record(launcher: Callable[[], object], target: str) -> list[Launch]:
-    """The launches that ``launcher`` makes on a device of this architecture; none is run."""
+def record(launcher: Callable[[], object], target: str, processors: int = PROCESSORS) -> list[Launch]:
+    """The launches that ``launcher`` makes on a device of this architecture and size; none is run."""
     launches: list[Launch] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -118,7 +124,7 @@ def record(launcher: Callable[[], object], target: str) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(configs, "architecture", return_value=target),
-        mock.patch.object(configs, "processors", return_value=PROCESSORS),
+        mock.patch.object(configs, "processors", return_value=processors),
     ):
         launcher()
     return launches
@@ -157,7 +163,7 @@ def resources(launch: Launch, compiled: CompiledKernel, target: str) -> dict[str
         "num_warps": warps,
         **usage,
         "shared_bytes": compiled.metadata.shared,
-        "matrix_instructions": len(MATRIX.findall(code)),
+        "matrix_instructions": len(MATRIX[target].findall(code)),
         "wide_loads": len(wide_loads),
         "wide_stores": len(wide_stores),
         "loads": len(loads),

@@ -68,11 +68,13 @@ class Tile:
 
 # The widest tiles that do not spill, by bytes of an entry.
 _WIDE, _SQUARE = Tile(128, 256, 64, 16, 8, 3, True), Tile(128, 128, 64, 16, 8, 3, True)
+# Two programs fit into the shared memory of a processor: one multiplies while the other takes its logits in.
+_TWICE = Tile(128, 256, 64, 16, 8, 2, True)
 _AMPERE, _MI300 = Tile(128, 128, 64, 16, 8, 3, False), Tile(256, 128, 64, 16, 8, 2, False)
 _FLOAT32 = Tile(64, 64, 16, 16, 8, 3, False)
 _EXACT = {(target, 4): _FLOAT32 for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
 STATISTICS_TILE: dict[tuple[str, int], Tile] = {
-    ("sm_80", 2): _AMPERE, ("sm_90", 2): _WIDE, ("sm_100", 2): _WIDE, ("gfx942", 2): _MI300, **_EXACT
+    ("sm_80", 2): _AMPERE, ("sm_90", 2): _WIDE, ("sm_100", 2): _TWICE, ("gfx942", 2): _MI300, **_EXACT
 }  # fmt: skip
 GRADIENT_TILE = STATISTICS_TILE
 EXPONENTIALS_TILE = STATISTICS_TILE | {("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False)}
@@ -103,7 +105,8 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    # Other generations, of consumer cards too, have no more shared memory than the tiles of sm_80 need.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def processors(device: torch.device) -> int:

@@ -8,6 +8,7 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,16 @@ class Operands:
             "DEPTH": tile.depth,
             "GROUP": tile.group,
         }
+
+
+@functools.lru_cache(maxsize=1024)
+def vocabulary_splits(blocks: int, chunks: int, processors: int) -> int:
+    """Into how many parts the ``chunks`` tiles of a row block go, so that the last processor is done the soonest.
+
+    The fewest such parts, and no more than eight programs for each processor.
+    """
+    most = max(1, min(chunks, triton.cdiv(8 * processors, blocks)))
+    return min(range(1, most + 1), key=lambda n: triton.cdiv(blocks * n, processors) * triton.cdiv(chunks, n))
 
 
 def describable(x: Tensor) -> bool:

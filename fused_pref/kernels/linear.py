@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL, new_statistics
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
-from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order
+from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order, vocabulary_splits
 from fused_pref.kernels.helpers import chain, exp, transform
 from fused_pref.kernels.logprob import factors
 
@@ -310,10 +310,8 @@ def _partials(
     rows, device = operands.rows, operands.hidden.device
     table = configs.STATISTICS_TILE if exponentials is None else configs.EXPONENTIALS_TILE
     tile = configs.tile(table, operands.hidden, heavy=constants.softcap is not None)
-    chunks = triton.cdiv(operands.columns, tile.columns)
-    # Two programs or more for every processor, and for each as many tiles as for the others, or one more.
-    splits = min(triton.cdiv(2 * configs.processors(device), triton.cdiv(rows, tile.rows)), chunks)
-    split_columns = triton.cdiv(chunks, splits) * tile.columns
+    blocks, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(operands.columns, tile.columns)
+    split_columns = triton.cdiv(chunks, vocabulary_splits(blocks, chunks, configs.processors(device))) * tile.columns
     splits = triton.cdiv(operands.columns, split_columns)
     sink = pivots = before = partials = None
     if exponentials is not None:

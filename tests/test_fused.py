@@ -1,0 +1,331 @@
+"""Fused products of the linear head against float64: every plan forced in turn, and the kernels by themselves."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from harness import IGNORE, assert_gradient, assert_values, make_hidden, peak_bytes, run_linear
+from probes import Memory, memory
+from test_linear import only, parity
+
+import fused_pref as fp
+from fused_pref.head import call, plan, slab
+from fused_pref.head.spec import Transform
+from fused_pref.kernels import configs, gemm, linear
+
+TRANSFORMS = [{}, {"softcap": 3.0, "logit_scale": -1.7, "temperature": 0.6}]
+PLANS = [
+    ("grouped", "cpo", "hwb"),
+    ("grouped", "bco", "wb"),
+    ("vocab_major", "cpo", "hwb"),
+    ("vocab_major", "bco-batch", "hw"),
+    ("vocab_major", "sequences", "b"),
+    ("frozen_head", "dpo", "h"),
+    ("frozen_head", "bco-batch", "h"),
+    ("logprob", "simpo", ""),
+    ("logprob", "bco", ""),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# float16 does not reach as far as exponentials do: these plans have no fused form for it.
+FORCED = [
+    (*case, dtype)
+    for case in PLANS
+    for dtype in DTYPES
+    if dtype != torch.float16 or case[0] in ("logprob", "vocab_major")
+]
+INF, NAN = torch.inf, torch.nan
+
+
+@pytest.fixture(autouse=True)
+def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
+    """Interpreted kernels may touch nothing but the tensors of their launch."""
+    with memory() if kernel_device == "cpu" else nullcontext() as watched:
+        yield watched
+
+
+# Plans
+
+
+@pytest.mark.parametrize("keywords", TRANSFORMS, ids=str)
+@pytest.mark.parametrize(("small", "depth"), [(True, 16), (False, 12)])
+@pytest.mark.parametrize(("name", "objective", "wanted", "dtype"), FORCED)
+def test_plans(
+    name: str, objective: str, wanted: str, dtype: torch.dtype, small: bool, keywords: dict[str, Any], depth: int,
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows of 16 whole bytes are read through descriptors, others by pointers."""
+    batch = make_hidden(6, 7, depth, 70, dtype=dtype, device=kernel_device, bias=True, mask="empty")
+    batch.wanted = wanted
+    # Slices narrow enough that some can be kept.
+    monkeypatch.setattr(call, "device_of", lambda kind: replace(plan.CPU, columns=16))
+    with only(monkeypatch, name, small=small, fused=True) as taken:
+        parity(objective, batch, device=kernel_device, backend="triton", **keywords)
+    assert taken[0].fused
+    if small and name == "grouped":
+        assert len(taken[0].bounds) > 2
+    if name == "vocab_major":
+        assert (taken[0].kept == 0) == small
+
+
+def test_no_exponentials_in_float16() -> None:
+    """They would not fit: Q comes from known statistics alone."""
+    assert {p.name for p in plan.candidates(problem_of(local=True)) if p.fused} == {"grouped", "vocab_major"}
+    assert {p.name for p in plan.candidates(problem_of(local=True, wide_range=False)) if p.fused} == {"vocab_major"}
+
+
+@pytest.mark.parametrize("bound", [None, 40])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("grouped", "hwb"), ("vocab_major", "hwb"), ("frozen_head", "h"), ("logprob", "")]
+)
+def test_layouts(
+    name: str, wanted: str, layout: str, bound: int | None, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding beyond the valid tokens, packed sequences; what stands in unscored positions does not matter."""
+    batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True)
+    batch.wanted, keywords = wanted, {"max_valid_tokens": bound, "backend": "triton", "logits_mean": None}
+    if layout == "packed":
+        ends = torch.tensor([0, 9, 9, 20, 36], dtype=torch.int32, device=kernel_device)
+        batch.hidden, batch.labels = batch.hidden.flatten(0, 1).contiguous(), batch.labels.flatten()
+        keywords["cu_seqlens"] = ends
+    with only(monkeypatch, name, fused=True):
+        parity("cpo", batch, device=kernel_device, **keywords)
+    if layout == "padded":
+        scored = torch.zeros_like(batch.labels, dtype=torch.bool)
+        scored[:, :-1] = batch.labels[:, 1:] != IGNORE
+        clean = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
+        batch.hidden = batch.hidden.detach().masked_fill(~scored[..., None], NAN)
+        with only(monkeypatch, name, fused=True):
+            dirty = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
+        for one, other in zip(clean, dirty, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or assert_gradient(other, one.double(), 1e-5) is None
+
+
+@pytest.mark.parametrize("kind", ["peaked", "huge", "far", "masked", "risen"])
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("grouped", "hwb"), ("vocab_major", "hwb"), ("frozen_head", "h"), ("logprob", "")]
+)
+def test_hard_logits(kind: str, name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the other routes; ``risen``: far above the pivots in some rows, so that those are computed again."""
+    monkeypatch.setattr(linear, "PROBE", 64)
+    batch = make_hidden(4, 12, 32, 200, mask="none", device=kernel_device, bias=True)
+    batch.wanted, targets = wanted, batch.labels[:, 1:]
+    if kind in ("peaked", "far"):
+        rows = batch.weight[targets]
+        aligned = rows / (rows * rows).sum(-1, keepdim=True)
+        batch.hidden[:, :-1] = batch.hidden[:, :-1] * 0.1 + aligned * (18.0 if kind == "peaked" else -80.0)
+    elif kind == "huge":
+        batch.hidden *= 300
+    elif kind == "risen":
+        batch.weight[:, 0] = 0.0
+        batch.weight[150:160, 0] = torch.linspace(40, 400, 10)
+        batch.hidden[..., 0] = torch.arange(12) % 5 == 2
+    else:
+        batch.bias[:70] = -INF
+        batch.labels.clamp_(min=70)
+    with only(monkeypatch, name, fused=True):
+        parity("cpo", batch, device=kernel_device, backend="triton", beta=0.01, logits_mean=None)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
+def test_non_finite_inputs_show(
+    name: str, part: str, bad: float, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = make_hidden(6, 7, 16, 70, device=kernel_device, bias=True, mask="none")
+    batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
+    tensor = getattr(batch, part)
+    tensor[(3,) * tensor.dim()] = bad
+    leaves = [
+        t.requires_grad_(n in batch.wanted)
+        for n, t in zip("hwb", (batch.hidden, batch.weight, batch.bias), strict=True)
+    ]
+    with only(monkeypatch, name, fused=True):
+        output = fp.linear_cpo_loss(*leaves[:2], batch.labels, bias=leaves[2], backend="triton", logits_mean=None)
+    assert output.loss.isnan()
+
+
+@pytest.mark.parametrize("label", [-1, 70, 2**31 + 5])
+@pytest.mark.parametrize("name", ["grouped", "vocab_major", "logprob"])
+def test_label_outside_the_vocabulary(
+    name: str, label: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = make_hidden(6, 7, 16, 70, device=kernel_device, mask="none")
+    batch.labels[2, 3] = label
+    leaves = [t.requires_grad_(name != "logprob") for t in (batch.hidden, batch.weight)]
+    with only(monkeypatch, name, fused=True):
+        output = fp.linear_cpo_loss(*leaves, batch.labels, backend="triton")
+    assert output.chosen_logps[2].isnan()
+    assert output.chosen_logps[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head"])
+def test_repeatable(name: str, dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_hidden(6, 9, 33, 131, device=kernel_device, dtype=dtype, mask="none")
+    batch.labels[:, 1:4] = 5
+    batch.wanted = "h" if name == "frozen_head" else "hw"
+    with only(monkeypatch, name, small=True, fused=True):
+        first, second = (run_linear(fp.linear_cpo_loss, batch, backend="triton")[1][:2] for _ in range(2))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rows_are_copied_only_if_they_must(autocast: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides that no row number describes, and another dtype under autocast."""
+    batch = make_hidden(6, 7, 16, 70, device=kernel_device)
+    expected = fp.linear_token_logps(batch.hidden, batch.weight, batch.labels, backend="torch")
+    hidden = batch.hidden if autocast else batch.hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    tolerance = 0.1 if autocast else 2e-5
+    with (
+        torch.autocast(kernel_device, torch.bfloat16, enabled=autocast),
+        only(monkeypatch, "logprob", fused=True),
+    ):
+        logps = fp.linear_token_logps(hidden, batch.weight, batch.labels, backend="triton")
+    assert logps.dtype == torch.float32
+    assert_values(logps, expected.double(), tolerance)
+
+
+def test_log_probs_leave_no_logits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the results the forward needs a small part of the logits' bytes."""
+    if kernel_device != "cpu":
+        pytest.skip("the CPU's allocator is watched")
+    batch = make_hidden(4, 33, 16, 2000, mask="none", device=kernel_device)
+
+    def step() -> None:
+        fp.linear_token_logps(batch.hidden, batch.weight, batch.labels, backend="triton")
+
+    with only(monkeypatch, "logprob", fused=True):
+        assert peak_bytes(step) < 4 * 128 * 2000 / 4
+
+
+# Kernels
+
+
+def operands(
+    rows: int, depth: int, columns: int, dtype: torch.dtype, device: str, *, bias: bool = True, by_index: bool = False
+) -> tuple[gemm.Operands, torch.Tensor, torch.Tensor]:
+    """Operands, targets, and the raw logits in float64."""
+    generator = torch.Generator().manual_seed(rows + depth + columns)
+    total = 2 * rows + 1 if by_index else rows
+    hidden = torch.randn(total, depth, generator=generator).to(device, dtype)
+    weight = torch.randn(columns, depth, generator=generator).to(device, dtype)
+    shift = torch.randn(columns, generator=generator).to(device, dtype) if bias else None
+    places = torch.randperm(total, generator=generator)[:rows].to(device) if by_index else None
+    targets = torch.randint(0, columns, (rows,), generator=generator).to(device)
+    if rows > 1:
+        targets[0], targets[-1] = 0, columns - 1
+    taken = hidden if places is None else hidden[places]
+    x = taken.double() @ weight.double().t() + (0 if shift is None else shift.double())
+    return gemm.Operands(hidden, weight, shift, places), targets, x
+
+
+SHAPES = [(1, 1, 1), (1, 31, 2), (2, 257, 33), (17, 16, 67), (40, 8, 129), (33, 48, 32)]
+
+
+@pytest.mark.parametrize("processors", [1, 3, 50])
+@pytest.mark.parametrize("by_index", [False, True])
+@pytest.mark.parametrize("constants", [Transform(), Transform(3.0, -1.7, 0.6), Transform(temperature=0.5)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_and_gradient(
+    shape: tuple[int, int, int], constants: Transform, by_index: bool, processors: int, kernel_device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In one slice and in two, in any number of splits: the twins on a slab of the same logits."""
+    monkeypatch.setattr(configs, "processors", lambda device: processors)
+    head, targets, x = operands(*shape, torch.float32, kernel_device, by_index=by_index)
+    rows, _, columns = shape
+    truth = slab.new_statistics(rows, x, torch.float64)
+    slab.absorb(truth, x.clone(), targets, 0, constants, total=False)
+    means = constants.apply_(x.clone()).mean(1)
+    for cut in {columns, columns // 2 + 1}:
+        statistics = slab.new_statistics(rows, head.hidden, torch.float32)
+        for part in (slice(0, cut), slice(cut, columns)):
+            bias = None if head.bias is None else head.bias[part]
+            own = gemm.Operands(head.hidden, head.weight[part], bias, head.places)
+            linear.absorb(statistics, own, targets, part.start, constants, total=True)
+        logp, miss = slab.finish(statistics, targets, columns, IGNORE)
+        true_logp, true_miss = slab.finish(truth, targets, columns, IGNORE)
+        assert_values(logp, true_logp)
+        assert_values(miss, true_miss)
+        assert_values(statistics[slab.TOTAL] / columns, means)
+        if by_index:
+            continue
+        q, true_q = torch.empty(rows, cut, device=kernel_device), torch.empty_like(x[:, :cut])
+        own = gemm.Operands(head.hidden, head.weight[:cut], None if head.bias is None else head.bias[:cut], None)
+        linear.gradient(q, own, statistics, targets, 0, constants)
+        slab.gradient(true_q, x[:, :cut].clone(), truth, targets, 0, constants)
+        assert_gradient(q, true_q, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("constants", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exponentials(
+    shape: tuple[int, int, int], constants: dict[str, Any], dtype: torch.dtype, kernel_device: str
+) -> None:
+    """Over their multiple they are Q; the targets' entries are exactly −1 without a softcap."""
+    transform = Transform(**constants)
+    head, targets, x = operands(*shape, dtype, kernel_device)
+    rows, _, columns = shape
+    truth, true_q = slab.new_statistics(rows, x, torch.float64), x.clone()
+    slab.absorb(truth, true_q, targets, 0, transform, total=False, sink=true_q)
+    statistics, q = (
+        slab.new_statistics(rows, head.hidden, torch.float32),
+        torch.empty(x.shape, dtype=dtype, device=x.device),
+    )
+    multiple = linear.exponentials(q, head, statistics, targets, transform, total=True)
+    assert_values(slab.finish(statistics, targets, columns, IGNORE)[0], slab.finish(truth, targets, columns, IGNORE)[0])
+    assert_gradient(q.double() / multiple.double()[:, None], true_q, 2**-7 if dtype == torch.bfloat16 else 5e-6)
+    if not constants:
+        own = q.gather(1, targets[:, None])[:, 0].to(multiple.dtype)
+        assert torch.equal(own, -multiple)
+
+
+def test_vocabulary_splits() -> None:
+    """No fewer programs than processors where there are tiles for them, and the last is done as soon as can be."""
+    assert gemm.vocabulary_splits(1, 1, 132) == 1
+    assert gemm.vocabulary_splits(1, 501, 132) == 126
+    assert gemm.vocabulary_splits(1000, 501, 132) in (1, 2)
+    for blocks, chunks in ((64, 501), (12, 501), (64, 1000)):
+        parts = gemm.vocabulary_splits(blocks, chunks, 132)
+        tiles = -(-blocks * parts // 132) * -(-chunks // parts)
+        assert tiles <= 1.1 * blocks * chunks / 132 + 1
+
+
+# Planner
+
+
+def problem_of(**changes: Any) -> plan.Problem:
+    sizes = {"tokens": 8192, "positions": 8192, "hidden": 4096, "vocabulary": 128256, "itemsize": 2, "budget": 2**40}
+    rest = {"weight_itemsize": 2, "gradients": frozenset({"hidden", "weight"}), "local": False, "units": ()}
+    return plan.Problem(**{**sizes, **rest, "device": plan.GPU, "fused": True, "indexed": True, **changes})
+
+
+@pytest.mark.parametrize("hidden", [1024, 4096])
+def test_fused_where_the_model_says_so(hidden: int) -> None:
+    """bfloat16 on a GPU; not float32, whose exact products are the vendor's, nor where kernels run for tests alone."""
+    for wanted in (frozenset(), frozenset({"hidden"}), frozenset({"hidden", "weight"})):
+        sizes = {"hidden": hidden, "gradients": wanted, "budget": 2**30}
+        assert plan.choose(problem_of(**sizes)).fused
+        for other in ({"fused": False}, {"itemsize": 4, "weight_itemsize": 4}, {"device": plan.CPU}):
+            assert not plan.choose(problem_of(**sizes, **other)).fused
+
+
+def test_log_probs_need_no_slab() -> None:
+    fused = plan.choose(problem_of(gradients=frozenset()))
+    assert fused.workspace == plan.GPU.scratch
+    assert (fused.rows, fused.columns) == (8192, 128256)
+    copied = plan.choose(problem_of(gradients=frozenset(), indexed=False))
+    assert copied.workspace == plan.GPU.scratch + 8192 * 4096 * 2
+
+
+def test_a_slab_of_q_is_half_a_slab_of_logits() -> None:
+    one = {p.fused: p for p in plan.candidates(problem_of(local=True)) if p.name == "grouped" and p.rows == 8192}
+    assert one[False].workspace - one[True].workspace == 8192 * 128256 * 2
+    assert one[True].seconds < one[False].seconds
