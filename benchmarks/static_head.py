@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import triton
 
+from fused_pref.head import plan
 from fused_pref.kernels import cases, compile
 from fused_pref.kernels.compile import Launch
 
@@ -30,31 +31,25 @@ class Gpu:
         name: of the GPU.
         processors: its multiprocessors or compute units.
         clock: cycles per second.
-        rate: bfloat16 operations per second of the vendor's products.
-        bandwidth: bytes per second.
         shared: bytes of shared memory of a processor.
         registers: per processor.
         issue: lanes that issue an instruction in a cycle, and those that evaluate exponentials.
-        source: where the figures are from.
     """
 
     name: str
     processors: int
     clock: float
-    rate: float
-    bandwidth: float
     shared: int
     registers: int
     issue: tuple[int, int]
-    source: str
 
 
 LATENCY = 0.8e-6
 GPUS = {
-    "sm_80": Gpu("A100", 108, 1.41e9, 2.5e14, 1.75e12, 163 << 10, 65536, (128, 16), "0.8 and 0.9 of the data sheet"),
-    "sm_90": Gpu("H200", 132, 1.7e9, 7.9e14, 4.3e12, 227 << 10, 65536, (128, 16), "measured"),
-    "sm_100": Gpu("B200", 148, 1.85e9, 1.8e15, 7.2e12, 227 << 10, 65536, (128, 16), "0.8 and 0.9 of the data sheet"),
-    "gfx942": Gpu("MI300X", 304, 2.1e9, 7.8e14, 4.7e12, 64 << 10, 131072, (64, 16), "0.6 and 0.9 of the data sheet"),
+    "sm_80": Gpu("A100", 108, 1.41e9, 163 << 10, 65536, (128, 16)),
+    "sm_90": Gpu("H200", 132, 1.7e9, 227 << 10, 65536, (128, 16)),
+    "sm_100": Gpu("B200", 148, 1.85e9, 227 << 10, 65536, (128, 16)),
+    "gfx942": Gpu("MI300X", 304, 2.1e9, 64 << 10, 131072, (64, 16)),
 }
 SPECIAL = r"MUFU|v_exp_f32|v_rcp_f32|v_log_f32"
 MATRIX = r"MMA|mfma"
@@ -100,7 +95,7 @@ def _count(code: list[str], pattern: str, start: int, end: int) -> int:
 
 def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator[list[str]]:
     """Rows of the table."""
-    gpu = GPUS[target]
+    gpu, rate, bandwidth = GPUS[target], plan.GPUS[target].rates[2], plan.GPUS[target].bandwidth
     for features, vocabulary in SHAPES:
         launches = compile.record(
             partial(launcher, torch.bfloat16, features=features, vocabulary=vocabulary), target, gpu.processors
@@ -116,7 +111,7 @@ def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator
         lanes = used["num_warps"] * compile.TARGETS[target].warp_size
         resident = min(gpu.registers // (-(-used["registers"] // 8) * 8 * lanes), gpu.shared // used["shared_bytes"])
         resident = max(1, resident)
-        product = 2 * tile_rows * tile_columns * features / (gpu.rate / gpu.processors)
+        product = 2 * tile_rows * tile_columns * features / (rate / gpu.processors)
         issued, special = (
             n * lanes / (m * gpu.clock) for n, m in zip((code.epilogue, code.special), gpu.issue, strict=True)
         )
@@ -126,8 +121,8 @@ def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator
         logits = ROWS * columns
         moved = (columns * features * -(-blocks // sizes["GROUP"]) + ROWS * features) * 2
         moved += 2 * logits if launch.keywords.get("sink") is not None else 0
-        floor = 2 * logits * features / gpu.rate
-        predicted = max(compute, moved / gpu.bandwidth)
+        floor = 2 * logits * features / rate
+        predicted = max(compute, moved / bandwidth)
         yield [
             name, f"{gpu.name} ({target})", f"{features}", f"{columns}", f"{tile_rows}x{tile_columns}x{sizes['DEPTH']}",
             f"{used['registers']}", f"{used['shared_bytes'] >> 10}", f"{resident}", f"{code.matrix}",
@@ -156,8 +151,9 @@ HEADER = [
 def main() -> None:
     """Print the page."""
     gpus = "\n".join(
-        f"- {gpu.name}: {gpu.rate / 1e12:g} TFLOP/s, {gpu.bandwidth / 1e12:g} TB/s ({gpu.source})"
-        for gpu in GPUS.values()
+        f"- {GPUS[target].name}: {device.rates[2] / 1e12:g} TFLOP/s, {device.bandwidth / 1e12:g} TB/s, figures of "
+        f"{device.measured}"
+        for target, device in plan.GPUS.items()
     )
     print(f"""# Fused products of the linear head: prediction, not measured
 

@@ -40,6 +40,17 @@ def triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def architecture(device: torch.device) -> str:
+    """The architecture whose configurations and constants a device takes; an unknown one takes those of an elder."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # Other generations, of consumer cards too, have no more shared memory than the tiles of sm_80 need.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
 def resolve(backend: str, dtype: torch.dtype, device: torch.device) -> str:
     """``"triton"`` or ``"torch"``; ``"auto"`` is Triton on the devices it compiles for.
 

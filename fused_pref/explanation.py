@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fused_pref import validate
-from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, candidates, choose, device_of
+from fused_pref import backend, validate
+from fused_pref.head.plan import CPU, DEFAULT_BUDGET, GPUS, Device, Plan, Problem, candidates, choose, device_of
 from fused_pref.usage import UsageError
 
 # Public shapes of language models: (D, V).
@@ -35,7 +35,7 @@ OBJECTIVES = ("cpo", "dpo", "bco", "logps")
 DELTAS = ("batch", "known")
 GRADIENTS = ("hidden", "weight", "bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-DEVICES = ("cpu", "cuda", "xpu")
+DEVICES = ("cpu", "cuda", "xpu", *GPUS)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Explanation:
         sizes = f"N={p.tokens} of {p.positions} positions, D={p.hidden}, V={p.vocabulary}, {p.itemsize * 8}-bit"
         lines = [
             f"{self.objective}, {sizes}, gradients of {', '.join(sorted(p.gradients)) or 'nothing'}",
-            f"plan {plan.name}{', fused,' if plan.fused else ''} on {p.device.name} (budget {_bytes(p.budget)}; figures of "
-            f"{p.device.measured})",
+            f"plan {plan.name}{', fused,' if plan.fused else ''} on {p.device.name} (budget {_bytes(p.budget)}; "
+            f"figures of {p.device.measured})",
             *(f"  {number}. {step}" for number, step in enumerate(self.steps, 1)),
             f"{'':10}{'products':>12}{'FLOP':>12}{'peak beyond gradients':>24}",
             f"{'ours':10}{plan.products:>9.2f}NDV{self.flops:>12.3g}{_bytes(self.peak_bytes):>24}",
@@ -159,7 +159,8 @@ def explain(
         hidden: D.
         vocab: V.
         dtype: of hidden states and weight, ``torch.bfloat16`` or its name.
-        device: ``"cpu"``, ``"cuda"`` or ``"xpu"``; None: an accelerator if there is one.
+        device: ``"cpu"``, ``"cuda"``, ``"xpu"``, or an architecture (``"sm_80"``, ``"sm_90"``, ``"sm_100"``,
+            ``"gfx942"``), which need not be there; None: an accelerator if there is one.
         sequences: S, over which the tokens are spread evenly.
         positions: S·T, scored or not; None: ``tokens``.
         gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted; none for evaluation.
@@ -181,7 +182,7 @@ def explain(
     validate.at_least("positions", positions, tokens)
     validate.choice("objective", objective, OBJECTIVES)
     validate.choice("delta", delta, DELTAS)
-    kind = torch.accelerator.is_available() if device is None else validate.choice("device", device, DEVICES) != "cpu"
+    constants = _device(device)
     dtype = _dtype(dtype)
     for name in gradients:
         validate.choice("gradients", name, GRADIENTS)
@@ -200,10 +201,10 @@ def explain(
         local=unit > 0,
         units=tuple(tokens // units + (n < tokens % units) for n in range(units)),
         budget=max(DEFAULT_BUDGET, hidden * vocab * dtype.itemsize) if memory_budget is None else memory_budget,
-        device=device_of("cuda" if kind else "cpu"),
+        device=constants,
         late_scale=dtype == torch.float16,
         gathered=positions > tokens,
-        fused=kind and dtype != torch.float64,
+        fused=constants is not CPU and device != "xpu" and dtype != torch.float64,
         wide_range=dtype != torch.float16,
         indexed=True,
     )
@@ -220,6 +221,16 @@ def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[in
     if hidden is None or vocab is None:
         raise ValueError(f"model must be one of {tuple(MODELS)}, or hidden and vocab given; got None")
     return hidden, vocab
+
+
+def _device(device: str | None) -> Device:
+    if device is None:
+        device = "cuda" if torch.accelerator.is_available() else "cpu"
+    validate.choice("device", device, DEVICES)
+    if device in GPUS:
+        return GPUS[device]
+    here = device == "cuda" and torch.cuda.is_available()
+    return device_of(device, backend.architecture(torch.device(device)) if here else "sm_90")
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -60,7 +60,7 @@ def test_plans(
     batch = make_hidden(6, 7, depth, 70, dtype=dtype, device=kernel_device, bias=True, mask="empty")
     batch.wanted = wanted
     # Slices narrow enough that some can be kept.
-    monkeypatch.setattr(call, "device_of", lambda kind: replace(plan.CPU, columns=16))
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16))
     with only(monkeypatch, name, small=small, fused=True) as taken:
         parity(objective, batch, device=kernel_device, backend="triton", **keywords)
     assert taken[0].fused

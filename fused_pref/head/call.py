@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fused_pref.backend import architecture
 from fused_pref.head import linear
 from fused_pref.head import slab as torch_slab
 from fused_pref.head.linear import Forward, Head
@@ -82,7 +83,7 @@ class HeadCall:
             local=self.unit > 0,
             units=counts,
             budget=max(DEFAULT_BUDGET, weight.numel() * weight.dtype.itemsize) if budget is None else budget,
-            device=device_of(weight.device.type),
+            device=device_of(weight.device.type, architecture(weight.device)),
             late_scale=weight.dtype == torch.float16,
             gathered=rows.places is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
             unscored=self.unscored(rows, head.hidden.shape[:-1].numel()),

@@ -135,15 +135,13 @@ class Head:
 
         return Operands(h, self.w[columns], None if self.b is None else self.b[columns], places)
 
-    def operands_of(self, rows: ValidRows, columns: slice = slice(None)) -> object:
-        """The same for these rows, read in place if they can be."""
+    def operands_of(self, rows: ValidRows) -> object:
+        """The same for these rows and the whole vocabulary, the rows read in place if they can be."""
         flat = Rows(self.hidden.detach()).flat
         if flat is None or not self.indexed:
-            return self.operands(self.take(rows), columns)
-        places = rows.places
-        if places is not None and rows.padding is not None:
-            places = places.masked_fill(rows.padding, -1)
-        return self.operands(flat, columns, places)
+            return self.operands(self.take(rows))
+        # Padding stands for some row that is not scored: nobody asks for its statistics.
+        return self.operands(flat, places=rows.places)
 
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""

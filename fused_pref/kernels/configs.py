@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from fused_pref.backend import architecture
+
 
 @dataclass(frozen=True)
 class Config:
@@ -96,17 +98,6 @@ INTERPRETER = Config(8192, 1)
 INTERPRETER_PROCESSORS = 4
 
 _tuned: dict[tuple[object, ...], Config] = {}
-
-
-def architecture(device: torch.device) -> str:
-    """The architecture whose configurations a device takes; an unknown one takes those of its nearest elder."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    # Other generations, of consumer cards too, have no more shared memory than the tiles of sm_80 need.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def processors(device: torch.device) -> int:

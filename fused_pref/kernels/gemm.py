@@ -101,7 +101,7 @@ class Operands:
         hidden: (N_total, D).
         weight: (v, D).
         bias: (v,) or None.
-        places: (N,) int64 rows of ``hidden``, −1 where there is none; None for all of them in order.
+        places: (N,) int64 rows of ``hidden``; None for all of them in order.
     """
 
     hidden: Tensor

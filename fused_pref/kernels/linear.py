@@ -94,11 +94,8 @@ def _linear_statistics_kernel(
         pivot = tl.load(pivots + r, mask=r < rows, other=0.0)
     if places is None:
         place = tl.minimum(r, rows - 1).to(tl.int64)
-        known = r < rows
     else:
-        place = tl.load(places + r, mask=r < rows, other=-1)
-        known = place >= 0
-        place = tl.maximum(place, 0)
+        place = tl.load(places + r, mask=r < rows, other=0)
     y = _targets(targets, row, rows, first, ROWS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     others = tl.zeros([ROWS], tl.float32)
@@ -126,8 +123,6 @@ def _linear_statistics_kernel(
                     part, cols, y, end, pivot, row, r < rows, sink, sink_stride, top, others, total, inner, outer,
                     TRANSFORM, TOTALS, ROWS,
                 )  # fmt: skip
-    # A row that is none says nothing, whatever stands for it.
-    top, others = tl.where(known, top, float("-inf")), tl.where(known, others, 0.0)
     into = partials + tl.cast(split, tl.int64) * 3 * rows + r
     tl.store(into, top, mask=there)
     tl.store(into + rows, others, mask=there)
@@ -151,7 +146,7 @@ def _linear_label_kernel(
     place = row
     if places is not None:
         place = tl.load(places + row)
-    if (y >= 0) & (y < columns) & (place >= 0):
+    if (y >= 0) & (y < columns):
         sums = tl.zeros([BLOCK], tl.float32)
         for start in range(0, features, BLOCK):
             depth = start + tl.arange(0, BLOCK)
