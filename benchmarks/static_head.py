@@ -121,12 +121,14 @@ def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator
         logits = ROWS * columns
         moved = (columns * features * -(-blocks // sizes["GROUP"]) + ROWS * features) * 2
         moved += 2 * logits if launch.keywords.get("sink") is not None else 0
+        cached = blocks * chunks * (tile_rows + tile_columns) * features * 2
         floor = 2 * logits * features / rate
         predicted = max(compute, moved / bandwidth)
         yield [
             name, f"{gpu.name} ({target})", f"{features}", f"{columns}", f"{tile_rows}x{tile_columns}x{sizes['DEPTH']}",
             f"{used['registers']}", f"{used['shared_bytes'] >> 10}", f"{resident}", f"{code.matrix}",
             f"{code.epilogue * lanes / (tile_rows * tile_columns):.1f}", f"{moved / 2**30:.2f}",
+            f"{cached / predicted / 1e12:.1f}",
             f"{2e-12 * logits * features:.3g}", f"{1e3 * floor:.2f}", f"**{1e3 * predicted:.2f}**",
             f"**{predicted / floor:.2f}**",
         ]  # fmt: skip
@@ -144,7 +146,8 @@ KERNELS = {
 }
 HEADER = [
     "kernel", "GPU", "D", "columns", "tile", "registers", "shared KiB", "programs per processor", "matrix instructions",
-    "epilogue instructions per logit", "GiB moved", "TFLOP", "floor, ms", "predicted, ms", "of the floor",
+    "epilogue instructions per logit", "GiB moved", "TB/s from the cache", "TFLOP", "floor, ms", "predicted, ms",
+    "of the floor",
 ]  # fmt: skip
 
 
@@ -162,7 +165,7 @@ N = {ROWS}, bf16, compiled by Triton {triton.__version__}. Written by `python -m
 The floor is the vendor's product of the same size, alone. A tile is predicted to take its product at that rate, then
 its epilogue (instructions counted in the compiled code, and {LATENCY * 1e6:g} µs for the first loads of the next tile),
 which a second program on the processor hides if there is room for one; tiles come in whole waves. That the second-level
-cache keeps up with the tiles is assumed.
+cache keeps up is assumed: a column says what it would have to give, and a cache that gives less is the bound instead.
 
 {gpus}
 """)

@@ -65,10 +65,10 @@ CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, 768 * 1024, 2048,
 # By architecture. Where nothing was measured: 0.8 (0.6 on an MI300X) of the data sheet's operations and 0.9 of its
 # bandwidth.
 GPUS = {
-    "sm_80": _gpu("gpu", "an A100's data sheet", 2.5e14, 1.2e14, 1.75e12, 54, 1.6e-12),
+    "sm_80": _gpu("gpu", "0.8 of an A100's data sheet", 2.5e14, 1.2e14, 1.75e12, 54, 1.6e-12),
     "sm_90": _gpu("gpu", "an H200", 7.9e14, 3.0e14, 4.3e12, 132, 6.5e-13),
-    "sm_100": _gpu("gpu", "a B200's data sheet", 1.8e15, 8.0e14, 7.2e12, 148, 5.0e-13),
-    "gfx942": _gpu("gpu", "an MI300X's data sheet", 7.8e14, 1.0e14, 4.7e12, 304, 1.2e-12),
+    "sm_100": _gpu("gpu", "0.8 of a B200's data sheet", 1.8e15, 8.0e14, 7.2e12, 148, 5.0e-13),
+    "gfx942": _gpu("gpu", "0.6 of an MI300X's data sheet", 7.8e14, 1.0e14, 4.7e12, 304, 1.2e-12),
 }
 GPU = GPUS["sm_90"]
 
