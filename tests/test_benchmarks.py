@@ -1,5 +1,7 @@
 """The benchmarks run, on a tiny shape and untimed, and count bytes as they say."""
 
+import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +58,23 @@ def test_traffic_of_eager_and_of_ours() -> None:
 def test_shape() -> None:
     assert Shape.parse("8x64x32768") == Shape(8, 64, 32_768)
     assert str(Shape(8, 64, 32_768)) == "8x64x32768"
+
+
+def test_static_head() -> None:
+    """One kernel on every GPU: what is predicted is above the floor, and not far above it at the largest depth."""
+    code = "from benchmarks import static_head as s; name = next(iter(s.KERNELS));" + (
+        "print([(row[1], *(float(row[i].strip('*')) for i in (9, 13, 14, 15))) for target in s.GPUS"
+        " for row in s.rows_of(name, s.KERNELS[name], target)])"
+    )
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=clean
+    )
+    assert done.returncode == 0, done.stderr
+    rows = ast.literal_eval(done.stdout)
+    assert len(rows) == 12
+    for _, epilogue, floor, predicted, ratio in rows:
+        assert epilogue > 5
+        assert predicted >= floor
+        assert 1 <= ratio < 1.5
+    assert {gpu for gpu, *_, ratio in rows if ratio <= 1.15} == {gpu for gpu, *_ in rows}
