@@ -134,6 +134,12 @@ class Hidden:
         rows, labels, ends = Batch(self.hidden, self.labels).packed(lengths)
         return Hidden(rows, self.weight, self.bias, labels, self.wanted), ends
 
+    def aim(self, logit: float) -> None:
+        """Turn the hidden states so that about this is added to the logit of each position's target."""
+        rows = self.weight[self.labels[:, 1:]]
+        aligned = rows / (rows * rows).sum(-1, keepdim=True)
+        self.hidden[:, :-1] = self.hidden[:, :-1] * 0.1 + aligned * logit
+
 
 def make_hidden(
     sequences: int,

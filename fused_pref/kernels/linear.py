@@ -39,38 +39,13 @@ def _targets(targets, row, rows, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _absorb(x, cols, y, end, top, others, total, inner, outer, TRANSFORM: tl.constexpr, TOTALS: tl.constexpr):
-    """Running maximum and sum of exponentials of the other entries, targets' logits and sums, with part of a tile."""
+def _others(x, cols, y, end, total, inner, outer, TRANSFORM: tl.constexpr, TOTALS: tl.constexpr):
+    """Where part of a tile has the targets, its z with −inf there and beyond the end, and Σ z with it."""
     own = cols[None, :] == y[:, None]
     z = transform(x, inner, outer, TRANSFORM)
     if TOTALS:
         total += tl.sum(tl.where((cols < end)[None, :], z, 0.0), 1)
-    z = tl.where(own | (cols >= end)[None, :], float("-inf"), z)
-    risen = tl.maximum(top, tl.max(z, 1))
-    shift = tl.where(risen == float("-inf"), 0.0, risen)
-    others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
-    return risen, others, total
-
-
-@triton.jit
-def _emit(
-    x, cols, y, end, pivot, row, inside, sink, sink_stride, top, others, total, inner, outer,
-    TRANSFORM: tl.constexpr, TOTALS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """As :func:`_absorb`, with Σ exp(z − pivot) in place of the sum; the exponentials go to ``sink``."""
-    own = cols[None, :] == y[:, None]
-    z = transform(x, inner, outer, TRANSFORM)
-    if TOTALS:
-        total += tl.sum(tl.where((cols < end)[None, :], z, 0.0), 1)
-    z = tl.where(own | (cols >= end)[None, :], float("-inf"), z)
-    top = tl.maximum(top, tl.max(z, 1))
-    e = exp(z - pivot[:, None])
-    others += tl.sum(e, 1)
-    e = tl.where(own, -1.0, e)
-    if TRANSFORM == 2:
-        e = chain(e, x, inner, outer, TRANSFORM)
-    store(sink, e, row, inside, cols, end, sink_stride, ROWS)
-    return top, others, total
+    return own, tl.where(own | (cols >= end)[None, :], float("-inf"), z), total
 
 
 @triton.jit
@@ -116,13 +91,19 @@ def _linear_statistics_kernel(
         for i in tl.static_range(4):
             cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
             part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
+            own, z, total = _others(part, cols, y, end, total, inner, outer, TRANSFORM, TOTALS)
+            risen = tl.maximum(top, tl.max(z, 1))
             if pivots is None:
-                top, others, total = _absorb(part, cols, y, end, top, others, total, inner, outer, TRANSFORM, TOTALS)
+                shift = tl.where(risen == float("-inf"), 0.0, risen)
+                others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
             else:
-                top, others, total = _emit(
-                    part, cols, y, end, pivot, row, r < rows, sink, sink_stride, top, others, total, inner, outer,
-                    TRANSFORM, TOTALS, ROWS,
-                )  # fmt: skip
+                e = exp(z - pivot[:, None])
+                others += tl.sum(e, 1)
+                e = tl.where(own, -1.0, e)
+                if TRANSFORM == 2:
+                    e = chain(e, part, inner, outer, TRANSFORM)
+                store(sink, e, row, r < rows, cols, end, sink_stride, ROWS)
+            top = risen
     into = partials + tl.cast(split, tl.int64) * 3 * rows + r
     tl.store(into, top, mask=there)
     tl.store(into + rows, others, mask=there)
