@@ -80,6 +80,25 @@ def finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
+    """Most bytes of tensors alive at once that ``step`` allocated, as the allocator saw them."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    results: Any = profile.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
 @functools.cache
 def copy_seconds(nbytes: int, device: str, rounds: int = 7) -> float:
     """Median time of a plain copy that moves ``nbytes``, half of them read and half written."""

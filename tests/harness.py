@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fused_pref as fp
+from benchmarks.common import peak_bytes as peak_bytes
 
 IGNORE = -100
 
@@ -105,19 +106,6 @@ def assert_parity(name: str, logits: Tensor, *args: Any, **keywords: Any) -> Any
     assert_gradient(grad, true_grad, 2**-7 if truncates else 5e-5)
     assert grad.dtype == logits.dtype
     return ours
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Largest sum of CPU tensor bytes alive at once that ``function`` allocated."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    assert profile.profiler is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from harness import make_batch
 
 import fused_pref as fp
+from benchmarks import linear_head
 from benchmarks.common import Shape, occupied, traffic
 from benchmarks.implementations import OPERATIONS, implementations
 
@@ -58,6 +59,25 @@ def test_traffic_of_eager_and_of_ours() -> None:
 def test_shape() -> None:
     assert Shape.parse("8x64x32768") == Shape(8, 64, 32_768)
     assert str(Shape(8, 64, 32_768)) == "8x64x32768"
+
+
+def test_linear_head() -> None:
+    command = [sys.executable, "-m", "benchmarks.linear_head", "--shape", "4x6x8x33", "--rounds", "1"]
+    done = subprocess.run([*command, "--dtypes", "bfloat16"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stamp, _, _, *rows = done.stdout.splitlines()
+    assert "torch 2" in stamp
+    assert [row.split(" | ")[1] for row in rows] == [
+        "bare products", "eager", "linear_cpo_loss", "frozen head", "linear_bco_loss, δ of the batch"
+    ]  # fmt: skip
+    assert rows[0].split(" | ")[3] == rows[1].split(" | ")[4] == "1.00"
+
+
+def test_linear_head_works_as_eager_does() -> None:
+    """The peer computes what is compared: the same loss."""
+    problem = linear_head.Problem.make((4, 6, 8, 33), torch.float32, "cpu")
+    ours = fp.linear_cpo_loss(problem.hidden, problem.weight, problem.labels, beta=linear_head.BETA).loss
+    torch.testing.assert_close(linear_head.eager_cpo(problem), ours)
 
 
 def test_static_head() -> None:

@@ -32,10 +32,12 @@ PROBE, REACH = 1024, 40.0
 
 @triton.jit
 def _targets(targets, row, rows, first, ROWS: tl.constexpr):
-    """Columns (int32) of the targets in this slice; outside of it for those of other slices."""
+    """Columns (int32) of the targets in this slice, outside of it for those of other slices.
+
+    One of a label outside the vocabulary does not matter: such a row is NaN in any case.
+    """
     r = row + tl.arange(0, ROWS)
-    y = tl.load(targets + r, mask=r < rows, other=-1).to(tl.int64) - first
-    return tl.where((y >= 0) & (y < 2147483647), y, -1).to(tl.int32)
+    return (tl.load(targets + r, mask=r < rows, other=-1).to(tl.int64) - first).to(tl.int32)
 
 
 @triton.jit
