@@ -104,9 +104,9 @@ class Explanation:
             )
         again = f"{slices - plan.kept} of them computed again"
         if plan.fused:
+            kept = f"{plan.kept} slabs of {p.tokens} x {plan.columns} logits, which are kept, and " if plan.kept else ""
             return (
-                f"forward: {plan.kept} slabs of {p.tokens} x {plan.columns} logits, which are kept, and a fused "
-                "product of the rest, no logits are written → log-probs",
+                f"forward: {kept}a fused product of the rest, no logits are written → log-probs",
                 f"backward: each of {slices} slabs, {again} in a fused product → {made}",
             )
         return (
@@ -274,10 +274,11 @@ def run(args: argparse.Namespace) -> int:
     print(explanation)
     if args.all:
         print("\nwhat a budget buys:")
-        found: dict[tuple[str, float], Plan] = {}
+        found: dict[tuple[str, float, bool], Plan] = {}
         for plan in sorted(candidates(explanation.problem), key=lambda plan: plan.workspace):
             chosen = choose(replace(explanation.problem, budget=plan.workspace))
-            found[chosen.name, chosen.products] = chosen
-        for (name, products), plan in found.items():
-            print(f"  {_bytes(plan.workspace):>12}  {name:12} {products:.2f} products, {plan.seconds * 1e3:.3g} ms")
+            found[chosen.name, chosen.products, chosen.fused] = chosen
+        for (name, products, fused), plan in found.items():
+            form = f"{name}, fused" if fused else name
+            print(f"  {_bytes(plan.workspace):>12}  {form:18} {products:.2f} products, {plan.seconds * 1e3:.3g} ms")
     return 0

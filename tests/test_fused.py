@@ -173,6 +173,56 @@ def test_repeatable(name: str, dtype: torch.dtype, kernel_device: str, monkeypat
     assert all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("part", ["hidden", "bias", "labels", "one row", "one bias"])
+@pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
+def test_strides(name: str, part: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every position scored, so that no row is copied for another reason."""
+    batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True, mask="none")
+    batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
+    assert batch.bias is not None
+    batch.hidden, batch.labels = batch.hidden.flatten(0, 1), batch.labels.flatten()
+    if part == "hidden":
+        batch.hidden = batch.hidden.t().contiguous().t()
+    elif part == "bias":
+        batch.bias = torch.stack([batch.bias, -batch.bias], 1)[:, 0]
+    elif part == "labels":
+        batch.labels = torch.stack([batch.labels, batch.labels + 1], 1)[:, 0]
+    elif part == "one row":
+        batch.hidden = torch.full((1, 1), 0.5, device=kernel_device).expand(36, 16)
+    else:
+        batch.bias = torch.full((1,), 0.5, device=kernel_device).expand(70)
+    ends = torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32, device=kernel_device)
+    with only(monkeypatch, name, fused=True):
+        parity("cpo", batch, device=kernel_device, backend="triton", cu_seqlens=ends, shift=False)
+
+
+@pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
+def test_nothing_scored(name: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True, mask="all")
+    batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
+    with only(monkeypatch, name, fused=True):
+        parity("cpo", batch, device=kernel_device, backend="triton")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_precision_of_float32(legacy: bool) -> None:
+    """Exact unless PyTorch was told otherwise, in either of its ways."""
+    assert gemm.precision(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        if legacy:
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert gemm.precision(torch.float32) == "tf32"
+        assert gemm.precision(torch.bfloat16) == "ieee"
+    finally:
+        if legacy:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_rows_are_copied_only_if_they_must(autocast: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strides that no row number describes, and another dtype under autocast."""
@@ -265,7 +315,7 @@ def test_statistics_and_gradient(
 @pytest.mark.parametrize("constants", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exponentials(
-    shape: tuple[int, int, int], constants: dict[str, Any], dtype: torch.dtype, kernel_device: str
+    shape: tuple[int, int, int], constants: dict[str, Any], dtype: torch.dtype, kernel_device: str, watch: Memory | None
 ) -> None:
     """Over their multiple they are Q; the targets' entries are exactly −1 without a softcap."""
     transform = Transform(**constants)
@@ -279,6 +329,9 @@ def test_exponentials(
     )
     multiple = linear.exponentials(q, head, statistics, targets, transform, total=True)
     assert_values(slab.finish(statistics, targets, columns, IGNORE)[0], slab.finish(truth, targets, columns, IGNORE)[0])
+    if watch is not None:
+        # Nothing has risen above the pivots: the second pass writes nothing.
+        assert len(watch.within(q, watch.written)) == rows * columns
     assert_gradient(q.double() / multiple.double()[:, None], true_q, 2**-7 if dtype == torch.bfloat16 else 5e-6)
     if not constants:
         own = q.gather(1, targets[:, None])[:, 0].to(multiple.dtype)

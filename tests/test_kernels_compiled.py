@@ -37,7 +37,7 @@ def command(*arguments: str, before: str = "", **environment: str) -> subprocess
     """Run the command, after the statements of ``before``."""
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     call = [sys.executable, "-c", before + COMMAND, *arguments]
-    return subprocess.run(call, env=clean | environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(call, env=clean | environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,6 +204,20 @@ def test_the_least_budget_is_enough(name: str, softcap: float | None, mask: str)
     getattr(fp, name)(batch.hidden, batch.weight, batch.labels, softcap=softcap, memory_budget=least)
     with pytest.raises(ValueError, match=f"at least {least} bytes"):
         getattr(fp, name)(batch.hidden, batch.weight, batch.labels, softcap=softcap, memory_budget=least - 1)
+
+
+def test_explanation_of_the_readme() -> None:
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert str(fp.explain("llama-3-8b", tokens=8192, memory_budget=3_300_000_000, device="sm_90")) in text
+
+
+def test_float32_is_slower_fused() -> None:
+    """And never infinitely slow on a GPU, where a budget may leave nothing else."""
+    tight = fp.explain("llama-3-8b", device="sm_90", dtype="float32", gradients=(), memory_budget=2**25)
+    roomy = fp.explain("llama-3-8b", device="sm_90", dtype="float32", gradients=())
+    assert tight.plan.fused
+    assert not roomy.plan.fused
+    assert roomy.plan.seconds < tight.plan.seconds < 6 * roomy.plan.seconds
 
 
 def test_explanation_says_what_is_done() -> None:

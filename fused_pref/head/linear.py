@@ -34,6 +34,11 @@ def late_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
+def padded(columns: int) -> int:
+    """Columns of a slab of Q: its rows begin on multiples of 32 bytes."""
+    return -(-columns // 16) * 16
+
+
 @dataclass(frozen=True)
 class Head:
     """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the slabs."""
@@ -91,7 +96,9 @@ class Head:
     def new_slab(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
         """Memory for logits, (rows · columns,); ``fused``: for Q alone."""
         h = self.hidden.new_empty(0, dtype=self.dtype)
-        return torch.empty(rows * columns, dtype=self.dtype if fused else slab_dtype(h), device=h.device)
+        if fused:
+            return torch.empty(rows * padded(columns), dtype=self.dtype, device=h.device)
+        return torch.empty(rows * columns, dtype=slab_dtype(h), device=h.device)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_slab`."""
@@ -104,8 +111,10 @@ class Head:
     ) -> tuple[Tensor, Tensor | None]:
         """Statistics of whole rows, and their Q (n, V) times the second result, (n,), None for 1."""
         if fused:
-            q = memory[: h.shape[0] * self.columns].view(h.shape[0], self.columns)
-            return q, self.fused.exponentials(q, self.operands(h), statistics, targets, self.transform, total=total)
+            width = padded(self.columns)
+            sink = memory[: h.shape[0] * width].view(h.shape[0], width)
+            multiple = self.fused.exponentials(sink, self.operands(h), statistics, targets, self.transform, total=total)
+            return sink[:, : self.columns], multiple
         z = self.project(memory, h)
         q = overlay(z, self.dtype)
         self.kernels.absorb(statistics, z, targets, 0, self.transform, total=total, sink=q)
@@ -133,7 +142,9 @@ class Head:
         """What a fused product multiplies: rows h, or the rows of h at ``places``, and a slice of the vocabulary."""
         from fused_pref.kernels.gemm import Operands
 
-        return Operands(h, self.w[columns], None if self.b is None else self.b[columns], places)
+        # Kernels go through a row, and through the bias, entry by entry.
+        h = h if h.stride(1) == 1 else h.contiguous()
+        return Operands(h, self.w[columns], None if self.b is None else self.b[columns].contiguous(), places)
 
     def operands_of(self, rows: ValidRows) -> object:
         """The same for these rows and the whole vocabulary, the rows read in place if they can be."""
@@ -278,7 +289,8 @@ def vocab_major_bwd(
         if number >= len(kept) and memory is None:
             memory = head.new_slab(rows.number, plan.columns, fused=plan.fused)
         if plan.fused and number >= len(kept) and memory is not None:
-            q = memory[: h.shape[0] * (columns.stop - columns.start)].view(h.shape[0], -1)
+            width = columns.stop - columns.start
+            q = memory[: h.shape[0] * width].view(h.shape[0], width)
             operands = head.operands(h, columns)
             head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
         else:

@@ -12,7 +12,7 @@ Four plans turn hidden states (N, D) and a weight (V, D) into log-probs and grad
 
 A product is 2·N·D·V operations. The workspace is what is alive beyond inputs, gradients and (S, T) results. Each plan
 has a *fused* form where Triton runs: the kernel that multiplies also takes the logits in, tile by tile, so that no slab
-of raw logits is written; it pays where that pass over memory costs more than the kernel's epilogue (small D).
+of raw logits is written; it pays where passes over memory cost more than the kernel's epilogue.
 """
 
 import functools
@@ -40,8 +40,9 @@ class Device:
         mixed: whether products of 16-bit entries come out in float32.
         scratch: bytes of the block that elementwise work goes through.
         measured: where the figures are from.
-        epilogue: seconds that a fused product spends on a logit beyond multiplying; a prediction from compiled code
-            (``benchmarks/static_head.md``), not measured. Infinite where kernels run for tests alone.
+        epilogue: seconds that a fused product spends on a logit beyond multiplying: what the slowest of them is
+            predicted to take above the floor at D=4096 (``benchmarks/static_head.md``), not measured. Infinite where
+            kernels run for tests alone.
     """
 
     name: str
@@ -65,10 +66,10 @@ CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, 768 * 1024, 2048,
 # By architecture. Where nothing was measured: 0.8 (0.6 on an MI300X) of the data sheet's operations and 0.9 of its
 # bandwidth.
 GPUS = {
-    "sm_80": _gpu("gpu", "0.8 of an A100's data sheet", 2.5e14, 1.2e14, 1.75e12, 54, 1.6e-12),
-    "sm_90": _gpu("gpu", "an H200", 7.9e14, 3.0e14, 4.3e12, 132, 6.5e-13),
-    "sm_100": _gpu("gpu", "0.8 of a B200's data sheet", 1.8e15, 8.0e14, 7.2e12, 148, 5.0e-13),
-    "gfx942": _gpu("gpu", "0.6 of an MI300X's data sheet", 7.8e14, 1.0e14, 4.7e12, 304, 1.2e-12),
+    "sm_80": _gpu("gpu", "0.8 of an A100's data sheet", 2.5e14, 1.2e14, 1.75e12, 54, 2.2e-12),
+    "sm_90": _gpu("gpu", "an H200", 7.9e14, 3.0e14, 4.3e12, 132, 1.1e-12),
+    "sm_100": _gpu("gpu", "0.8 of a B200's data sheet", 1.8e15, 8.0e14, 7.2e12, 148, 1.1e-12),
+    "gfx942": _gpu("gpu", "0.6 of an MI300X's data sheet", 7.8e14, 1.0e14, 4.7e12, 304, 1.6e-12),
 }
 GPU = GPUS["sm_90"]
 
@@ -175,10 +176,12 @@ class Problem:
 
     def fused_seconds(self, rows: int, columns: int, *, written: bool) -> float:
         """Time that a fused product adds to multiplying: its epilogue, and the result if it is written."""
-        # Exact products of float32 are the vendor's: they need small tiles.
-        epilogue = self.device.epilogue if self.itemsize == 2 else math.inf
         moved = rows * columns * self.itemsize if written else 0
-        return rows * columns * epilogue + moved / self.device.bandwidth
+        seconds = rows * columns * self.device.epilogue + moved / self.device.bandwidth
+        if self.itemsize > 2:
+            # Exact products of float32 need small tiles: a quarter of the vendor's speed.
+            seconds += 3 * self.product_seconds(rows, columns, ("logits",))
+        return seconds
 
     def pass_seconds(self, rows: int, columns: int, *, fused: bool) -> float:
         """Time that statistics and Q of these logits add to multiplying, at once."""

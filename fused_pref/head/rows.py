@@ -94,7 +94,7 @@ def valid_rows(
     targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
     scored = targets != ignore_index
     lengths = sequence_sums(scored, cu_seqlens).long()
-    flat, total = targets.flatten(), targets.numel()
+    flat, total = targets.flatten().contiguous(), targets.numel()
     if max_valid_tokens is None:
         # The one host synchronisation of a head call: the sizes of the products.
         counts = tuple(lengths.tolist())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_pref.head.linear import padded
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import dlogits, gemm, linear, logprob, objective, scale, sequences, slab
 
@@ -105,7 +106,7 @@ def linear_exponentials(
 ) -> None:
     """Launch the exponentials of a group of rows, and their statistics."""
     head, targets = operands(dtype, vocabulary, features, False, bias), meta(8192, dtype=torch.int64)
-    sink = meta(8192, vocabulary, dtype=dtype)
+    sink = meta(8192, padded(vocabulary), dtype=dtype)
     linear.exponentials(sink, head, meta(4, 8192), targets, transform or Transform(), total=False)
 
 
@@ -125,12 +126,12 @@ def linear_gradient(
 
 def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:
     """Launch with products of float32 that may be rounded."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:
         launch(dtype)
     finally:
-        torch.set_float32_matmul_precision(before)
+        settings.fp32_precision = before
 
 
 def gradient_scale(dtype: torch.dtype) -> Tensor:
@@ -224,8 +225,13 @@ CASES = [
     Case("dense, bias", partial(linear_statistics, by_index=False, bias=True)),
     Case("sums, softcap", partial(linear_statistics, total=True, transform=SOFTCAP)),
     Case("odd depth", partial(linear_statistics, features=2305), (torch.bfloat16,)),
+    Case("depth cut, bias", partial(linear_statistics, features=2312, bias=True), (torch.bfloat16,)),
+    Case("odd vocabulary, bias", partial(linear_statistics, vocabulary=151937, bias=True), (torch.bfloat16,)),
     Case("by index, TF32", partial(with_tf32, linear_statistics), (torch.float32,)),
     Case("exponentials", linear_exponentials, (torch.float32, torch.bfloat16)),
+    Case("exponentials, bias", partial(linear_exponentials, bias=True), (torch.bfloat16,)),
+    Case("exponentials, odd vocabulary", partial(linear_exponentials, vocabulary=151937), (torch.bfloat16,)),
+    Case("exponentials, depth cut", partial(linear_exponentials, features=2312), (torch.bfloat16,)),
     Case("exponentials, softcap, bias", partial(linear_exponentials, transform=SOFTCAP, bias=True), (torch.bfloat16,)),
     Case("plain", linear_gradient),
     Case("bias", partial(linear_gradient, bias=True)),

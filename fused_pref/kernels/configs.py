@@ -80,8 +80,11 @@ STATISTICS_TILE: dict[tuple[str, int], Tile] = {
 }  # fmt: skip
 GRADIENT_TILE = STATISTICS_TILE
 EXPONENTIALS_TILE = STATISTICS_TILE | {("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False)}
-# For epilogues that need more registers (a softcap), and for rows that are read entry by entry.
-HEAVY_TILE = EXPONENTIALS_TILE | {("sm_90", 2): _SQUARE, ("sm_100", 2): _SQUARE}
+# Where registers are needed for more: a softcap, a bias, columns whose end falls within an access.
+HEAVY_TILE = EXPONENTIALS_TILE | {
+    ("sm_80", 2): Tile(64, 128, 64, 16, 8, 3, False), ("sm_90", 2): _SQUARE, ("sm_100", 2): _SQUARE
+}  # fmt: skip
+# For rows that are read entry by entry, or whose end falls within a block.
 UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
 INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)
 # Entries of a target's product that a program takes at a time.
@@ -125,10 +128,10 @@ def tuned(key: tuple[object, ...], default: Config, launch: Callable[[Config], N
     return _tuned[key]
 
 
-def tile(table: dict[tuple[str, int], Tile], x: torch.Tensor, *, heavy: bool) -> Tile:
-    """The default tile for products of x (n, D); ``heavy``: with an epilogue that needs more registers."""
-    if x.device.type == "cpu":
+def tile(table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch.Tensor, *, heavy: bool) -> Tile:
+    """The default tile for hidden (n, D) · weight (v, D)ᵀ; ``heavy``: with an epilogue that needs more registers."""
+    if hidden.device.type == "cpu":
         return INTERPRETER_TILE
-    if x.stride(0) * x.dtype.itemsize % 16:
-        return UNALIGNED_TILE
-    return (HEAVY_TILE if heavy else table)[architecture(x.device), x.dtype.itemsize]
+    own = (HEAVY_TILE if heavy or weight.shape[0] % 16 else table)[architecture(hidden.device), hidden.dtype.itemsize]
+    apart = [x.stride(0) * x.dtype.itemsize % 16 for x in (hidden, weight)]
+    return UNALIGNED_TILE if any(apart) or hidden.shape[1] % own.depth else own

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
 
 
@@ -119,6 +120,11 @@ class Operands:
         """Columns of this slice of the vocabulary."""
         return self.weight.shape[0]
 
+    def tile(self, table: dict[tuple[str, int], configs.Tile], constants: Transform) -> configs.Tile:
+        """The tile of a table that suits them and their transform."""
+        heavy = constants.softcap is not None or self.bias is not None
+        return configs.tile(table, self.hidden, self.weight, heavy=heavy)
+
     def arguments(self, tile: configs.Tile) -> dict[str, Any]:
         """Keywords of a kernel that calls :func:`logits_tile`."""
         hidden_descriptor = tile.descriptors and self.places is None and describable(self.hidden)
@@ -170,5 +176,5 @@ def described(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
 
 def precision(dtype: torch.dtype) -> str:
     """Of float32 products: exact unless PyTorch was told otherwise."""
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
-    return "tf32" if allowed else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -57,9 +57,9 @@ def _linear_statistics_kernel(
     partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z
     pivots,  # [N] or None: the exponentials are exp(z − pivot)
     before,  # [N] or None: pivots of an earlier pass, which a block of rows repeats only if one of its own has risen
-    sink,  # [N, v] or None: receives the exponentials, −1 at the targets, times the softcap's slope
+    sink,  # [N, width] or None: receives the exponentials, −1 at the targets, times the softcap's slope; 0 beyond v
     rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns,
-    sink_stride, inner, outer,
+    width, sink_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, TOTALS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
@@ -104,7 +104,7 @@ def _linear_statistics_kernel(
                 e = tl.where(own, -1.0, e)
                 if TRANSFORM == 2:
                     e = chain(e, part, inner, outer, TRANSFORM)
-                store(sink, e, row, r < rows, cols, end, sink_stride, ROWS)
+                store(sink, e, row, r < rows, cols, width, sink_stride, ROWS)
             top = risen
     into = partials + tl.cast(split, tl.int64) * 3 * rows + r
     tl.store(into, top, mask=there)
@@ -206,7 +206,7 @@ def gradient(
     rows, columns = operands.rows, operands.columns
     if rows == 0 or columns == 0:
         return
-    tile = configs.tile(configs.GRADIENT_TILE, operands.hidden, heavy=constants.softcap is not None)
+    tile = operands.tile(configs.GRADIENT_TILE, constants)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
     _linear_gradient_kernel[grid](
         targets=targets, statistics=statistics, sink=sink, first=first, statistics_stride=statistics.stride(0),
@@ -223,7 +223,8 @@ def exponentials(
     with their own maximum: the device decides, nothing waits for it.
 
     Args:
-        sink: (N, V) of a dtype with the range of float32; receives Q times the result.
+        sink: (N, V) or wider, of a dtype with the range of float32; receives Q times the result. Rows of whole 32
+            bytes are written faster: what is beyond V becomes 0 (or finite, with a softcap).
         operands: the whole vocabulary.
         statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
         targets: (N,) labels of the rows.
@@ -264,7 +265,7 @@ class Exponentials:
     """Where a pass over the vocabulary leaves exp(z − pivot).
 
     Attributes:
-        sink: (N, V).
+        sink: (N, V) or wider.
         pivots: (N,).
         before: (N,) pivots of an earlier pass: only where they differ is there something to do.
         partials: what the earlier pass gave, updated there.
@@ -287,7 +288,7 @@ def _partials(
     """Maximum, Σ exp(z − maximum or pivot) of the other entries and Σ z of each split of the slice, (splits, 3, N)."""
     rows, device = operands.rows, operands.hidden.device
     table = configs.STATISTICS_TILE if exponentials is None else configs.EXPONENTIALS_TILE
-    tile = configs.tile(table, operands.hidden, heavy=constants.softcap is not None)
+    tile = operands.tile(table, constants)
     blocks, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(operands.columns, tile.columns)
     split_columns = triton.cdiv(chunks, vocabulary_splits(blocks, chunks, configs.processors(device))) * tile.columns
     splits = triton.cdiv(operands.columns, split_columns)
@@ -302,8 +303,9 @@ def _partials(
         partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device)
     _linear_statistics_kernel[triton.cdiv(rows, tile.rows) * splits,](
         places=operands.places, targets=targets, partials=partials, pivots=pivots, before=before, sink=sink,
-        first=first, splits=splits, split_columns=split_columns, sink_stride=0 if sink is None else sink.stride(0),
-        TOTALS=total, **operands.arguments(tile), **factors(constants), **tile.options,
+        first=first, splits=splits, split_columns=split_columns, width=0 if sink is None else sink.shape[1],
+        sink_stride=0 if sink is None else sink.stride(0), TOTALS=total, **operands.arguments(tile),
+        **factors(constants), **tile.options,
     )  # fmt: skip
     return partials
 
