@@ -107,8 +107,22 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     for objective in ("cpo_loss", "dpo_loss", "bco_loss"):
         for dtype in ("float32", "bfloat16"):
             assert f"  ok   {objective} {dtype}: value error " in out
+            assert f"  ok   linear_{objective} {dtype}: value error " in out
     assert "BAD" not in out
     assert out.endswith("every self-check holds\n")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1.0])
+def test_doctor_sees_a_wrong_gradient(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = torch.randn(2, 4, 9), torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert max(doctor.errors("cpo_loss", [logits], [labels])) < 1e-6
+    right = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda loss, leaves: [g + bad * (g.dtype != torch.float64) for g in right(loss, leaves)]
+    )
+    value, gradient = doctor.errors("cpo_loss", [logits], [labels])
+    assert value < 1e-6
+    assert not gradient < 1e-3
 
 
 @pytest.mark.parametrize("errors", [(1e-3, 0.0), (0.0, 1e-3), (float("nan"), 0.0)])
@@ -117,11 +131,13 @@ def test_doctor_reports_what_is_wrong(
 ) -> None:
     def checks(device: torch.device) -> Iterator[tuple[str, torch.dtype, float, float]]:
         yield "cpo_loss", torch.float32, *errors
+        yield "linear_cpo_loss", torch.float32, *errors
         yield "dpo_loss", torch.float32, 0.0, 0.0
 
     monkeypatch.setattr(doctor, "self_checks", checks)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "  BAD  cpo_loss float32" in out
+    assert "  BAD  linear_cpo_loss float32" in out
     assert "  ok   dpo_loss float32" in out
     assert "a self-check failed" in out
