@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL, new_statistics
+from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
 from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order, vocabulary_splits
@@ -240,11 +240,10 @@ def exponentials(
         None if operands.bias is None else operands.bias[:PROBE],
         operands.places,
     )
-    pivots = new_statistics(operands.rows, sink, statistics.dtype)
-    absorb(pivots, probe, targets, 0, constants, total=False)
-    low = pivots[TOP].contiguous()
-    if low.numel():
+    if operands.rows:
         _labels(statistics, operands, targets, 0, constants)
+        # The maximum of nothing is the least finite number, as in other statistics.
+        low = _partials(probe, targets, 0, constants, False)[:, 0].amax(0).clamp_(min=torch.finfo(torch.float32).min)
         partials = _partials(operands, targets, 0, constants, total, Exponentials(sink, low))
         top = partials[:, 0].amax(0)
         high = torch.where(top - low > REACH, top, low)
