@@ -25,7 +25,13 @@ Normalizer = float | Tensor | None
 
 
 class ObjectiveModule(nn.Module):
-    """Keeps an objective's keywords, checked at construction; a keyword given per call takes precedence."""
+    """Keeps an objective's keywords, checked at construction; a keyword given per call takes precedence.
+
+    Attributes:
+        function: what the module evaluates, of :mod:`fused_pref.functional`.
+    """
+
+    function: Callable[..., Any]
 
     def __init__(self, keywords: Mapping[str, Any], *checks: Callable[[Mapping[str, Any]], Any]) -> None:
         super().__init__()
@@ -36,6 +42,10 @@ class ObjectiveModule(nn.Module):
     def call_keywords(self, **given: Any) -> dict[str, Any]:
         """The keywords of one call."""
         return {**self.keywords, **{name: value for name, value in given.items() if value is not None}}
+
+    def call(self, *tensors: Tensor, **given: Any) -> Any:
+        """Evaluate the objective on the tensors of ``forward``; any keyword of its function can be given per call."""
+        return self.function(*tensors, **self.call_keywords(**given))
 
     def extra_repr(self) -> str:
         """The keywords that are set."""
@@ -50,6 +60,10 @@ class ShiftModule(ObjectiveModule):
         super().__init__(keywords, *checks)
         self.delta = self.keywords.pop("delta")
 
+    def call_keywords(self, **given: Any) -> dict[str, Any]:
+        """The keywords of one call, δ among them."""
+        return {"delta": self.delta, **super().call_keywords(**given)}
+
     def extra_repr(self) -> str:
         """The keywords that are set; δ is shown as a submodule when it is one."""
         shown = super().extra_repr()
@@ -62,6 +76,8 @@ class CPOLoss(ObjectiveModule):
     Raises:
         ValueError, TypeError: a malformed keyword, at construction.
     """
+
+    function = staticmethod(functional.cpo_loss)
 
     @takes(CPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[CPOLogitsKeywords]) -> None:
@@ -77,12 +93,13 @@ class CPOLoss(ObjectiveModule):
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
         """See :func:`fused_pref.cpo_loss`."""
-        keywords = self.call_keywords(
+        return self.call(
+            logits,
+            labels,
             cu_seqlens=cu_seqlens,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
-        return functional.cpo_loss(logits, labels, **keywords)
 
 
 class DPOLoss(ObjectiveModule):
@@ -91,6 +108,8 @@ class DPOLoss(ObjectiveModule):
     Raises:
         ValueError, TypeError: a malformed keyword, at construction.
     """
+
+    function = staticmethod(functional.dpo_loss)
 
     @takes(DPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[DPOLogitsKeywords]) -> None:
@@ -107,12 +126,14 @@ class DPOLoss(ObjectiveModule):
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
         """See :func:`fused_pref.dpo_loss`."""
-        keywords = self.call_keywords(
+        return self.call(
+            logits,
+            labels,
+            ref_logps,
             cu_seqlens=cu_seqlens,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
-        return functional.dpo_loss(logits, labels, ref_logps, **keywords)
 
 
 class BCOLoss(ShiftModule):
@@ -121,6 +142,8 @@ class BCOLoss(ShiftModule):
     Raises:
         ValueError, TypeError: a malformed keyword, at construction.
     """
+
+    function = staticmethod(functional.bco_loss)
 
     @takes(BCOLogitsKeywords)
     def __init__(self, **keywords: Unpack[BCOLogitsKeywords]) -> None:
@@ -139,13 +162,16 @@ class BCOLoss(ShiftModule):
         class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
     ) -> BCOOutput:
         """See :func:`fused_pref.bco_loss`."""
-        keywords = self.call_keywords(
+        return self.call(
+            logits,
+            labels,
+            desirable,
+            ref_logps,
             cu_seqlens=cu_seqlens,
             sample_weight=sample_weight,
             sequence_normalizer=sequence_normalizer,
             class_normalizer=class_normalizer,
         )
-        return functional.bco_loss(logits, labels, desirable, ref_logps, delta=self.delta, **keywords)
 
 
 class LinearCPOLoss(ObjectiveModule):
@@ -154,6 +180,8 @@ class LinearCPOLoss(ObjectiveModule):
     Raises:
         ValueError, TypeError: a malformed keyword, at construction.
     """
+
+    function = staticmethod(functional.linear_cpo_loss)
 
     @takes(CPOLinearKeywords)
     def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
@@ -171,13 +199,15 @@ class LinearCPOLoss(ObjectiveModule):
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
         """See :func:`fused_pref.linear_cpo_loss`."""
-        keywords = self.call_keywords(
+        return self.call(
+            hidden,
+            weight,
+            labels,
             bias=bias,
             cu_seqlens=cu_seqlens,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
-        return functional.linear_cpo_loss(hidden, weight, labels, **keywords)
 
 
 class LinearDPOLoss(ObjectiveModule):
@@ -186,6 +216,8 @@ class LinearDPOLoss(ObjectiveModule):
     Raises:
         ValueError, TypeError: a malformed keyword, at construction.
     """
+
+    function = staticmethod(functional.linear_dpo_loss)
 
     @takes(DPOLinearKeywords)
     def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
@@ -204,13 +236,16 @@ class LinearDPOLoss(ObjectiveModule):
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
         """See :func:`fused_pref.linear_dpo_loss`."""
-        keywords = self.call_keywords(
+        return self.call(
+            hidden,
+            weight,
+            labels,
+            ref_logps,
             bias=bias,
             cu_seqlens=cu_seqlens,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
-        return functional.linear_dpo_loss(hidden, weight, labels, ref_logps, **keywords)
 
 
 class LinearBCOLoss(ShiftModule):
@@ -219,6 +254,8 @@ class LinearBCOLoss(ShiftModule):
     Raises:
         ValueError, TypeError: a malformed keyword, at construction.
     """
+
+    function = staticmethod(functional.linear_bco_loss)
 
     @takes(BCOLinearKeywords)
     def __init__(self, **keywords: Unpack[BCOLinearKeywords]) -> None:
@@ -239,11 +276,15 @@ class LinearBCOLoss(ShiftModule):
         class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
     ) -> BCOOutput:
         """See :func:`fused_pref.linear_bco_loss`."""
-        keywords = self.call_keywords(
+        return self.call(
+            hidden,
+            weight,
+            labels,
+            desirable,
+            ref_logps,
             bias=bias,
             cu_seqlens=cu_seqlens,
             sample_weight=sample_weight,
             sequence_normalizer=sequence_normalizer,
             class_normalizer=class_normalizer,
         )
-        return functional.linear_bco_loss(hidden, weight, labels, desirable, ref_logps, delta=self.delta, **keywords)

@@ -77,6 +77,12 @@ class BCOOutput(_BCOFields):
         self.desirable = desirable
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bco_output, (tuple(self), self.desirable)
+
+    def _replace(self, **changes: Any) -> "BCOOutput":
+        return _bco_output(super()._replace(**changes), self.desirable)
+
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised.
 
@@ -99,3 +105,7 @@ class BCOOutput(_BCOFields):
             means[f"count/{side}"] = count
         means["rewards/margins"] = (means["rewards/chosen"] - means["rewards/rejected"]).where(both, 0)
         return means
+
+
+def _bco_output(fields: tuple[Any, ...], desirable: Tensor) -> BCOOutput:
+    return BCOOutput(*fields, desirable=desirable)

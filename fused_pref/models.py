@@ -1,0 +1,216 @@
+"""The linear head inside transformers models: find it, and run an objective there in place of the logits.
+
+:func:`attach` gives a model's forward one more keyword, ``preference``. A forward with it is the model's own up to the
+output head, whose input then goes to the objective instead of into a product with the whole vocabulary. Whatever the
+model or its wrappers do on the way (autocast, device maps, sharding, adapters, scaled hidden states, router losses) is
+done as ever. A forward without it, as in generation, is unchanged.
+"""
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_pref.modules import ObjectiveModule
+from fused_pref.output_head import (
+    OutputHead,
+    check_logits,
+    find_head,
+    head_bias,
+    head_layers,
+    logits_transform,
+    sharded,
+    unwrap,
+)
+
+__all__ = ["OutputHead", "Preference", "attach", "find_head", "preference_forward", "unwrap", "virtual_tokens"]
+
+
+class Preference:
+    """What one forward computes at the head in place of logits.
+
+    Args:
+        loss: ``LinearCPOLoss`` or another of the linear modules, or a function of
+            (hidden, weight, labels, ..., *, bias, softcap, logit_scale), such as :func:`fused_pref.linear_cpo_loss`.
+        tensors: what the loss takes after hidden and weight, labels first.
+        keywords: what it takes by name.
+        virtual_tokens: positions that a prompt-learning adapter may put before those of the labels.
+    """
+
+    # A plain class: wrappers copy dataclasses and tuples among a forward's arguments, and the output would be lost.
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        tensors: tuple[Tensor, ...],
+        keywords: Mapping[str, Any],
+        virtual_tokens: int = 0,
+    ) -> None:
+        self.loss = loss.call if isinstance(loss, ObjectiveModule) else loss
+        self.tensors = tensors
+        self.keywords = dict(keywords)
+        self.virtual_tokens = virtual_tokens
+        self.output: Any = None
+
+    def __call__(self, hidden: Tensor, head: OutputHead) -> Tensor:
+        """The differentiable part of the loss's output, which is kept whole in ``output``."""
+        labels, *others = (tensor.to(hidden.device) for tensor in self.tensors)
+        keywords = {name: _to(value, hidden.device) for name, value in self.keywords.items()}
+        if keywords.get("cu_seqlens") is not None:
+            hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        elif hidden.shape[1] == labels.shape[1] + self.virtual_tokens:
+            hidden = hidden[:, self.virtual_tokens :]
+        self.output = self.loss(
+            hidden,
+            _whole(head.weight),
+            labels,
+            *others,
+            bias=None if head.bias is None else _whole(head.bias).to(head.weight.dtype),
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            **keywords,
+        )
+        return self.output if isinstance(self.output, Tensor) else self.output.loss
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
+        """Forward of an attached model: the loss's output, and the model's router loss where it gives one."""
+        scored = model(**inputs, preference=self)
+        output, self.output = self.output, None
+        # The loss as it came through the forwards of the wrappers, which may have hooked or converted it.
+        loss = scored["loss"]
+        return (loss if isinstance(output, Tensor) else output._replace(loss=loss)), scored["aux_loss"]
+
+
+def attach(model: nn.Module) -> Any:
+    """Give a model's forward the keyword ``preference``; does nothing the second time.
+
+    Attach before the model is sharded or wrapped for several devices. Unless its weights are sharded already, the
+    model is run once on two tokens, to see that its logits are those of the head that was found.
+
+    Args:
+        model: a transformers model, also inside of PEFT.
+
+    Returns:
+        The transformers model.
+
+    Raises:
+        ValueError, TypeError: as :func:`find_head`; Liger's forward is in place; the logits are made otherwise.
+    """
+    base = unwrap(model)
+    head = find_head(base)
+    if "_plain_forward" in vars(base):
+        return base
+    source = inspect.unwrap(getattr(base.forward, "__func__", base.forward))
+    if getattr(source, "__module__", "").startswith("liger_kernel"):
+        raise ValueError(
+            f"the forward of {type(base).__name__} is Liger's fused cross-entropy, which fused_pref replaces; apply "
+            "Liger with fused_linear_cross_entropy=False"
+        )
+    check_logits(base, head)
+
+    # The signature stays that of the class: `generate` and `Trainer` read it.
+    @functools.wraps(type(base).forward)
+    def forward(self: Any, *args: Any, preference: Preference | None = None, **kwargs: Any) -> Any:
+        if preference is None:
+            return self._plain_forward(*args, **kwargs)
+        return _score(self, preference, args, kwargs)
+
+    # Both are bound methods in the model's own dictionary, so that a deep copy of the model runs its own.
+    base._plain_forward = base.forward
+    base.forward = types.MethodType(forward, base)
+    return base
+
+
+def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callable[..., Any]) -> Any:
+    """Loss of a batch under a transformers model, without its logits.
+
+    Args:
+        model: a transformers model, plain or wrapped (PEFT, DDP, FSDP, ``torch.compile``). The first call attaches the
+            head, so :func:`attach` the model yourself before you wrap it for several devices.
+        batch: ``labels`` (S, T) int64, -100 where not scored, and whatever else the loss takes by name (``ref_logps``,
+            ``desirable``, ``sample_weight``, ``cu_seqlens``, ...); everything else goes to the model: ``input_ids``
+            (S, T), ``attention_mask``, ... Pairs come as chosen sequences first, then rejected. With ``cu_seqlens``,
+            ``input_ids`` is (1, N_total). An encoder-decoder model takes the prompts as ``input_ids``, and its
+            ``decoder_input_ids`` are made from the labels, which it does not shift.
+        loss: a linear module such as ``fp.LinearCPOLoss(beta=0.1)``, or a linear function, such as
+            ``functools.partial(fp.linear_cpo_loss, beta=0.1)``. Softcap, logit scale and bias are the model's.
+
+    Returns:
+        What the loss returns; where the model asks for a router loss (``output_router_logits``), its share is part of
+        ``loss``, as in the model's own forward.
+
+    Raises:
+        ValueError, TypeError: as :func:`attach` and the loss; an entry that the loss needs is missing.
+    """
+    base = attach(model)
+    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]
+    missing = [name for name in required if name not in batch]
+    if missing:
+        raise ValueError(f"batch must have {', '.join(missing)}, which the loss takes; got {', '.join(batch)}")
+    inputs = {name: value for name, value in batch.items() if name not in parameters}
+    keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
+    if base.config.is_encoder_decoder:
+        keywords["shift"] = False
+        if "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(batch["labels"])
+    tensors = tuple(batch[name] for name in required)
+    output, aux_loss = Preference(loss, tensors, keywords, virtual_tokens(model)).run(model, inputs)
+    if aux_loss is None or isinstance(output, Tensor):
+        return output
+    share = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+    return output._replace(loss=output.loss + share.to(output.loss.device))
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Positions that the active prompt-learning adapter of a PEFT model may put before the input; else 0."""
+    config = getattr(getattr(model, "module", model), "active_peft_config", None)
+    return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0  # type: ignore[union-attr]
+
+
+def _score(model: Any, preference: Preference, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The model's own forward with the preference at the head; a dictionary of tensors, as wrappers can handle."""
+    losses: list[Tensor] = []
+    transform = logits_transform(model)
+
+    def score(module: nn.Module, hidden: Tensor) -> Tensor:
+        weight: Any = module.weight
+        losses.append(preference(hidden, OutputHead(model.base_model, module, head_bias(model, module), *transform)))
+        return hidden.new_empty(0, *hidden.shape[1:-1], weight.shape[0])
+
+    with _replaced_forward(head_layers(model.get_output_embeddings()), score):
+        outputs = model._plain_forward(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    if len(losses) != 1:
+        raise RuntimeError(f"{type(model).__name__} called its output head {len(losses)} times in a forward, not once")
+    return {"loss": losses[0], "aux_loss": getattr(outputs, "aux_loss", None)}
+
+
+@contextlib.contextmanager
+def _replaced_forward(modules: list[nn.Module], forward: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
+    """Let a forward of any of the modules, below their hooks, be ``forward`` of the module and its input."""
+    # accelerate's hooks call what the forward was before them, under this name.
+    places = [(module, "_old_forward" if "_old_forward" in vars(module) else "forward") for module in modules]
+    kept = [vars(module).get(name) for module, name in places]
+    try:
+        for module, name in places:
+            vars(module)[name] = functools.partial(forward, module)
+        yield
+    finally:
+        for (module, name), before in zip(places, kept, strict=True):
+            if before is None:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = before
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A parameter that FSDP2 left sharded, gathered; differentiable."""
+    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

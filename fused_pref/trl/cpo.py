@@ -1,0 +1,131 @@
+"""A CPO trainer that takes the place of TRL's."""
+
+import inspect
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fused_pref.functional import linear_cpo_loss
+from fused_pref.models import Preference, virtual_tokens
+from fused_pref.trl.base import HeadTrainer
+from fused_pref.trl.checks import check_args, check_model, check_rows, check_tokenizer
+from fused_pref.trl.stock import StockCPOConfig, StockCPOTrainer
+
+# TRL's steps from logits to the loss; a subclass that changes one of them wants it called.
+STEPS = ("concatenated_forward", "get_batch_logps", "cpo_loss")
+
+
+class CPOTrainer(StockCPOTrainer, HeadTrainer):
+    """``trl.experimental.cpo.CPOTrainer`` that never makes logits: same arguments, data, metrics and names.
+
+    The objective is :func:`fused_pref.linear_cpo_loss`, computed inside of the model's forward. A subclass that
+    overrides ``cpo_loss``, ``get_batch_logps`` or ``concatenated_forward`` gets TRL's own path, and a warning.
+
+    Args:
+        *args, **kwargs: those of TRL's trainer; ``args`` is its ``CPOConfig`` or :class:`fused_pref.trl.CPOConfig`.
+        exact_accumulation: see :class:`fused_pref.trl.CPOConfig`; None: what ``args`` says.
+        memory_budget: see :class:`fused_pref.trl.CPOConfig`; None: what ``args`` says.
+
+    Raises:
+        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer without
+            a pad token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
+    """
+
+    is_encoder_decoder: Any
+    pad_token_id: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        exact_accumulation: bool | None = None,
+        memory_budget: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = inspect.signature(StockCPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        config = given.get("args")
+        check_args(config, StockCPOConfig)
+        check_tokenizer(given.get("processing_class"))
+        for name in ("train_dataset", "eval_dataset"):
+            check_rows(name, given.get(name), [("chosen", "rejected")])
+        changed = [name for name in STEPS if getattr(type(self), name) is not getattr(StockCPOTrainer, name)]
+        self.head = not changed
+        if changed:
+            warnings.warn(
+                f"{type(self).__name__} overrides {', '.join(changed)}: the logits are made, for TRL's own loss",
+                stacklevel=2,
+            )
+        else:
+            check_model(given.get("model"))
+        options = {"exact_accumulation": exact_accumulation, "memory_budget": memory_budget}
+        for name, value in options.items():
+            setattr(self, name, getattr(config, name, getattr(type(self), name)) if value is None else value)
+        if self.exact_accumulation and changed:
+            raise ValueError(f"exact_accumulation needs this trainer's own loss; {', '.join(changed)} is overridden")
+        super().__init__(*args, **kwargs)
+
+    def scored(self, row: dict[str, Any]) -> bool:
+        """Whether a completion of a tokenised row has a token to score."""
+        first = 0 if self.is_encoder_decoder else 1
+        return any(label != -100 for side in ("chosen", "rejected") for label in row[f"{side}_labels"][first:])
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Pairs, and chosen tokens that are scored."""
+        labels = batch["chosen_labels"] if self.is_encoder_decoder else batch["chosen_labels"][:, 1:]
+        return {"pair_normalizer": torch.tensor(len(labels)), "token_normalizer": (labels != -100).sum()}
+
+    def get_batch_loss_metrics(
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
+    ) -> tuple[Tensor, dict[str, float]]:
+        """CPO loss of a batch (0-d, differentiable) and its metrics over all ranks, under TRL's names."""
+        if not self.head:
+            return super().get_batch_loss_metrics(model, batch, train_eval)
+        device = self.accelerator.device
+        stacked: dict[str, Any] = self.concatenated_inputs(batch, self.is_encoder_decoder, self.pad_token_id, device)
+        labels = stacked["concatenated_labels"]
+        inputs: dict[str, Any] = {
+            "input_ids": stacked["concatenated_input_ids"],
+            "attention_mask": stacked["concatenated_attention_mask"],
+        }
+        if self.is_encoder_decoder:
+            inputs["decoder_input_ids"] = self._shift_right(labels)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        keywords = {
+            "beta": self.beta,
+            "loss_type": self.loss_type,
+            "label_smoothing": self.label_smoothing,
+            "cpo_alpha": self.cpo_alpha,
+            "simpo_gamma": getattr(self, "simpo_gamma", 0.5),
+            "alpha": self.alpha,
+            "shift": not self.is_encoder_decoder,
+            "memory_budget": self.memory_budget,
+            **(self.normalizers if train_eval == "train" else {}),
+        }
+        preference = Preference(linear_cpo_loss, (labels,), keywords, virtual_tokens(model))
+        output, aux_loss = preference.run(model, inputs)
+        loss = output.loss.to(device)
+        if self.aux_loss_enabled and aux_loss is not None:
+            loss = loss + self.aux_loss_coef * aux_loss.to(device)
+        prefix = "eval_" if train_eval == "eval" else ""
+        return loss, {prefix + name: value for name, value in self._gathered(output).items()}
+
+    def _gathered(self, output: Any) -> dict[str, float]:
+        """Metrics over the pairs of all ranks, which are gathered and waited for once."""
+        chosen, rejected = output.chosen_rewards, output.rejected_rewards
+        columns = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/margins": chosen - rejected,
+            "logps/rejected": output.rejected_logps,
+            "logps/chosen": output.chosen_logps,
+            "logits/rejected": output.rejected_logits_mean.expand_as(chosen),
+            "logits/chosen": output.chosen_logits_mean.expand_as(chosen),
+            "nll_loss": output.nll_loss.expand_as(chosen),
+        }
+        rows = torch.stack(list(columns.values()), 1).detach().to(self.accelerator.device)
+        gathered: Any = self.accelerator.gather_for_metrics(rows)
+        means = gathered.mean(0).tolist()
+        return dict(zip(columns, means, strict=True))

@@ -1,0 +1,26 @@
+"""Configuration of the CPO trainer: TRL's, and what the linear head adds."""
+
+from dataclasses import dataclass, field
+
+from fused_pref.trl.stock import StockCPOConfig
+
+
+@dataclass
+class CPOConfig(StockCPOConfig):
+    """TRL's ``CPOConfig`` with two more fields; the trainer takes TRL's own as well.
+
+    Args:
+        exact_accumulation: normalise by the pairs and chosen tokens of all microbatches and ranks of an optimiser step,
+            so that accumulation gives the gradient of one big batch; by default TRL's mean of microbatch means.
+        memory_budget: bytes of workspace of the linear head; None: 256 MiB or the bytes of the head's gradient,
+            whichever is more.
+    """
+
+    exact_accumulation: bool = field(
+        default=False,
+        metadata={"help": "Normalise over all microbatches and ranks of a step, as one big batch."},
+    )
+    memory_budget: int | None = field(
+        default=None,
+        metadata={"help": "Bytes of workspace of the linear head."},
+    )

@@ -1,0 +1,98 @@
+"""Underlying distribution matching in the BCO trainer: density-ratio weights of the rows of a dataset."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fused_pref import validate
+from fused_pref.udm import DensityRatio
+
+WEIGHT = "sample_weight"
+
+
+class PromptWeights:
+    """Weighs rows by the density ratio of their prompts, whose embeddings are computed once.
+
+    Args:
+        embed: the prompts' embeddings (n, E): with a tokenizer, a function of ``input_ids`` and ``attention_mask``
+            (n, T), else of a list of n texts.
+        tokenizer: of the embedding model, or None.
+        ratio: fitted by :meth:`fit`, unless it is fitted already.
+        batch_size: prompts embedded at a time.
+        device: where the token ids are put.
+    """
+
+    def __init__(
+        self,
+        embed: Callable[..., Tensor],
+        tokenizer: Any,
+        ratio: DensityRatio,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        if not callable(embed):
+            raise validate.fail("embedding_func", "a function that returns embeddings (n, E)", embed, TypeError)
+        self.embed, self.tokenizer, self.ratio = embed, tokenizer, ratio
+        self.batch_size, self.device = batch_size, device
+
+    def fit(self, prompts: list[str], desirable: list[bool], sample_size: int, seed: int) -> None:
+        """Fit the ratio on at most ``sample_size`` prompts of each class, drawn without replacement by the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        members = torch.tensor(desirable)
+        drawn: list[int] = []
+        for kind in (members, ~members):
+            rows = kind.nonzero().flatten()
+            drawn += rows[torch.randperm(len(rows), generator=generator)[:sample_size]].tolist()
+        self.ratio.fit(self._embeddings([prompts[row] for row in drawn]), members[drawn])
+
+    def weights(self, prompts: list[str], desirable: list[bool]) -> list[float]:
+        """ρ of the undesirable rows, 1 for the others, which need no embedding."""
+        weights = torch.ones(len(prompts))
+        rows = [row for row, label in enumerate(desirable) if not label]
+        if rows:
+            weights[rows] = self.ratio(self._embeddings([prompts[row] for row in rows]))
+        return weights.tolist()
+
+    @torch.no_grad()
+    def _embeddings(self, prompts: list[str]) -> Tensor:
+        parts = []
+        for start in tqdm(range(0, len(prompts), self.batch_size), desc="Embedding prompts", leave=False):
+            texts = prompts[start : start + self.batch_size]
+            if self.tokenizer is None:
+                embeddings = self.embed(texts)
+            else:
+                tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+                embeddings = self.embed(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or len(embeddings) != len(texts):
+                raise validate.fail(
+                    "embedding_func", f"a function that returns ({len(texts)}, E) for {len(texts)} prompts", embeddings
+                )
+            parts.append(embeddings.float().cpu())
+        return torch.cat(parts)
+
+
+class WeightCollator:
+    """A collator that takes the rows' weights along, where they have any."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of some rows."""
+        batch = self.collator(examples)
+        if WEIGHT in examples[0]:
+            batch[WEIGHT] = torch.tensor([example[WEIGHT] for example in examples])
+        return batch
+
+
+def prompt_texts(prompts: list[Any], processing_class: Any) -> list[str]:
+    """Prompts as texts; conversations by the chat template."""
+    return [
+        prompt
+        if isinstance(prompt, str)
+        else processing_class.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]

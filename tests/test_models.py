@@ -1,0 +1,410 @@
+"""The head inside of transformers models: any family, wrappers and adapters, and what is refused."""
+
+import copy
+import functools
+import types
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import BartConfig, GPT2Config, LlamaConfig, T5Config
+from trl_models import SPECIAL_IDS, bart, llama, mixtral, sizes, t5
+
+import fused_pref as fp
+from fused_pref import models
+
+# Libraries warn of what is not ours to change.
+pytestmark = pytest.mark.filterwarnings("default")
+
+V = 66
+PLAIN = {"num_hidden_layers": 1}
+BART_SIZES = {
+    "vocab_size": V,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    **SPECIAL_IDS,
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+# class, configuration, softcap, logit_scale
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", LlamaConfig(**sizes()), None, 1.0),
+    "tied": ("LlamaForCausalLM", LlamaConfig(**sizes(tie_word_embeddings=True)), None, 1.0),
+    "qwen": ("Qwen3ForCausalLM", transformers.Qwen3Config(**sizes(head_dim=8)), None, 1.0),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        transformers.Gemma2Config(**sizes(head_dim=8, final_logit_softcapping=2.0)),
+        2.0,
+        1.0,
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        transformers.Gemma3TextConfig(**sizes(head_dim=8, final_logit_softcapping=1.5)),
+        1.5,
+        1.0,
+    ),
+    "cohere": ("CohereForCausalLM", transformers.CohereConfig(**sizes(logit_scale=0.25)), None, 0.25),
+    "granite": ("GraniteForCausalLM", transformers.GraniteConfig(**sizes(logits_scaling=4.0)), None, 0.25),
+    "hyperclovax": ("HyperCLOVAXForCausalLM", transformers.HyperCLOVAXConfig(**sizes(logits_scaling=0.2)), None, 0.2),
+    "falcon-h1": (
+        "FalconH1ForCausalLM",
+        transformers.FalconH1Config(**sizes(lm_head_multiplier=0.3, **MAMBA)),
+        None,
+        0.3,
+    ),
+    # The hidden states are scaled before the head, and come so.
+    "minicpm3": (
+        "MiniCPM3ForCausalLM",
+        transformers.MiniCPM3Config(**sizes(num_key_value_heads=4, dim_model_base=8, **LATENT)),
+        None,
+        1.0,
+    ),
+    "mixtral": ("MixtralForCausalLM", mixtral().config, None, 1.0),
+    "gpt2": ("GPT2LMHeadModel", GPT2Config(vocab_size=V, n_embd=32, n_layer=1, n_head=4, n_positions=64), None, 1.0),
+    "phi": ("PhiForCausalLM", transformers.PhiConfig(**sizes()), None, 1.0),  # a bias on the head
+    "t5": ("T5ForConditionalGeneration", t5().config, None, 1.0),
+    "t5-untied": (
+        "T5ForConditionalGeneration",
+        T5Config(**{**t5().config.to_dict(), "tie_word_embeddings": False}),
+        None,
+        1.0,
+    ),
+    "bart": ("BartForConditionalGeneration", BartConfig(**BART_SIZES), None, 1.0),
+    "mbart": ("MBartForConditionalGeneration", transformers.MBartConfig(**BART_SIZES), None, 1.0),
+    "marian": ("MarianMTModel", transformers.MarianConfig(**BART_SIZES), None, 1.0),
+}
+
+
+def family(name: str) -> Any:
+    torch.manual_seed(0)
+    model = getattr(transformers, FAMILIES[name][0])(copy.deepcopy(FAMILIES[name][1])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.dim() == 1 else 0)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
+    return model
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    """Two pairs of 9 positions, of which 4 are the prompt; one is padded."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, V, (4, 9), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    labels = input_ids.clone()
+    labels[:, :4] = -100
+    labels[1, 7:] = -100
+    attention_mask[1, 7:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def eager(model: Any, given: dict[str, Tensor], **keywords: Any) -> tuple[Tensor, fp.PairOutput]:
+    """The loss from logits by the specification, with the model's own router loss."""
+    inputs = {name: value for name, value in given.items() if name != "labels"}
+    encoder_decoder = model.config.is_encoder_decoder
+    if encoder_decoder:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(given["labels"])
+    result = model(**inputs)
+    output = fp.reference.cpo_loss(result.logits, given["labels"], shift=not encoder_decoder, **keywords)
+    aux_loss = getattr(result, "aux_loss", None)
+    return output.loss if aux_loss is None else output.loss + model.config.router_aux_loss_coef * aux_loss, output
+
+
+def gradients(model: Any, loss: Tensor) -> Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def assert_same(model: Any, given: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    loss, output = eager(model, given)
+    want = gradients(model, loss)
+    result = models.preference_forward(model, given, fp.LinearCPOLoss())
+    got = gradients(model, result.loss)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=tolerance)
+    torch.testing.assert_close(result.chosen_logps, output.chosen_logps, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.chosen_logits_mean, output.chosen_logits_mean, rtol=tolerance, atol=tolerance)
+    assert (got - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    model = family(name)
+    head = models.find_head(model)
+    assert (head.softcap, head.logit_scale) == FAMILIES[name][2:]
+    assert head.weight.shape == (V, 32)
+    assert (head.bias is not None) == (name in ("phi", "bart", "mbart", "marian"))
+    assert (head.backbone is model) == name.startswith("t5")
+    assert_same(model, batch())
+
+
+def test_a_plain_forward_is_unchanged() -> None:
+    model, given = llama().eval(), batch()
+    prompt = given["input_ids"][:, :3]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    logits, words = model(prompt).logits, model.generate(prompt, **options)
+    models.attach(model)
+    assert models.attach(model) is model
+    assert torch.equal(model(prompt).logits, logits)
+    assert torch.equal(model.generate(prompt, **options), words)
+    assert model(**given).loss.isfinite()
+    models.preference_forward(model, given, fp.LinearCPOLoss())
+    assert torch.equal(model(prompt).logits, logits)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_attaching_leaves_modes_and_random_state_alone() -> None:
+    model = llama(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    before = torch.get_rng_state()
+    models.attach(model)
+    assert model.training
+    assert not model.model.layers[0].training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_deep_copy_runs_its_own_forward() -> None:
+    model, given = llama(), batch()
+    models.attach(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    loss = models.preference_forward(twin, given, fp.LinearCPOLoss(cpo_alpha=0.0)).loss
+    assert loss.item() == pytest.approx(0.6931472, abs=0.3)  # the same log-probs but for lengths
+    assert_same(twin, given)
+    assert_same(model, given)
+
+
+def test_other_losses_take_what_they_need_from_the_batch() -> None:
+    model, given = llama(), batch()
+    extra = {
+        "desirable": torch.tensor([True, False, True, False]),
+        "ref_logps": torch.tensor([-9.0, -8.0, -7.0, -6.0]),
+        "sample_weight": torch.tensor([1.0, 2.0, 1.0, 0.5]),
+    }
+    logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits
+    labels, (desirable, ref_logps, weight) = given["labels"], extra.values()
+    got = models.preference_forward(model, {**given, **extra}, fp.LinearBCOLoss(delta=0.2))
+    want = fp.reference.bco_loss(logits, labels, desirable, ref_logps, sample_weight=weight, delta=0.2)
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got.metrics()["rewards/chosen"], want.metrics()["rewards/chosen"])
+    got = models.preference_forward(model, {**given, "ref_logps": ref_logps}, fp.LinearDPOLoss(loss_type="ipo"))
+    torch.testing.assert_close(got.loss, fp.reference.dpo_loss(logits, labels, ref_logps, loss_type="ipo").loss)
+    logps = models.preference_forward(model, given, functools.partial(fp.linear_sequence_logps, average=True))
+    torch.testing.assert_close(logps, fp.reference.sequence_logps(logits, labels, average=True))
+
+
+def test_packed_sequences() -> None:
+    model = llama()
+    input_ids = torch.randint(3, V, (1, 12), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    packed = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "labels": input_ids,
+        "cu_seqlens": torch.tensor([0, 5, 12], dtype=torch.int32),
+    }
+    logits = model(input_ids, position_ids=position_ids, use_cache=False).logits[0]
+    want = fp.reference.cpo_loss(logits, input_ids[0], cu_seqlens=packed["cu_seqlens"])
+    got = models.preference_forward(model, packed, fp.LinearCPOLoss())
+    torch.testing.assert_close(got.loss, want.loss)
+
+
+def test_autocast() -> None:
+    model, given = llama(), batch()
+    loss, _ = eager(model, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = models.preference_forward(model, given, fp.LinearCPOLoss())
+    assert got.loss.dtype == torch.float32
+    assert got.loss.item() == pytest.approx(loss.item(), rel=1e-2)
+    assert got.loss.item() != loss.item()
+    got.loss.backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_router_losses_are_part_of_the_loss() -> None:
+    model, given = mixtral(), batch()
+    with_router = models.preference_forward(model, given, fp.LinearCPOLoss()).loss
+    plain = models.preference_forward(model, {**given, "output_router_logits": False}, fp.LinearCPOLoss()).loss
+    assert with_router.item() > plain.item() + 0.5
+    assert plain.item() == pytest.approx(eager(model, {**given, "output_router_logits": False})[0].item(), rel=1e-5)
+
+
+# Wrappers and adapters.
+
+
+def test_lora_and_a_head_that_is_trained_whole() -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model, given = get_peft_model(llama(), config), batch()
+    models.attach(model)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(0.5)
+    assert_same(model, given)
+    assert model.base_model.model.lm_head.modules_to_save["default"].weight.grad is not None
+    with model.disable_adapter(), torch.no_grad():
+        loss = models.preference_forward(model, given, fp.LinearCPOLoss()).loss
+    assert loss.item() == pytest.approx(eager(llama(), given)[0].item(), rel=1e-5)
+
+
+def test_the_reference_of_a_frozen_head_has_no_gradient_of_it() -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert_same(model, batch())
+    assert model.base_model.model.lm_head.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_prompt_learning(kind: str) -> None:
+    """Virtual tokens before the input are cut off (prompt tuning), or there are none in the output (prefix tuning)."""
+    chosen = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}[kind]
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), chosen(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    given = batch()
+    logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits
+    assert logits.shape[1] == (12 if kind == "prompt" else 9)
+    want = fp.reference.cpo_loss(logits[:, -9:], given["labels"])
+    got = models.preference_forward(model, given, fp.LinearCPOLoss())
+    torch.testing.assert_close(got.loss, want.loss)
+    got.loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in model.parameters())
+
+
+def test_labels_of_another_length_are_refused() -> None:
+    given = batch()
+    given["labels"] = given["labels"][:, :-2]
+    with pytest.raises(ValueError, match="labels"):
+        models.preference_forward(llama(), given, fp.LinearCPOLoss())
+
+
+def test_hooks_on_the_head_run() -> None:
+    """As accelerate's on models that are split over devices, and forward hooks of any kind."""
+    model, given = llama(), batch()
+    calls: list[str] = []
+
+    class Hook(AlignDevicesHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            calls.append("accelerate")
+            return super().pre_forward(module, *args, **kwargs)
+
+    add_hook_to_module(model.lm_head, Hook(execution_device="cpu", io_same_device=True))
+    model.lm_head.register_forward_pre_hook(lambda module, args: calls.append("pre"))
+    models.attach(model)
+    calls.clear()
+    assert_same(model, given)
+    assert calls == ["pre", "accelerate"] * 2
+
+
+def test_accelerate_s_autocast_wrapper() -> None:
+    """It rebuilds what a forward returns, and converts it."""
+    from accelerate.utils.operations import convert_outputs_to_fp32
+
+    model, given = llama(), batch()
+    models.attach(model)
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    extra = {"desirable": torch.tensor([True, False, True, False]), "ref_logps": torch.zeros(4)}
+    output = models.preference_forward(model, {**given, **extra}, fp.LinearBCOLoss())
+    assert output.loss.requires_grad
+    assert output.desirable is extra["desirable"] or torch.equal(output.desirable, extra["desirable"])
+
+
+def test_data_parallel_replicas_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must not be an nn\.DataParallel"):
+        models.attach(nn.DataParallel(llama()))
+
+
+# What is refused.
+
+
+def test_an_adapter_on_the_head_is_refused() -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="an adapter on the output head"):
+        models.attach(model)
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", nn.Linear(2, 2)])
+def test_what_is_no_language_model_is_refused(model: Any) -> None:
+    with pytest.raises(TypeError, match="model must be a transformers model"):
+        models.attach(model)
+
+
+def test_a_model_without_output_embeddings_is_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaModel has none"):
+        models.attach(llama().model)
+
+
+def test_a_quantised_head_is_refused() -> None:
+    model = llama()
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"must not be quantised; its weight is torch\.int8"):
+        models.attach(model)
+
+
+def test_logits_that_are_made_in_another_way_are_refused() -> None:
+    class Shifted(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 0.5
+            return output
+
+    with pytest.raises(ValueError, match=r"the logits of Shifted must be softcap\(logit_scale"):
+        models.attach(Shifted(llama().config))
+
+
+def test_a_head_that_is_not_called_is_refused() -> None:
+    class Around(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            hidden = self.model(input_ids).last_hidden_state
+            return types.SimpleNamespace(logits=hidden @ self.lm_head.weight.T)
+
+    with pytest.raises(ValueError, match="Around does not call its output embeddings"):
+        models.attach(Around(llama().config))
+
+
+def test_liger_s_forward_is_refused() -> None:
+    model = llama()
+
+    def lce_forward(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+    lce_forward.__module__ = "liger_kernel.transformers.model.llama"
+    model.forward = types.MethodType(lce_forward, model)
+    with pytest.raises(ValueError, match="Liger's fused cross-entropy"):
+        models.attach(model)
+
+
+def test_missing_entries_are_named() -> None:
+    with pytest.raises(ValueError, match="batch must have desirable, ref_logps, which the loss takes; got input_ids"):
+        models.preference_forward(llama(), batch(), fp.LinearBCOLoss())
+
+
+def test_outputs_can_be_copied() -> None:
+    """As wrappers do."""
+    import pickle
+
+    model, given = llama(), batch()
+    extra = {"desirable": torch.tensor([True, False, True, False]), "ref_logps": torch.zeros(4)}
+    with torch.no_grad():
+        output = models.preference_forward(model, {**given, **extra}, fp.LinearBCOLoss())
+    for twin in (copy.copy(output), copy.deepcopy(output), pickle.loads(pickle.dumps(output)), output._replace()):
+        assert type(twin) is fp.BCOOutput
+        assert torch.equal(twin.desirable, output.desirable)
+        assert twin.metrics().keys() == output.metrics().keys()
+    assert output._replace(loss=torch.ones(())).loss == 1
+
+
+def test_bart_is_unchanged_by_its_bias_gradient() -> None:
+    """The bias is a buffer: it has a value in the logits and no gradient."""
+    model = bart().eval()
+    got = models.preference_forward(model, batch(), fp.LinearCPOLoss())
+    got.loss.backward()
+    assert model.final_logits_bias.grad is None
+    assert got.loss.item() == pytest.approx(eager(model, batch())[0].item(), rel=1e-5)

@@ -1,0 +1,253 @@
+"""The CPO trainer against TRL's on the same seed and data, and what it adds."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import set_seed
+from trl_models import bart, llama, mixtral, pairs, t5, tokenizer
+
+from benchmarks.common import peak_bytes
+from fused_pref.trl import CPOConfig, CPOTrainer
+from fused_pref.trl.stock import StockCPOConfig, StockCPOTrainer
+
+# Libraries warn of what is not ours to change.
+pytestmark = pytest.mark.filterwarnings("default")
+UNTIMED = ("runtime", "per_second")
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def config(folder: Path, kind: type = StockCPOConfig, **changes: Any) -> Any:
+    options = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 0.05,
+        "optim": "sgd",  # Adam makes steps of the rounding where a gradient is 0
+        "max_length": 32,
+        "report_to": "none",
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return kind(str(folder), **options)
+
+
+def trained(kind: type, folder: Path, make: Any = llama, options: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A trainer after its steps."""
+    set_seed(0)
+    trainer = kind(
+        model=make(),
+        args=config(folder, **changes),
+        train_dataset=pairs(),
+        eval_dataset=pairs(6),
+        processing_class=tokenizer(),
+        **(options or {}),
+    )
+    trainer.start = copy.deepcopy(trainer.model)
+    trainer.train()
+    return trainer
+
+
+def assert_same_run(ours: Any, stock: Any, tolerance: float = 2e-3) -> None:
+    """All logged numbers, and the parameters after the run."""
+    assert len(ours.state.log_history) == len(stock.state.log_history) > 4
+    for mine, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            if not name.endswith(UNTIMED):
+                assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance / 2), name
+    start, mine, theirs = (_flat(model) for model in (stock.start, ours.model, stock.model))
+    assert (mine - theirs).norm() <= tolerance * (theirs - start).norm()
+
+
+def _flat(model: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cpo_alpha": 0.0},
+        {"cpo_alpha": 0.5, "label_smoothing": 0.1},
+        {"loss_type": "simpo", "simpo_gamma": 0.3},
+        {"loss_type": "ipo", "cpo_alpha": 0.5},
+        {"loss_type": "hinge"},
+        {"loss_type": "alphapo", "alpha": 0.2},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_run_is_that_of_trl(tmp_path: Path, changes: dict[str, Any]) -> None:
+    ours, stock = (trained(kind, tmp_path, **changes) for kind in (CPOTrainer, StockCPOTrainer))
+    assert_same_run(ours, stock, tolerance=2e-5)
+    assert ours.head
+
+
+@pytest.mark.parametrize("make", [mixtral, t5, bart])
+def test_models(tmp_path: Path, make: Any) -> None:
+    changes = {"max_completion_length": 8} if make in (t5, bart) else {}
+    ours, stock = (trained(kind, tmp_path, make, **changes) for kind in (CPOTrainer, StockCPOTrainer))
+    assert ours.aux_loss_enabled == (make is mixtral)
+    assert_same_run(ours, stock, tolerance=2e-5)
+
+
+def test_lora(tmp_path: Path) -> None:
+    options = {"peft_config": LORA}
+    ours, stock = (
+        trained(kind, tmp_path, options=options, learning_rate=1e-2) for kind in (CPOTrainer, StockCPOTrainer)
+    )
+    assert_same_run(ours, stock, tolerance=2e-4)
+    assert sum(parameter.requires_grad for parameter in ours.model.parameters()) == 8
+
+
+def test_bf16_autocast(tmp_path: Path) -> None:
+    """TRL rounds the logits to bfloat16, we do not; so the parameters are not compared."""
+    ours, stock = (
+        trained(kind, tmp_path, bf16=True, optim="adamw_torch", learning_rate=1e-5)
+        for kind in (CPOTrainer, StockCPOTrainer)
+    )
+    for mine, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
+        for name in theirs:
+            if not name.endswith(UNTIMED):
+                assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-3), name
+    assert ours.args.bf16
+
+
+def test_no_logits_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no")
+    monkeypatch.setattr(torch.nn.functional, "linear", _without_vocabulary(torch.nn.functional.linear))
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+    loss.backward()
+    assert loss.item() > 0
+    assert len(metrics) == 9
+    with pytest.raises(AssertionError, match="logits"):
+        trainer.model(batch["chosen_input_ids"])
+
+
+def _without_vocabulary(linear: Any) -> Any:
+    def checked(*args: Any) -> torch.Tensor:
+        result = linear(*args)
+        assert result.shape[-1] != 66, "logits"
+        return result
+
+    return checked
+
+
+def test_generation_is_unchanged(tmp_path: Path) -> None:
+    trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no")
+    fresh = llama()
+    fresh.load_state_dict(trainer.model.state_dict())
+    prompt = torch.tensor([[1, 9, 17]])
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(trainer.model.eval().generate(prompt, **options), fresh.eval().generate(prompt, **options))
+
+
+def test_exact_accumulation_is_one_big_batch(tmp_path: Path) -> None:
+    """The gradient of microbatches of different lengths is that of all of them at once; TRL's is not."""
+    big, exact, means = (
+        trained(kind, tmp_path, max_steps=1, eval_strategy="no", options=options, learning_rate=0.0, **sizes)
+        for kind, options, sizes in (
+            (StockCPOTrainer, {}, {"per_device_train_batch_size": 8}),
+            (CPOTrainer, {"exact_accumulation": True}, MICROBATCHES),
+            (CPOTrainer, {}, MICROBATCHES),
+        )
+    )
+    norm = big.state.log_history[0]["grad_norm"]
+    assert exact.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert exact.state.log_history[0]["loss"] == pytest.approx(big.state.log_history[0]["loss"], rel=1e-5)
+    assert means.state.log_history[0]["grad_norm"] != pytest.approx(norm, rel=1e-3)
+
+
+MICROBATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+def test_exact_accumulation_comes_from_the_configuration_too(tmp_path: Path) -> None:
+    arguments = {"train_dataset": pairs(), "processing_class": tokenizer()}
+    args = config(tmp_path, CPOConfig, exact_accumulation=True, memory_budget=2**28, eval_strategy="no")
+    trainer = CPOTrainer(model=llama(), args=args, **arguments)
+    assert (trainer.exact_accumulation, trainer.memory_budget) == (True, 2**28)
+    trainer = CPOTrainer(model=llama(), args=args, exact_accumulation=False, **arguments)
+    assert not trainer.exact_accumulation
+    assert not CPOTrainer(model=llama(), args=config(tmp_path, eval_strategy="no"), **arguments).exact_accumulation
+
+
+@pytest.mark.parametrize("name", ["cpo_loss", "get_batch_logps", "concatenated_forward"])
+def test_a_subclass_with_its_own_loss_gets_trl_s_path(tmp_path: Path, name: str) -> None:
+    calls = []
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return getattr(StockCPOTrainer, name)(*args, **kwargs)
+
+    own = staticmethod(lambda *args, **kwargs: step(None, *args, **kwargs)) if name == "get_batch_logps" else None
+
+    def bound(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return step(self, self, *args, **kwargs)
+
+    kind = type("Own", (CPOTrainer,), {name: own or bound})
+    with pytest.warns(UserWarning, match=f"overrides {name}"):
+        ours = trained(kind, tmp_path, max_steps=2, eval_strategy="no", logging_steps=1)
+    stock = trained(StockCPOTrainer, tmp_path, max_steps=2, eval_strategy="no")
+    assert calls
+    assert not ours.head
+    assert ours.state.log_history[0]["loss"] == pytest.approx(stock.state.log_history[0]["loss"], rel=1e-6)
+
+
+def test_evaluation_with_compute_metrics_reads_the_logits_means(tmp_path: Path) -> None:
+    seen = []
+    options = {"compute_metrics": lambda result: seen.append(result.predictions) or {"seen": 1.0}}
+    trainer = trained(CPOTrainer, tmp_path, options=options, max_steps=2)
+    (predictions,) = seen
+    assert len(predictions) == 4  # chosen and rejected, of two batches
+    logged = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert logged["eval_logits/chosen"] == pytest.approx(float(predictions[0] + predictions[2]) / 2, rel=1e-6)
+    assert math.isfinite(logged["eval_loss"])
+
+
+def test_a_conversation_is_templated(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "w1 w2"}
+    answers = [{"chosen": "w3", "rejected": "w4 w5"}, {"chosen": "w6 w7", "rejected": "w8"}]
+    data = Dataset.from_list(
+        [
+            {side: [question, {"role": "assistant", "content": text}] for side, text in row.items()}
+            for row in answers * 4
+        ]
+    )
+    args = config(tmp_path, max_steps=2, eval_strategy="no")
+    trainer = CPOTrainer(model=llama(), args=args, train_dataset=data, processing_class=tokenizer())
+    trainer.train()
+    assert trainer.train_dataset[0]["prompt"].startswith("user w1")
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_peak_memory_of_a_step_is_at_most_half_of_trl_s(tmp_path: Path) -> None:
+    """With a vocabulary of 131,072; gradients counted, parameters not."""
+    peaks = []
+    for kind in (CPOTrainer, StockCPOTrainer):
+        args = config(tmp_path, per_device_train_batch_size=8, eval_strategy="no")
+        model = llama(vocab_size=131_072, hidden_size=64)
+        trainer = kind(model=model, args=args, train_dataset=pairs(), processing_class=tokenizer())
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        peaks.append(
+            peak_bytes(lambda trainer=trainer, batch=batch: trainer.compute_loss(trainer.model, batch).backward())
+        )
+        assert trainer.model.lm_head.weight.grad.isfinite().all()
+    logits = 16 * max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1]) * 131_072 * 4
+    assert peaks[1] > 2 * logits
+    assert peaks[0] <= peaks[1] / 2

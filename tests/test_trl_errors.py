@@ -1,0 +1,190 @@
+"""What the trainers refuse: one clear sentence each, before training, and nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import TrainingArguments
+from trl_models import llama, pairs, tokenizer, unpaired
+
+import fused_pref.trl
+from fused_pref.trl import BCOConfig, BCOTrainer, CPOTrainer
+from fused_pref.trl.stock import StockCPOConfig
+
+# Libraries warn of what is not ours to change.
+pytestmark = pytest.mark.filterwarnings("default")
+OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "max_length": 32, "max_steps": 1, "disable_tqdm": True}
+
+
+class Kind:
+    """A trainer with its configuration and its data."""
+
+    def __init__(self, trainer: type, config: type, rows: Dataset) -> None:
+        self.trainer, self.config, self.rows = trainer, config, rows
+
+
+KINDS = {
+    "cpo": Kind(CPOTrainer, StockCPOConfig, pairs(4)),
+    "bco": Kind(BCOTrainer, BCOConfig, unpaired(4)),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def make(kind: Kind, folder: Path, options: dict[str, Any] | None = None, **changes: Any) -> Any:
+    return kind.trainer(
+        **{
+            "model": llama(),
+            "args": kind.config(str(folder / "out"), **{**OPTIONS, **(options or {})}),
+            "train_dataset": kind.rows,
+            "processing_class": tokenizer(),
+            **changes,
+        }
+    )
+
+
+def assert_refused(match: str, kind: Kind, folder: Path, error: type = ValueError, **given: Any) -> None:
+    with pytest.raises(error, match=match):
+        make(kind, folder, **given)
+    assert list(folder.iterdir()) == []
+
+
+def changed(kind: Kind, column: str, value: Any) -> Dataset:
+    """The rows with one entry changed, in the third."""
+    rows = [{**row, column: value if number == 2 else row[column]} for number, row in enumerate(kind.rows)]
+    return Dataset.from_list(rows)
+
+
+def test_no_rows(kind: Kind, tmp_path: Path) -> None:
+    assert_refused(
+        "train_dataset must have at least one row; got none", kind, tmp_path, train_dataset=kind.rows.select([])
+    )
+    empty = Dataset.from_list([])
+    assert_refused("train_dataset must have at least one row; got none", kind, tmp_path, train_dataset=empty)
+    assert_refused("eval_dataset must have at least one row", kind, tmp_path, eval_dataset=kind.rows.select([]))
+    assert_refused("train_dataset", kind, tmp_path, train_dataset=None)
+
+
+def test_rows_of_another_form(kind: Kind, tmp_path: Path) -> None:
+    data = Dataset.from_list([{"text": "w1"}])
+    assert_refused(
+        r"train_dataset must have the columns .*chosen, rejected; got text", kind, tmp_path, train_dataset=data
+    )
+    rows = [{"prompt": "w1"}]
+    assert_refused("train_dataset must be a datasets", kind, tmp_path, TypeError, train_dataset=rows)
+
+
+def test_malformed_texts(kind: Kind, tmp_path: Path) -> None:
+    columns = [column for column in kind.rows.column_names if column != "label"]
+    assert len(columns) > 1
+    for column in columns:
+        place = rf"train_dataset\[2\]\['{column}'\] must be a text or a list of messages; got 'None'"
+        assert_refused(place, kind, tmp_path, train_dataset=changed(kind, column, None))
+
+
+def test_malformed_labels(tmp_path: Path) -> None:
+    data = changed(KINDS["bco"], "label", None)
+    match = r"train_dataset\[2\]\['label'\] must be true or false; got None"
+    assert_refused(match, KINDS["bco"], tmp_path, train_dataset=data)
+
+
+def test_texts_and_messages_together(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": "w1",
+            "chosen": [{"role": "assistant", "content": "w2"}],
+            "rejected": [{"role": "x", "content": "y"}],
+        }
+    ]
+    match = r"train_dataset\[0\] must have texts throughout or messages throughout; got both"
+    assert_refused(match, KINDS["cpo"], tmp_path, train_dataset=Dataset.from_list(rows))
+    rows = [{"prompt": "w1", "chosen": [{"role": "assistant"}], "rejected": "w2"}]
+    assert_refused(r"\['chosen'\] must be a text or", KINDS["cpo"], tmp_path, train_dataset=Dataset.from_list(rows))
+
+
+def test_completions_that_are_all_cut_off(kind: Kind, tmp_path: Path) -> None:
+    match = "no row of train_dataset has a completion token left to score: max_length=2"
+    assert_refused(match, kind, tmp_path, options={"max_length": 2})
+
+
+def test_no_output_embeddings(kind: Kind, tmp_path: Path) -> None:
+    assert_refused("LlamaModel has none", kind, tmp_path, model=llama().model)
+
+
+def test_no_pad_token(kind: Kind, tmp_path: Path) -> None:
+    match = "processing_class must have a pad token; set processing_class"
+    assert_refused(match, kind, tmp_path, processing_class=tokenizer(pad_token=None))
+
+
+def test_data_parallel(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_refused("must not be an", kind, tmp_path, model=nn.DataParallel(llama()))
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    assert_refused(r"nn\.DataParallel over 2 GPUs is not supported", kind, tmp_path)
+
+
+def test_liger(kind: Kind, tmp_path: Path) -> None:
+    assert_refused("use_liger_kernel=True replaces", kind, tmp_path, options={"use_liger_kernel": True})
+
+
+def test_an_adapter_on_the_head(kind: Kind, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    assert_refused("lm_head|adapter on the output head", kind, tmp_path, peft_config=config)
+
+
+def test_the_wrong_arguments(kind: Kind, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True)
+    assert_refused(
+        f"args must be a {kind.config.__name__}; got TrainingArguments", kind, tmp_path, TypeError, args=args
+    )
+    assert_refused("unexpected keyword argument", kind, tmp_path, TypeError, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"delta_kind": "median"}, "kind"),
+        ({"delta_update": "epoch"}, "update"),
+        ({"delta_decay": 1.5}, "decay"),
+        ({"delta_value": float("nan")}, "value"),
+        ({"beta": 0.0}, "beta must be"),
+        ({"loss_type": "kto"}, "loss_type must stay 'apo_zero_unpaired'"),
+        ({"prompt_sample_size": 0}, "prompt_sample_size must be at least 1"),
+        ({"min_density_ratio": -1.0}, "min_density_ratio"),
+    ],
+)
+def test_the_configuration_of_bco(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        BCOConfig(str(tmp_path / "out"), **OPTIONS, **options)
+
+
+def test_an_embedding_function_that_is_none(tmp_path: Path) -> None:
+    assert_refused("embedding_func must be a function", KINDS["bco"], tmp_path, TypeError, embedding_func=3)
+
+
+@pytest.mark.parametrize(("installed", "found"), [("1.14.2", "TRL 1.14.2 is installed"), (None, r"pip install")])
+def test_the_version_of_trl(monkeypatch: pytest.MonkeyPatch, installed: str | None, found: str) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise fused_pref.trl.importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    with pytest.raises(ImportError, match=rf"fused_pref\.trl needs TRL 1\.15 or newer.*{found}"):
+        fused_pref.trl._require_trl()
+    with pytest.raises(AttributeError, match="no attribute 'DPOTrainer'"):
+        fused_pref.trl.DPOTrainer  # noqa: B018
+
+
+def test_importing_the_library_imports_no_trainer() -> None:
+    program = (
+        "import sys, fused_pref, fused_pref.models; sys.exit('transformers' in sys.modules or 'trl' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
