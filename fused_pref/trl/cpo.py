@@ -114,18 +114,29 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
     def _gathered(self, output: Any) -> dict[str, float]:
         """Metrics over the pairs of all ranks, which are gathered and waited for once."""
         chosen, rejected = output.chosen_rewards, output.rejected_rewards
-        columns = {
+        pairs = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
             "rewards/margins": chosen - rejected,
             "logps/rejected": output.rejected_logps,
             "logps/chosen": output.chosen_logps,
-            "logits/rejected": output.rejected_logits_mean.expand_as(chosen),
-            "logits/chosen": output.chosen_logits_mean.expand_as(chosen),
-            "nll_loss": output.nll_loss.expand_as(chosen),
         }
-        rows = torch.stack(list(columns.values()), 1).detach().to(self.accelerator.device)
-        gathered: Any = self.accelerator.gather_for_metrics(rows)
-        means = gathered.mean(0).tolist()
-        return dict(zip(columns, means, strict=True))
+        means = {
+            "logits/rejected": output.rejected_logits_mean,
+            "logits/chosen": output.chosen_logits_mean,
+            "nll_loss": output.nll_loss,
+        }
+        values = [torch.stack(list(pairs.values()), 1).flatten(), torch.stack(list(means.values()))]
+        mine = torch.cat(values).detach().to(self.accelerator.device)
+        gathered: Any = self.accelerator.gather(mine[None])  # (ranks, B pairs of 6 values, then 3)
+        of_pairs = gathered[:, : -len(means)].reshape(-1, len(pairs))
+        of_ranks = gathered[:, -len(means) :]
+        numbers = torch.cat([self._kept(rows).mean(0) for rows in (of_pairs, of_ranks)]).tolist()
+        return dict(zip((*pairs, *means), numbers, strict=True))
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Rows without those that fill up the last batch of an epoch, as ``gather_for_metrics`` leaves them out."""
+        state = self.accelerator.gradient_state
+        last = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
+        return rows[: state.remainder] if last else rows

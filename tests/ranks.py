@@ -1,0 +1,46 @@
+"""Work done by several processes that gloo joins, and its results."""
+
+import datetime
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> list[Any]:
+    """Results of ``work(rank, *arguments)``, a function of a module, on every rank.
+
+    ``seconds`` bounds a collective. A rank that raises gives its exception's text as a string.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        mp.spawn(_rank, (world, port, folder, work, arguments, seconds), nprocs=world)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _rank(
+    rank: int, world: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...], seconds: float
+) -> None:
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
+    try:
+        result: Any = work(rank, *arguments)
+    except Exception as error:
+        traceback.print_exc()
+        result = f"{type(error).__name__}: {error}"
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    # Ranks that wait for one that has raised are let go by their own timeout.
+    if not isinstance(result, str):
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,164 @@
+"""Training on several processes against one: the trainers, FSDP2, and exact normalisation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from trl_models import llama, pairs, tokenizer, unpaired
+
+# Libraries warn of what is not ours to change.
+pytestmark = pytest.mark.filterwarnings("default")
+OPTIONS = {
+    "max_steps": 3,
+    "logging_steps": 1,
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "max_length": 32,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def _train(kind: str, folder: str, **changes: Any) -> dict[str, Any]:
+    """Logged numbers and the parameters after the run."""
+    from fused_pref.trl import BCOConfig, BCOTrainer, CPOConfig, CPOTrainer
+    from fused_pref.trl.stock import StockCPOTrainer
+
+    trainer_class, config, data = {
+        "cpo": (CPOTrainer, CPOConfig, pairs()),
+        "stock": (StockCPOTrainer, CPOConfig, pairs()),
+        "bco": (BCOTrainer, BCOConfig, unpaired()),
+    }[kind]
+    args = config(folder, **{**OPTIONS, **changes})
+    trainer: Any = trainer_class(
+        model=llama(), args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer()
+    )
+    trainer.train()
+    evaluation = trainer.evaluate()
+    parameters = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    shift = trainer.reward_shift.state_dict() if kind == "bco" else {}
+    return {"log": trainer.state.log_history, "eval": evaluation, "parameters": parameters, "shift": shift}
+
+
+def train_all(rank: int, folder: str) -> dict[str, Any]:
+    halves = {
+        "ddp_backend": "gloo",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 3,
+    }
+    return {
+        "stock": _train("stock", folder, **halves),
+        "cpo": _train("cpo", folder, **halves),
+        "exact": _train("cpo", folder, exact_accumulation=True, **halves),
+        "bco": _train("bco", folder, exact_accumulation=True, **halves),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, train_all, str(tmp_path_factory.mktemp("ranks")))
+
+
+def numbers(run: dict[str, Any]) -> list[dict[str, float]]:
+    untimed = ("runtime", "per_second")
+    return [{key: value for key, value in entry.items() if not key.endswith(untimed)} for entry in run["log"]]
+
+
+def test_ranks_agree(two_ranks: list[dict[str, Any]]) -> None:
+    first, second = two_ranks
+    for name in first:
+        assert torch.equal(first[name]["parameters"], second[name]["parameters"])
+        for key, value in first[name]["shift"].items():
+            assert torch.equal(second[name]["shift"][key], value)
+
+
+def test_two_processes_log_what_trl_s_trainer_logs(two_ranks: list[dict[str, Any]]) -> None:
+    ours, stock = numbers(two_ranks[0]["cpo"]), numbers(two_ranks[0]["stock"])
+    assert len(ours) == len(stock) == 5
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("exact", "cpo"), ("bco", "bco")])
+def test_exact_accumulation_on_two_ranks_is_one_process(
+    two_ranks: list[dict[str, Any]], tmp_path: Path, name: str, kind: str
+) -> None:
+    one = _train(kind, str(tmp_path), per_device_train_batch_size=8)
+    ours = two_ranks[0][name]
+    torch.testing.assert_close(ours["parameters"], one["parameters"], rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(ours["log"][:3], one["log"][:3], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    if kind == "bco":
+        assert int(ours["shift"]["count"].sum()) == int(one["shift"]["count"].sum()) == 24
+        torch.testing.assert_close(ours["shift"]["mean"], one["shift"]["mean"])
+        assert ours["log"][1]["delta"] == pytest.approx(one["log"][1]["delta"], rel=1e-4)
+
+
+def test_averages_of_microbatches_are_not_one_process(two_ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    one = _train("cpo", str(tmp_path), per_device_train_batch_size=8)
+    different = (two_ranks[0]["cpo"]["parameters"] - one["parameters"]).norm()
+    assert different > 100 * (two_ranks[0]["exact"]["parameters"] - one["parameters"]).norm()
+
+
+# FSDP2, with a loop of one's own.
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(3):
+        input_ids = torch.randint(3, 66, (8, 9), generator=generator)
+        labels = input_ids.clone()
+        labels[:, :4] = -100
+        labels[2:5, 6:] = -100
+        made.append({"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)})
+    return made
+
+
+def train_sharded(rank: int, world: int, wrap_head: bool, tied: bool) -> tuple[list[float], torch.Tensor]:
+    """Losses and whole parameters; each rank has its share of the pairs, normalised by all of them."""
+    import fused_pref as fp
+    from fused_pref import models
+
+    model = llama(tie_word_embeddings=tied)
+    models.attach(model)
+    if world > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        if wrap_head:
+            fully_shard(model.lm_head)
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for batch in batches():
+        chosen = batch["labels"][:4, 1:]
+        rows = [row for half in (0, 4) for row in range(half + rank * 4 // world, half + (rank + 1) * 4 // world)]
+        mine = {name: value[rows] for name, value in batch.items()}
+        # FSDP averages the gradients of the ranks.
+        normalizers = {"pair_normalizer": 4 / world, "token_normalizer": int((chosen != -100).sum()) / world}
+        output = models.preference_forward(model, {**mine, **normalizers}, fp.LinearCPOLoss())
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss.item())
+    whole = [getattr(p, "full_tensor", lambda p=p: p)().detach().flatten() for p in model.parameters()]
+    return losses, torch.cat(whole)
+
+
+@pytest.mark.parametrize(("wrap_head", "tied"), [(False, False), (True, False), (False, True)])
+def test_fsdp2_is_one_process(wrap_head: bool, tied: bool) -> None:
+    losses, parameters = train_sharded(0, 1, wrap_head, tied)
+    (first, mine), (second, theirs) = run_ranks(2, train_sharded, 2, wrap_head, tied)
+    assert torch.equal(mine, theirs)
+    torch.testing.assert_close(mine, parameters, rtol=1e-5, atol=1e-6)
+    assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(losses, rel=1e-5)
