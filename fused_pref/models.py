@@ -80,6 +80,11 @@ class Preference:
         """Forward of an attached model: the loss's output, and the model's router loss where it gives one."""
         scored = model(**inputs, preference=self)
         output, self.output = self.output, None
+        if output is None:
+            raise RuntimeError(
+                f"the forward of {type(model).__name__} is not the one that attach() gave it: something has put the "
+                "old one back (pickling, unwrapping, removed hooks); call attach() again"
+            )
         # The loss as it came through the forwards of the wrappers, which may have hooked or converted it.
         loss = scored["loss"]
         return (loss if isinstance(output, Tensor) else output._replace(loss=loss)), scored["aux_loss"]
@@ -102,7 +107,7 @@ def attach(model: nn.Module) -> Any:
     """
     base = unwrap(model)
     head = find_head(base)
-    if "_plain_forward" in vars(base):
+    if _attached(base):
         return base
     source = inspect.unwrap(getattr(base.forward, "__func__", base.forward))
     if getattr(source, "__module__", "").startswith("liger_kernel"):
@@ -115,6 +120,8 @@ def attach(model: nn.Module) -> Any:
     # The signature stays that of the class: `generate` and `Trainer` read it.
     @functools.wraps(type(base).forward)
     def forward(self: Any, *args: Any, preference: Preference | None = None, **kwargs: Any) -> Any:
+        if preference is PING:
+            return PING
         if preference is None:
             return self._plain_forward(*args, **kwargs)
         return _score(self, preference, args, kwargs)
@@ -147,7 +154,11 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
         ValueError, TypeError: as :func:`attach` and the loss; an entry that the loss needs is missing.
     """
     base = attach(model)
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a mapping with labels and the model's inputs; got {type(batch).__name__}")
     parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    if list(parameters)[:2] != ["hidden", "weight"]:
+        raise TypeError(f"loss must be a linear loss, of (hidden, weight, labels, ...); got {loss!r:.80}")
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]
     missing = [name for name in required if name not in batch]
     if missing:
@@ -164,6 +175,20 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
         return output
     share = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
     return output._replace(loss=output.loss + share.to(output.loss.device))
+
+
+# A preference that an attached forward gives back, and no other does.
+PING: Any = object()
+
+
+def _attached(model: Any) -> bool:
+    """Whether the model's forward leads to the one of :func:`attach`, through whatever wraps it."""
+    if "_plain_forward" not in vars(model):
+        return False
+    try:
+        return model.forward(preference=PING) is PING
+    except Exception:  # the plain forward, which has no input
+        return False
 
 
 def virtual_tokens(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import types
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BartConfig, GPT2Config, LlamaConfig, T5Config
+from trl.trainer.utils import add_fused_lm_head
 from trl_models import SPECIAL_IDS, bart, llama, mixtral, sizes, t5
 
 import fused_pref as fp
@@ -183,6 +185,30 @@ def test_a_deep_copy_runs_its_own_forward() -> None:
     loss = models.preference_forward(twin, given, fp.LinearCPOLoss(cpo_alpha=0.0)).loss
     assert loss.item() == pytest.approx(0.6931472, abs=0.3)  # the same log-probs but for lengths
     assert_same(twin, given)
+    assert_same(model, given)
+
+
+def test_a_pickled_model_and_one_whose_forward_was_put_back_are_attached_again() -> None:
+    model, given = llama(), batch()
+    models.attach(model)
+    twin = pickle.loads(pickle.dumps(model))
+    assert_same(twin, given)
+    model.forward = types.MethodType(type(model).forward, model)
+    assert_same(model, given)
+    model.forward = types.MethodType(type(model).forward, model)
+    preference = models.Preference(fp.linear_cpo_loss, (given["labels"],), {})
+    with pytest.raises(RuntimeError, match=r"is not the one that attach\(\) gave it"):
+        preference.run(model, {"input_ids": given["input_ids"], "labels": None})
+
+
+def test_attaching_twice_through_a_wrapper_keeps_one_forward() -> None:
+    """TRL's trainers wrap the forward once more."""
+    model, given = llama(), batch()
+    models.attach(model)
+    add_fused_lm_head(model)
+    forward = model.forward
+    models.attach(model)
+    assert model.forward is forward
     assert_same(model, given)
 
 
@@ -386,10 +412,24 @@ def test_missing_entries_are_named() -> None:
         models.preference_forward(llama(), batch(), fp.LinearBCOLoss())
 
 
+@pytest.mark.parametrize("loss", [fp.CPOLoss(), fp.cpo_loss, len])
+def test_what_is_no_linear_loss_is_refused(loss: Any) -> None:
+    with pytest.raises(TypeError, match="loss must be a linear loss"):
+        models.preference_forward(llama(), batch(), loss)
+    with pytest.raises(TypeError, match="batch must be a mapping"):
+        models.preference_forward(llama(), [batch()], fp.LinearCPOLoss())  # type: ignore[arg-type]
+
+
+def test_a_softcap_that_is_not_the_model_s_is_seen() -> None:
+    """Small logits are hardly changed by it."""
+    model = llama()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="softcap=30"):
+        models.attach(model)
+
+
 def test_outputs_can_be_copied() -> None:
     """As wrappers do."""
-    import pickle
-
     model, given = llama(), batch()
     extra = {"desirable": torch.tensor([True, False, True, False]), "ref_logps": torch.zeros(4)}
     with torch.no_grad():

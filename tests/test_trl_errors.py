@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainingArguments
-from trl_models import llama, pairs, tokenizer, unpaired
+from trl_models import llama, pairs, t5, tokenizer, unpaired
 
 import fused_pref.trl
 from fused_pref.trl import BCOConfig, BCOTrainer, CPOTrainer
@@ -119,6 +119,54 @@ def test_no_output_embeddings(kind: Kind, tmp_path: Path) -> None:
     assert_refused("LlamaModel has none", kind, tmp_path, model=llama().model)
 
 
+def test_an_encoder_decoder_in_bco(tmp_path: Path) -> None:
+    assert_refused("T5ForConditionalGeneration is an encoder-decoder", KINDS["bco"], tmp_path, model=t5())
+
+
+def test_datasets_of_another_kind(kind: Kind, tmp_path: Path) -> None:
+    parts = DatasetDict({"train": kind.rows})
+    assert_refused("train_dataset must be a datasets.Dataset", kind, tmp_path, TypeError, train_dataset=parts)
+    if kind.trainer is CPOTrainer:
+        stream = kind.rows.to_iterable_dataset()
+        match = "must be a datasets.Dataset; got"
+        assert_refused(f"train_dataset {match} IterableDataset", kind, tmp_path, TypeError, train_dataset=stream)
+        assert_refused(f"eval_dataset {match} dict", kind, tmp_path, TypeError, eval_dataset={"a": kind.rows})
+    else:
+        stream = changed(kind, "completion", None).select([2]).to_iterable_dataset()
+        assert_refused(r"train_dataset\[0\]\['completion'\] must be", kind, tmp_path, train_dataset=stream)
+        parts = {"a": kind.rows, "b": kind.rows.select([])}
+        assert_refused(r"eval_dataset\['b'\] must have at least one row", kind, tmp_path, eval_dataset=parts)
+
+
+def test_no_model(kind: Kind, tmp_path: Path) -> None:
+    assert_refused(
+        "model must be a transformers model, or the name of one; got int", kind, tmp_path, TypeError, model=5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"beta": 0.0}, "beta must be"),
+        ({"loss_type": "xyz"}, "loss_type must be one of"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be"),
+        ({"cpo_alpha": float("nan")}, "cpo_alpha must be"),
+        ({"alpha": float("inf")}, "alpha must be"),
+        ({"max_length": 0}, "max_length must be an integer >= 1, or None"),
+    ],
+)
+def test_the_configuration_of_cpo(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    assert_refused(match, KINDS["cpo"], tmp_path, options=options)
+
+
+def test_options_of_the_trainers(kind: Kind, tmp_path: Path) -> None:
+    for options in ({"memory_budget": "1GB"}, {"exact_accumulation": "yes"}):
+        if kind.trainer is CPOTrainer:
+            assert_refused(next(iter(options)), kind, tmp_path, TypeError, **options)
+        else:
+            assert_refused(next(iter(options)), kind, tmp_path, TypeError, options=options)
+
+
 def test_no_pad_token(kind: Kind, tmp_path: Path) -> None:
     match = "processing_class must have a pad token; set processing_class"
     assert_refused(match, kind, tmp_path, processing_class=tokenizer(pad_token=None))
@@ -156,8 +204,11 @@ def test_the_wrong_arguments(kind: Kind, tmp_path: Path) -> None:
         ({"delta_value": float("nan")}, "value"),
         ({"beta": 0.0}, "beta must be"),
         ({"loss_type": "kto"}, "loss_type must stay 'apo_zero_unpaired'"),
-        ({"prompt_sample_size": 0}, "prompt_sample_size must be at least 1"),
-        ({"min_density_ratio": -1.0}, "min_density_ratio"),
+        ({"prompt_sample_size": 0}, "prompt_sample_size must be an integer >= 1"),
+        ({"min_density_ratio": -1.0}, "min_ratio"),
+        ({"undesirable_weight": float("nan")}, "undesirable_weight must be"),
+        ({"desirable_weight": -1.0}, "desirable_weight must be a finite number >= 0"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of"),
     ],
 )
 def test_the_configuration_of_bco(tmp_path: Path, options: dict[str, Any], match: str) -> None:

@@ -24,6 +24,7 @@ from fused_pref.trl.udm import WEIGHT, PromptWeights, WeightCollator, prompt_tex
 from fused_pref.udm import DensityRatio
 
 SHIFT_FILE, RATIO_FILE = "reward_shift.safetensors", "density_ratio.safetensors"
+FORMS = (("prompt", "completion", "label"), ("chosen", "rejected"))
 SIDES = ("chosen", "rejected")
 
 
@@ -73,17 +74,25 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         processing_class: Any = None,
         embedding_func: Callable[..., Tensor] | None = None,
         embedding_tokenizer: Any = None,
+        data_collator: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
-        **others: Any,
     ) -> None:
+        check_model(model)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
             args = BCOConfig(f"{name.split('/')[-1]}-BCO")
         check_args(args, BCOConfig)
         check_tokenizer(processing_class)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_rows(name, dataset, [("prompt", "completion", "label"), ("chosen", "rejected")])
-        check_model(model)
+        check_rows("train_dataset", train_dataset, FORMS)
+        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        for name, dataset in parts.items():
+            check_rows(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset, FORMS)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"BCOTrainer trains causal language models; {type(model).__name__} is an encoder-decoder")
         self.reward_shift = args.shift()
         self.exact_accumulation, self.memory_budget = args.exact_accumulation, args.memory_budget
         self.density_ratio: DensityRatio | None = None
@@ -103,8 +112,12 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
             peft_config=peft_config,
-            **others,
         )
         self.reward_shift.to(self.accelerator.device)
         self.data_collator = WeightCollator(self.data_collator)
@@ -164,7 +177,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         if self.precompute_ref_logps:
             ref_logps = batch["ref_logps"]
         else:
-            reference: Any = self.ref_model or self.model
+            reference: Any = self.model if self.ref_model is None else self.ref_model
             ref_logps, _ = self.compute_ref_log_probs(reference, batch)
         keywords = {"beta": self.beta, "delta": self.reward_shift, "sample_weight": self._weights(batch, desirable)}
         keywords |= self.normalizers if mode == "train" else {}

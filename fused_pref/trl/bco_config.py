@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from trl.trainer.kto_config import KTOConfig
 
 from fused_pref import validate
+from fused_pref.modules import LinearBCOLoss
 from fused_pref.shift import RewardShift
+from fused_pref.udm import DensityRatio
 
 # The loss of TRL's trainer whose data pipeline BCO shares: it asks for no KL completions.
 PIPELINE = "apo_zero_unpaired"
@@ -41,7 +43,7 @@ class BCOConfig(KTOConfig):
         default="random",
         metadata={
             "help": "Sampler of the training rows.",
-            "choices": ["random", "sequential", "group_by_length"],
+            "choices": ["random", "sequential"],
         },
     )
     loss_type: str = field(default=PIPELINE, metadata={"help": "The data pipeline; leave it.", "choices": [PIPELINE]})
@@ -71,11 +73,16 @@ class BCOConfig(KTOConfig):
     def __post_init__(self) -> None:
         if self.loss_type != PIPELINE:
             raise ValueError(f"loss_type must stay {PIPELINE!r}: BCO is the loss; got {self.loss_type!r}")
+        validate.choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
+        # Constructed for what they refuse.
         self.shift()
-        for name in ("beta", "min_density_ratio", "max_density_ratio"):
-            validate.positive(name, getattr(self, name))
-        if validate.integer("prompt_sample_size", self.prompt_sample_size) < 1:
-            raise validate.fail("prompt_sample_size", "at least 1", self.prompt_sample_size)
+        LinearBCOLoss(beta=self.beta, memory_budget=self.memory_budget)
+        DensityRatio(min_ratio=self.min_density_ratio, max_ratio=self.max_density_ratio)
+        validate.at_least("prompt_sample_size", self.prompt_sample_size, 1)
+        validate.flag("exact_accumulation", self.exact_accumulation)
+        for name in ("desirable_weight", "undesirable_weight"):
+            if validate.finite(name, getattr(self, name)) < 0:
+                raise validate.fail(name, "a finite number >= 0", getattr(self, name))
         super().__post_init__()
 
     def shift(self) -> RewardShift:

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from fused_pref import validate
 from fused_pref.output_head import find_head
 
 TEXTS = ("prompt", "chosen", "rejected", "completion")
@@ -19,17 +20,20 @@ def check_model(model: Any) -> None:
     """
     if isinstance(model, nn.Module):
         find_head(model)
+    elif not isinstance(model, str):
+        raise TypeError(f"model must be a transformers model, or the name of one; got {type(model).__name__}")
 
 
 def check_args(args: Any, needed: type) -> None:
     """The configuration must be of the trainer's kind, without what would replace the forward.
 
     Raises:
-        TypeError: another class.
-        ValueError: Liger's fused cross-entropy is asked for.
+        TypeError: another class, or a length that is no integer.
+        ValueError: Liger's fused cross-entropy is asked for, or a length below 1.
     """
     if not isinstance(args, needed):
         raise TypeError(f"args must be a {needed.__name__}; got {type(args).__name__}")
+    validate.at_least("max_length", args.max_length, 1, optional=True)
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy") is not False:
         raise ValueError(
             "use_liger_kernel=True replaces the model's forward by Liger's fused cross-entropy; set "
@@ -63,38 +67,40 @@ def check_tokenizer(processing_class: Any) -> None:
         )
 
 
-def check_rows(name: str, dataset: Any, forms: Sequence[tuple[str, ...]]) -> None:
+def check_rows(
+    name: str,
+    dataset: Any,
+    forms: Sequence[tuple[str, ...]],
+    kinds: tuple[type, ...] = (Dataset, IterableDataset),
+) -> None:
     """A dataset must have rows of one of the forms, each column a text or a list of messages, or a boolean label.
 
     Args:
         name: of the argument.
-        dataset: a Dataset; of an IterableDataset, whose rows can be read only once, the columns alone are looked at;
-            a dictionary of them; or None.
+        dataset: one of the kinds (of an IterableDataset the first row alone is looked at), or None.
         forms: the columns that a row must have, one tuple for each form.
+        kinds: of datasets that the trainer takes.
 
     Raises:
         TypeError: not a dataset.
         ValueError: no rows, missing columns, or a malformed row.
     """
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_rows(f"{name}[{key!r}]", part, forms)
-        return
     if dataset is None:
         return
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(f"{name} must be a datasets.Dataset or IterableDataset; got {type(dataset).__name__}")
-    columns = dataset.column_names or []
+    if not isinstance(dataset, kinds):
+        allowed = " or ".join(f"datasets.{kind.__name__}" for kind in kinds)
+        raise TypeError(f"{name} must be a {allowed}; got {type(dataset).__name__}")
+    first = next(iter(dataset), None)
+    columns = list(dataset.column_names or first or ())
     wanted = next((form for form in forms if set(form) <= set(columns)), None)
     if wanted is None and columns:
         choice = " or ".join(", ".join(form) for form in forms)
         raise ValueError(f"{name} must have the columns {choice}; got {', '.join(columns)}")
-    if isinstance(dataset, IterableDataset):
-        return
-    if wanted is None or len(dataset) == 0:
+    if wanted is None or first is None:
         raise ValueError(f"{name} must have at least one row; got none")
     checked = [column for column in (*TEXTS, "label") if column in columns and (column == "prompt" or column in wanted)]
-    for number, row in enumerate(dataset.select_columns(checked)):
+    rows = dataset.select_columns(checked)
+    for number, row in enumerate(rows if isinstance(dataset, Dataset) else rows.take(1)):
         _check_row(f"{name}[{number}]", row)
 
 

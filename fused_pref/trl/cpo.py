@@ -5,14 +5,18 @@ import warnings
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
+from fused_pref import validate
 from fused_pref.functional import linear_cpo_loss
 from fused_pref.models import Preference, virtual_tokens
+from fused_pref.modules import LinearCPOLoss
 from fused_pref.trl.base import HeadTrainer
 from fused_pref.trl.checks import check_args, check_model, check_rows, check_tokenizer
 from fused_pref.trl.stock import StockCPOConfig, StockCPOTrainer
 
+HYPERPARAMETERS = ("beta", "loss_type", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha")
 # TRL's steps from logits to the loss; a subclass that changes one of them wants it called.
 STEPS = ("concatenated_forward", "get_batch_logps", "cpo_loss")
 
@@ -48,7 +52,7 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         check_args(config, StockCPOConfig)
         check_tokenizer(given.get("processing_class"))
         for name in ("train_dataset", "eval_dataset"):
-            check_rows(name, given.get(name), [("chosen", "rejected")])
+            check_rows(name, given.get(name), [("chosen", "rejected")], kinds=(Dataset,))
         changed = [name for name in STEPS if getattr(type(self), name) is not getattr(StockCPOTrainer, name)]
         self.head = not changed
         if changed:
@@ -61,6 +65,9 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         options = {"exact_accumulation": exact_accumulation, "memory_budget": memory_budget}
         for name, value in options.items():
             setattr(self, name, getattr(config, name, getattr(type(self), name)) if value is None else value)
+        validate.flag("exact_accumulation", self.exact_accumulation)
+        # Constructed for what it refuses.
+        LinearCPOLoss(memory_budget=self.memory_budget, **{name: getattr(config, name) for name in HYPERPARAMETERS})
         if self.exact_accumulation and changed:
             raise ValueError(f"exact_accumulation needs this trainer's own loss; {', '.join(changed)} is overridden")
         super().__init__(*args, **kwargs)
@@ -93,12 +100,8 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         keywords = {
-            "beta": self.beta,
-            "loss_type": self.loss_type,
-            "label_smoothing": self.label_smoothing,
-            "cpo_alpha": self.cpo_alpha,
-            "simpo_gamma": getattr(self, "simpo_gamma", 0.5),
-            "alpha": self.alpha,
+            # TRL's trainer takes them over from its arguments, simpo_gamma for simpo only.
+            **{name: getattr(self, name) for name in HYPERPARAMETERS if hasattr(self, name)},
             "shift": not self.is_encoder_decoder,
             "memory_budget": self.memory_budget,
             **(self.normalizers if train_eval == "train" else {}),
@@ -136,7 +139,6 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         return dict(zip((*pairs, *means), numbers, strict=True))
 
     def _kept(self, rows: Tensor) -> Tensor:
-        """Rows without those that fill up the last batch of an epoch, as ``gather_for_metrics`` leaves them out."""
+        """As many rows as ``gather_for_metrics`` keeps at the end of an epoch: TRL's numbers are means over those."""
         state = self.accelerator.gradient_state
-        last = self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0
-        return rows[: state.remainder] if last else rows
+        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
