@@ -126,7 +126,7 @@ def launches_of(work: str, problem: Problem) -> int | None:
         return launches.on_gpu(step_of(work, problem))
     try:
         return launches.without_gpu(step_of(work, problem, backend="triton"))
-    except ValueError:
+    except (ImportError, ValueError):
         return None
 
 

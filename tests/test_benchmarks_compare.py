@@ -219,6 +219,7 @@ def test_presets(name: str) -> None:
         (["--shape", "4x6x8x33", "--masked", "1"], "--masked must be at least 0 and below 1; got 1"),
         (["--masked", "0.5"], "need --shape"),
         (["--preset", "gpu"], "got 'gpu'"),
+        (["--preset", "long", "--device", "cpu"], "--preset long is for a GPU, not for --device cpu"),
         (["--rounds", "0"], "--rounds must be at least 1; got 0"),
         (["--works", "orpo"], "invalid choice: 'orpo'"),
         (["--seconds", "soon"], "invalid float value: 'soon'"),

@@ -82,6 +82,9 @@ def chosen_presets(args: argparse.Namespace) -> dict[str, Preset]:
         unknown = [name for name in names if name not in PRESETS]
         if unknown:
             raise UsageError(f"--preset must be of {', '.join(PRESETS)}; got {unknown[0]!r}")
+        large = [name for name in names if PRESETS[name].device == "cuda" != args.device]
+        if large:
+            raise UsageError(f"--preset {large[0]} is for a GPU, not for --device {args.device}")
         return {name: PRESETS[name] for name in names}
     if args.preset:
         raise UsageError("--shape is in place of --preset; give one of them")

@@ -18,7 +18,8 @@ PRESETS = {
 }
 # On a CPU the report is there to see that it runs: little, and nothing that is compiled first.
 SMALL = ("--peers", "fused_pref", "eager", "cce", "--works", "cpo", "logps", "--dtypes", "float32", "--rounds", "3")
-OPTIONS = {"cuda": (), "cpu": SMALL}
+# On a GPU the kinds of work that differ most, so that there is time for more sizes.
+OPTIONS = {"cuda": ("--works", "cpo", "frozen", "logps", "cross_entropy"), "cpu": SMALL}
 
 
 @dataclass(frozen=True)
