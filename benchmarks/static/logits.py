@@ -36,8 +36,8 @@ INTRODUCTION = f"""
 
 The prediction is the longest of four times that a kernel cannot beat: moving its bytes, keeping enough of them in
 flight under {LATENCY * 1e6:g} µs of latency, issuing its instructions, evaluating its special functions. What does not
-overlap perfectly adds to it, so the share of the copy bandwidth is an upper bound. On the MI300X scalar instructions are
-counted as if they took the place of vector ones.
+overlap perfectly adds to it, so the share of the copy bandwidth is an upper bound. On the MI300X scalar instructions
+are counted as if they took the place of vector ones.
 """
 
 
