@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common import Batch, copy_seconds, finish, traffic
-from benchmarks.implementations import Implementation
+from benchmarks.logits import Batch, Implementation
+from benchmarks.measure import copy_seconds, finish
+from benchmarks.traffic import traffic
 
 ROUNDS = 5
 

@@ -1,23 +1,27 @@
-"""Options of the benchmarks, the stamp of the machine in their JSON, and a table at the end."""
+"""Options of the benchmarks, the stamp of the machine in their JSON, and tables at the end."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.common import Batch, Shape, stamp
-from benchmarks.implementations import OPERATIONS, implementations
+from benchmarks.compare.problems import Problem, Sizes
+from benchmarks.logits import OPERATIONS, Batch, Shape, implementations
+from benchmarks.measure import default_device, describe, environment
 
 SHAPES = {"cpu": "8x64x32768", "cuda": "16x512x128256"}
+FEATURES = {"cpu": 256, "cuda": 4096}
 DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 ROWS: list[dict[str, Any]] = []
+LINEAR_ROWS: list[dict[str, Any]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where and on what to measure."""
     group = parser.getgroup("fused_pref")
-    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    group.addoption("--device", default=default_device(), choices=["cpu", "cuda"])
     group.addoption("--shape", help="SxTxV: sequences, positions, vocabulary")
+    group.addoption("--features", type=int, help="D, of the linear head")
     group.addoption("--dtypes", help="comma-separated, as float32,bfloat16")
 
 
@@ -26,51 +30,76 @@ def device_of(config: pytest.Config) -> str:
     return str(config.getoption("--device"))
 
 
+def shape_of(config: pytest.Config) -> Shape:
+    """Sequences, positions and vocabulary."""
+    return Shape.parse(config.getoption("--shape") or SHAPES[device_of(config)])
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One case per operation, dtype, pass and implementation; those that cannot run here show as skipped."""
+    """One case per dtype, and of the operations on logits per operation, pass and implementation.
+
+    Implementations that cannot run here show as skipped.
+    """
     device = device_of(metafunc.config)
     dtypes = (metafunc.config.getoption("--dtypes") or DTYPES[device]).split(",")
-    found = implementations(device)
-    metafunc.parametrize("implementation", found, ids=[implementation.name for implementation in found])
-    metafunc.parametrize("backward", [False, True], ids=["forward", "both"])
+    if "implementation" in metafunc.fixturenames:
+        found = implementations(device)
+        metafunc.parametrize("implementation", found, ids=[implementation.name for implementation in found])
+        metafunc.parametrize("backward", [False, True], ids=["forward", "both"])
+        metafunc.parametrize("operation", OPERATIONS)
     metafunc.parametrize("dtype", dtypes, scope="session")
-    metafunc.parametrize("operation", OPERATIONS)
 
 
 @pytest.fixture(scope="session")
 def batch(request: pytest.FixtureRequest, dtype: str) -> Batch:
     """The batch of a dtype, kept while that dtype is measured."""
-    device = device_of(request.config)
-    shape = Shape.parse(request.config.getoption("--shape") or SHAPES[device])
-    return Batch.make(shape, getattr(torch, dtype), device)
+    return Batch.make(shape_of(request.config), getattr(torch, dtype), device_of(request.config))
+
+
+@pytest.fixture(scope="session")
+def problem(request: pytest.FixtureRequest, dtype: str) -> Problem:
+    """The hidden states and the head of a dtype, kept while that dtype is measured."""
+    device, shape = device_of(request.config), shape_of(request.config)
+    features = request.config.getoption("--features") or FEATURES[device]
+    return Problem.make(Sizes(shape.sequences, shape.length, features, shape.columns), getattr(torch, dtype), device)
 
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    """Results, for the table."""
+    """Results of the operations on logits, for the table."""
     return ROWS
+
+
+@pytest.fixture
+def linear_rows() -> list[dict[str, Any]]:
+    """Results of the linear head, for the table."""
+    return LINEAR_ROWS
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Device and software, beside what pytest-benchmark records."""
-    machine_info.update(stamp(device_of(config)))
+    machine_info.update(environment(device_of(config)))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """The stamp and the peers."""
+    """The machine and the peers."""
     device = device_of(config)
     obstacles = [implementation.obstacle(device) for implementation in implementations(device)]
-    return [f"measured on: {stamp(device)}", *(obstacle for obstacle in obstacles if obstacle)]
+    return [f"measured on: {describe(device)}", *(obstacle for obstacle in obstacles if obstacle)]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table: median time, bytes moved over the floor's, and time over that of a copy of the floor's bytes."""
+    """Median time over what it is held against: bytes and a copy of them, or the bare products."""
+    write = terminalreporter.write_line
     if ROWS:
         terminalreporter.section("bytes and copies")
-        terminalreporter.write_line(f"{'':48}{'ms':>10}{'moved/floor':>13}{'time/copy':>11}")
+        write(f"{'':48}{'ms':>10}{'moved/floor':>13}{'time/copy':>11}")
     for row in ROWS:
         moved = "not seen" if row["moved_bytes"] is None else f"{row['moved_bytes'] / row['floor_bytes']:.2f}"
         name = f"{row['operation']} {row['dtype']} {row['pass']} {row['implementation']}"
-        terminalreporter.write_line(
-            f"{name:48}{row['seconds'] * 1e3:>10.2f}{moved:>13}{row['seconds'] / row['copy_seconds']:>11.2f}"
-        )
+        write(f"{name:48}{row['seconds'] * 1e3:>10.2f}{moved:>13}{row['seconds'] / row['copy_seconds']:>11.2f}")
+    if LINEAR_ROWS:
+        terminalreporter.section("bare products")
+        write(f"{'':60}{'ms':>10}{'time/products':>15}")
+    for row in LINEAR_ROWS:
+        write(f"{row['name']:60}{row['seconds'] * 1e3:>10.2f}{row['seconds'] / row['floor']:>15.2f}")

@@ -1,5 +1,57 @@
-"""The error that a command reports to its user instead of a traceback."""
+"""Command lines of the form ``python -m PACKAGE COMMAND``: find the command, and report what its user did wrong."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import NoReturn
 
 
 class UsageError(Exception):
     """A bad option, file or installation; the command line prints the message as one line and exits with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad option as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Hand the message to :func:`run_command`."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def run_command(
+    package: str, description: str, commands: Mapping[str, tuple[str, str]], argv: list[str] | None = None
+) -> int:
+    """Run a command line, ``sys.argv`` by default.
+
+    Args:
+        package: name of the package, as it stands in messages.
+        description: what the package is, in a line.
+        commands: by name, a module with ``add_arguments(parser)`` and ``run(args) -> exit status``, and what it does;
+            only the chosen module is imported.
+        argv: arguments after the package.
+
+    Returns:
+        Exit status: that of the command, 2 for an error of the user's, 130 when interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog=f"python -m {package}", description=description)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (module, summary) in commands.items():
+        command = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if argv[:1] == [name]:
+            chosen = importlib.import_module(module)
+            chosen.add_arguments(command)
+            command.set_defaults(run=chosen.run)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        args = parser.parse_args(argv)
+        return args.run(args)
+    except UsageError as error:
+        print(f"{package}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{package}: interrupted", file=sys.stderr)
+        return 130

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fused_pref as fp
-from benchmarks.common import peak_bytes as peak_bytes
+from benchmarks.measure import peak_bytes as peak_bytes
 
 IGNORE = -100
 

@@ -1,33 +1,50 @@
-"""The benchmarks run, on a tiny shape and untimed, and count bytes as they say."""
+"""The pytest-benchmark suites run, on a tiny shape and untimed, cover the interface, and count bytes as they say."""
 
-import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from harness import make_batch
 
 import fused_pref as fp
-from benchmarks import linear_head
-from benchmarks.common import Shape, occupied, traffic
-from benchmarks.implementations import OPERATIONS, implementations
+from benchmarks import bench_linear, logits, measure
+from benchmarks.logits import Shape, implementations
+from benchmarks.traffic import occupied, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_suite_runs() -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_logits.py", "--shape", "2x3x17", "--device", "cpu"]
-    command += ["--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist"]
+def suite(name: str, *options: str) -> str:
+    command = [sys.executable, "-m", "pytest", f"benchmarks/{name}.py", "--shape", "2x3x17", "--device", "cpu"]
+    command += ["--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_suite_of_logits_runs() -> None:
+    out = suite("bench_logits")
     absent = [found.name for found in implementations("cpu") if found.obstacle("cpu")]
     assert "liger" in absent
-    # Four operations, two passes, two dtypes: of each implementation all of them run or all of them show as skipped.
-    cases = len(OPERATIONS) * 2 * 2
-    assert f"{cases * (4 - len(absent))} passed, {cases * len(absent)} skipped" in result.stdout
-    assert all(f"{name} is absent: " in result.stdout for name in absent)
+    # Two passes, two dtypes: of each implementation all of them run or all of them show as skipped.
+    cases = len(logits.OPERATIONS) * 2 * 2
+    assert f"{cases * (4 - len(absent))} passed, {cases * len(absent)} skipped" in out
+    assert all(f"{name} is absent: " in out for name in absent)
+
+
+def test_suite_of_the_linear_head_runs() -> None:
+    out = suite("bench_linear", "--features", "8", "--dtypes", "bfloat16")
+    assert f"{len(bench_linear.OPERATIONS) * len(bench_linear.MODES)} passed" in out
+
+
+def test_suites_cover_every_function() -> None:
+    functions = {name for name in fp.__all__ if name.endswith(("_loss", "_logps"))}
+    covered = {name.split(",")[0] for name in (*logits.OPERATIONS, *bench_linear.OPERATIONS)}
+    assert covered == functions
+    kinds = {(kind, update) for kind in ("running_mean", "ema") for update in ("forward", "step")}
+    assert {(s.kind, s.update) for s in (make() for make in bench_linear.DELTAS.values())} >= kinds
 
 
 def test_traffic_of_plain_operations() -> None:
@@ -45,14 +62,14 @@ def test_traffic_of_plain_operations() -> None:
 def test_traffic_of_eager_and_of_ours() -> None:
     """Log-softmax, its backward and the gather's zeros are six passes over the logits; ours are three."""
     batch = make_batch(2, 3, 5000)
-    logits, size = batch.logits.requires_grad_(), 2 * 3 * 5000 * 4
+    leaf, size = batch.logits.requires_grad_(), 2 * 3 * 5000 * 4
 
     def eager() -> None:
-        logps = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])
-        torch.autograd.grad(logps.sum(), logits)
+        logps = leaf.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])
+        torch.autograd.grad(logps.sum(), leaf)
 
     assert round(traffic(eager) / size, 2) == 6.0
-    ours = traffic(lambda: torch.autograd.grad(fp.token_logps(logits, batch.labels).sum(), logits))
+    ours = traffic(lambda: torch.autograd.grad(fp.token_logps(leaf, batch.labels).sum(), leaf))
     assert round(ours / size, 2) == 3.0
 
 
@@ -61,40 +78,32 @@ def test_shape() -> None:
     assert str(Shape(8, 64, 32_768)) == "8x64x32768"
 
 
-def test_linear_head() -> None:
-    command = [sys.executable, "-m", "benchmarks.linear_head", "--shape", "4x6x8x33", "--rounds", "1"]
-    done = subprocess.run([*command, "--dtypes", "bfloat16"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    stamp, _, _, *rows = done.stdout.splitlines()
-    assert "torch 2" in stamp
-    assert [row.split(" | ")[1] for row in rows] == [
-        "bare products", "eager", "linear_cpo_loss", "frozen head", "linear_bco_loss, δ of the batch"
-    ]  # fmt: skip
-    assert rows[0].split(" | ")[3] == rows[1].split(" | ")[4] == "1.00"
+def test_rounds_alternate_and_stop_at_the_deadline() -> None:
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = measure.alternate(steps, 4, "cpu", "")
+    assert order == list("abababab")
+    assert all(len(times[name]) == 4 for name in "ab")
+    late = measure.alternate(steps, 9, "cpu", "", deadline=0.0)
+    assert len(late["a"]) == measure.LEAST_ROUNDS
 
 
-def test_linear_head_works_as_eager_does() -> None:
-    """The peer computes what is compared: the same loss."""
-    problem = linear_head.Problem.make((4, 6, 8, 33), torch.float32, "cpu")
-    ours = fp.linear_cpo_loss(problem.hidden, problem.weight, problem.labels, beta=linear_head.BETA).loss
-    torch.testing.assert_close(linear_head.eager_cpo(problem), ours)
+def test_quantile_and_environment() -> None:
+    assert measure.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert measure.quantile([1.0, 2.0], 0.9) == pytest.approx(1.9)
+    machine = measure.environment("cpu")
+    assert machine["torch"] == torch.__version__
+    assert machine["device"].endswith(" CPU")
+    assert set(machine) == {"device", "architecture", "threads", "driver", "torch", "triton", "commit"}
 
 
-def test_static_head() -> None:
-    """One kernel on every GPU: what is predicted is above the floor, and not far above it at the largest depth."""
-    code = "from benchmarks import static_head as s; name = next(iter(s.KERNELS));" + (
-        "print([(row[1], *(float(row[i].strip('*')) for i in (9, 13, 14, 15))) for target in s.GPUS"
-        " for row in s.rows_of(name, s.KERNELS[name], target)])"
-    )
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=clean
-    )
-    assert done.returncode == 0, done.stderr
-    rows = ast.literal_eval(done.stdout)
-    assert len(rows) == 12
-    for _, epilogue, floor, predicted, ratio in rows:
-        assert epilogue > 5
-        assert predicted >= floor
-        assert 1 <= ratio < 1.5
-    assert {gpu for gpu, *_, ratio in rows if ratio <= 1.15} == {gpu for gpu, *_ in rows}
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure.write(tmp_path / "new" / "x.md", "first")
+
+    def fail(self: Path, text: str) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="full"):
+        measure.write(tmp_path / "new" / "x.md", "second")
+    assert (tmp_path / "new" / "x.md").read_text() == "first"

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl_models import bart, llama, mixtral, pairs, t5, tokenizer
 
-from benchmarks.common import peak_bytes
+from benchmarks.measure import peak_bytes
 from fused_pref.trl import CPOConfig, CPOTrainer
 from fused_pref.trl.stock import StockCPOConfig, StockCPOTrainer
 

@@ -41,7 +41,7 @@ class Device:
         scratch: bytes of the block that elementwise work goes through.
         measured: where the figures are from.
         epilogue: seconds that a fused product spends on a logit beyond multiplying: what the slowest of them is
-            predicted to take above the floor at D=4096 (``benchmarks/static_head.md``), not measured. Infinite where
+            predicted to take above the floor at D=4096 (``benchmarks/static.md``), not measured. Infinite where
             kernels run for tests alone.
     """
 

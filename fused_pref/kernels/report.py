@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a row per kernel, case, dtype and target; 1 if one spills or a kernel has no case, 2 if it cannot run."""
-    obstacle = _obstacle()
+    obstacle = compile_obstacle()
     if obstacle:
         print(f"kernels: {obstacle}", file=sys.stderr)
         return 2
@@ -119,7 +119,7 @@ def _compile_case(index: int, dtype: torch.dtype, target: str) -> list[dict[str,
     return rows
 
 
-def _obstacle() -> str | None:
+def compile_obstacle() -> str | None:
     """Why nothing can be compiled here; None if it can."""
     obstacle = backend.triton_obstacle(torch.device("cuda"))
     if obstacle is None:

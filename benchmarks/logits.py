@@ -1,4 +1,4 @@
-"""Who computes what: this library, and its peers written as their users write them."""
+"""The operations on logits: their batches, this library, and its peers written as their users write them."""
 
 import importlib.util
 import warnings
@@ -10,10 +10,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_pref as fp
-from benchmarks.common import Batch
 
-OPERATIONS = ("token_logps", "cpo_loss", "dpo_loss", "bco_loss")
+OPERATIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss")
 BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """S sequences of T positions over V entries."""
+
+    sequences: int
+    length: int
+    columns: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """From ``"SxTxV"``."""
+        sequences, length, columns = (int(number) for number in text.split("x"))
+        return cls(sequences, length, columns)
+
+    def __str__(self) -> str:
+        return f"{self.sequences}x{self.length}x{self.columns}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of every operation. Every position scores its own label, so that nobody pays for slicing."""
+
+    logits: Tensor  # (S, T, V), a leaf
+    labels: Tensor  # (S, T)
+    ref_logps: Tensor  # (S,)
+    desirable: Tensor  # (S,) bool
+
+    @classmethod
+    def make(cls, shape: Shape, dtype: torch.dtype, device: str) -> "Batch":
+        """Random logits, always the same."""
+        generator = torch.Generator(device).manual_seed(0)
+        size = (shape.sequences, shape.length, shape.columns)
+        logits = torch.empty(size, dtype=dtype, device=device).normal_(0, 3, generator=generator)
+        labels = torch.randint(0, shape.columns, size[:2], generator=generator, device=device)
+        desirable = torch.arange(shape.sequences, device=device) % 2 == 0
+        ref_logps = torch.full((shape.sequences,), -16.0 * shape.length, device=device)
+        return cls(logits.requires_grad_(), labels, ref_logps, desirable)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the logits."""
+        return self.logits.numel() * self.logits.element_size()
 
 
 @dataclass(frozen=True)
@@ -44,6 +87,7 @@ def ours(operation: str) -> Callable[[Batch], Tensor]:
     """This library, in the backend that ``auto`` chooses."""
     calls: dict[str, Callable[[Batch], Tensor]] = {
         "token_logps": lambda b: fp.token_logps(b.logits, b.labels, shift=False).sum(),
+        "sequence_logps": lambda b: fp.sequence_logps(b.logits, b.labels, shift=False).sum(),
         "cpo_loss": lambda b: fp.cpo_loss(b.logits, b.labels, shift=False).loss,
         "dpo_loss": lambda b: fp.dpo_loss(b.logits, b.labels, b.ref_logps, shift=False).loss,
         "bco_loss": lambda b: fp.bco_loss(b.logits, b.labels, b.desirable, b.ref_logps, shift=False).loss,
@@ -75,6 +119,7 @@ def peer(operation: str, token_logps: Callable[[Tensor, Tensor], Tensor]) -> Cal
 
     calls: dict[str, Callable[[Batch], Tensor]] = {
         "token_logps": lambda batch: token_logps(batch.logits, batch.labels).sum(),
+        "sequence_logps": lambda batch: token_logps(batch.logits, batch.labels).sum(-1).sum(),
         "cpo_loss": cpo,
         "dpo_loss": dpo,
         "bco_loss": bco,

@@ -1,0 +1,24 @@
+"""``python -m benchmarks COMMAND``."""
+
+import sys
+
+from fused_pref.usage import run_command
+
+COMMANDS = {
+    "compare": ("benchmarks.compare.command", "the linear head beside its peers and the bare products"),
+    "scaling": ("benchmarks.scaling", "time per token against N, V and D, and launches per call"),
+    "static": (
+        "benchmarks.static.command",
+        "what compiled code and the plans predict, for GPUs that need not be there",
+    ),
+    "report": ("benchmarks.report.command", "everything this machine can tell, within minutes, kept as it is finished"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status of a command line, ``sys.argv`` by default."""
+    return run_command("benchmarks", "Benchmarks of fused_pref; see benchmarks/README.md.", COMMANDS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

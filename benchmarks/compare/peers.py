@@ -1,0 +1,225 @@
+"""Who computes it: this library, and its peers as their users call them."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused_pref as fp
+from benchmarks.compare.problems import BETA, GAMMA, WORKS, Problem, objective
+
+# A value, by the work's objective, of a problem.
+Loss = Callable[[Problem], Tensor]
+# Log-probs (N,) of rows (N, D) with targets (N,) under a weight (V, D).
+TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
+# QuACK's own choice of rows at a time.
+QUACK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation of some kinds of work.
+
+    Attributes:
+        name: of it.
+        load: from the name of an objective to what computes it; imports what it needs.
+        works: kinds of work; empty for all.
+        package: what must be installed.
+        gpu: whether it needs one.
+        note: what a reader of its row must know.
+        needs: an attribute of ``torch.nn.functional`` that must be there.
+        device: where it says something that another row does not; None for everywhere.
+    """
+
+    name: str
+    load: Callable[[str], Loss]
+    works: tuple[str, ...] = ()
+    package: str | None = None
+    gpu: bool = False
+    note: str = ""
+    needs: str | None = None
+    device: str | None = None
+
+    def obstacle(self, device: str) -> str | None:
+        """Why it cannot run here; None if it can."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.needs is not None and not hasattr(F, self.needs):
+            return f"PyTorch {torch.__version__} has no F.{self.needs}"
+        if self.gpu and device != "cuda":
+            return "it needs a GPU"
+        return None
+
+    def does(self, work: str, device: str) -> bool:
+        """Whether it has a row for this kind of work on this device."""
+        return (not self.works or work in self.works) and self.device in (None, device)
+
+
+def ours(memory_budget: int | None = None) -> Callable[[str], Loss]:
+    """This library, in the backend and by the plan that it chooses within so many bytes."""
+    common: dict[str, Any] = {"shift": False, "memory_budget": memory_budget}
+
+    def bco(p: Problem) -> Tensor:
+        shift = fp.RewardShift().to(p.hidden.device)
+        tensors = (p.hidden, p.weight, p.labels, p.desirable, p.ref_logps)
+        return fp.linear_bco_loss(*tensors, delta=shift, beta=BETA, **common).loss
+
+    def simpo(p: Problem) -> Tensor:
+        options = {"loss_type": "simpo", "simpo_gamma": GAMMA, "cpo_alpha": 0.0}
+        return fp.linear_cpo_loss(p.hidden, p.weight, p.labels, beta=BETA, **options, **common).loss
+
+    calls: dict[str, Loss] = {
+        "cpo": lambda p: fp.linear_cpo_loss(p.hidden, p.weight, p.labels, beta=BETA, **common).loss,
+        "simpo": simpo,
+        "dpo": lambda p: fp.linear_dpo_loss(p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **common).loss,
+        "bco": bco,
+        "cross_entropy": lambda p: (
+            -fp.linear_token_logps(p.hidden, p.weight, p.labels, **common).sum() / p.sizes.tokens
+        ),
+        "logps": lambda p: fp.linear_sequence_logps(p.hidden, p.weight, p.labels, **common),
+    }
+    return calls.__getitem__
+
+
+def by_position(token_logps: TokenLogps) -> Callable[[str], Loss]:
+    """An objective around log-probs of all positions, scored or not."""
+
+    def load(name: str) -> Loss:
+        def loss(p: Problem) -> Tensor:
+            logp = token_logps(p.hidden.flatten(0, 1), p.weight, p.labels.clamp(min=0).flatten())
+            return objective(name, logp.view(p.labels.shape) * p.scored, p)
+
+        return loss
+
+    return load
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Logits, made float32, a log-softmax and a gather."""
+    return (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def load_compiled(name: str) -> Loss:
+    """The eager code under ``torch.compile``."""
+    return torch.compile(by_position(eager)(name), dynamic=False)
+
+
+def load_trl(name: str) -> Loss:
+    """TRL's chunked log-prob head, fed as TRL feeds it: the scored rows on a GPU, all of them elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.trainer.utils import (
+            _CHUNKED_LOGPROB_CHUNK_SIZE,
+            _ChunkedLogProbFunction,  # pyright: ignore[reportPrivateImportUsage]
+        )
+    chunked, size = _ChunkedLogProbFunction, _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return chunked.apply(hidden, weight, None, targets, 1.0, size, None, 1.0, ())[0]
+
+    def scored(p: Problem) -> Tensor:
+        logp = token_logps(p.hidden[p.scored], p.weight, p.labels[p.scored])
+        return objective(name, logp.new_zeros(p.labels.shape).masked_scatter(p.scored, logp), p)
+
+    everywhere = by_position(token_logps)(name)
+    return lambda p: (scored if p.hidden.is_cuda else everywhere)(p)
+
+
+def load_liger_pairs(name: str) -> Loss:
+    """Liger's chunked preference losses, compiled as by default."""
+    from liger_kernel import chunked_loss  # pyright: ignore[reportMissingImports]
+
+    modules = {
+        "cpo": lambda: chunked_loss.LigerFusedLinearCPOLoss(beta=BETA),
+        "simpo": lambda: chunked_loss.LigerFusedLinearSimPOLoss(beta=BETA, gamma=GAMMA, compute_nll_loss=False),
+        "dpo": lambda: chunked_loss.LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False),
+    }
+    module = modules[name]()
+    return lambda p: module(p.weight, p.hidden, p.labels)[0]
+
+
+def load_liger(name: str) -> Loss:
+    """Liger's fused linear cross-entropy."""
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
+        liger_fused_linear_cross_entropy,
+    )
+
+    return lambda p: liger_fused_linear_cross_entropy(p.hidden.flatten(0, 1), p.weight, p.labels.flatten())
+
+
+def cut_cross_entropy(**options: object) -> Callable[[str], Loss]:
+    """Apple's kernel for token log-probs with PyTorch's objective around it."""
+
+    def load(name: str) -> Loss:
+        from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+        def loss(p: Problem) -> Tensor:
+            losses = linear_cross_entropy(p.hidden, p.weight, p.labels, reduction="none", **options)
+            return objective(name, -losses.float(), p)
+
+        return loss
+
+    return load
+
+
+def load_torch(name: str) -> Loss:
+    """PyTorch's chunked linear cross-entropy."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda p: F.linear_cross_entropy(p.hidden.flatten(0, 1), p.weight, p.labels.flatten(), options=options)
+
+
+def load_quack(name: str) -> Loss:
+    """QuACK's chunked linear cross-entropy."""
+    from quack.linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+        chunked_linear_cross_entropy,
+    )
+
+    return lambda p: chunked_linear_cross_entropy(
+        p.hidden.flatten(0, 1), p.weight, p.labels.flatten(), chunk_size=QUACK_ROWS
+    )
+
+
+ONLY_CE = "cross-entropy only, of all positions"
+PAIRS = ("cpo", "simpo", "dpo", "frozen")
+TRAINED = tuple(name for name, work in WORKS.items() if "weight" in work.gradients)
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("fused_pref", ours()),
+        Peer("fused_pref_3g", ours(3 << 30), ("cpo",), note="memory_budget of 3 GiB", device="cuda"),
+        Peer("fused_pref_1g", ours(1 << 30), ("cpo",), note="memory_budget of 1 GiB", device="cuda"),
+        Peer("fused_pref_512m", ours(512 << 20), ("cpo",), note="memory_budget of 512 MiB", device="cuda"),
+        Peer("eager", by_position(eager)),
+        Peer("torch.compile", load_compiled, TRAINED, note="of eager"),
+        Peer("trl_chunked", load_trl, package="trl", note="TRL's log-prob head, PyTorch's objective"),
+        Peer("liger_pairs", load_liger_pairs, PAIRS, package="liger_kernel", note="a pair at a time"),
+        Peer("liger_ce", load_liger, ("cross_entropy",), package="liger_kernel", gpu=True, note=ONLY_CE),
+        Peer(
+            "cce", cut_cross_entropy(), package="cut_cross_entropy", gpu=True,
+            note="drops small gradients; PyTorch's objective",
+        ),
+        Peer(
+            "cce_exact", cut_cross_entropy(filter_eps=None), package="cut_cross_entropy", gpu=True,
+            note="drops nothing; PyTorch's objective",
+        ),
+        Peer("torch_ce", load_torch, ("cross_entropy",), needs="linear_cross_entropy", note=ONLY_CE),
+        Peer("quack_ce", load_quack, ("cross_entropy",), package="quack", gpu=True, note=ONLY_CE),
+    )
+}  # fmt: skip
+
+
+def bare_products(problem: Problem) -> Callable[[], object]:
+    """The floor: the products that the work cannot spare, on the scored rows, with nothing between them."""
+    (rows, _), weight = problem.rows, problem.weight.detach()
+    wanted = problem.leaves
+
+    def step() -> object:
+        z = rows @ weight.t()
+        return z, "hidden" in wanted and z @ weight, "weight" in wanted and z.t() @ rows
+
+    return step

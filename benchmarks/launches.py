@@ -1,0 +1,62 @@
+"""What a step launches on a GPU; counted without one, too."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.traffic import ALLOCATIONS
+
+
+def on_gpu(step: Callable[[], object]) -> int:
+    """Kernels and copies of a step that has run before, as the profiler sees them."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profile.events() or ())
+
+
+class Operations(TorchDispatchMode):
+    """Counts the PyTorch operations that compute: neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        name = func._schema.name.split("::")[1]
+        self.count += func.namespace == "aten" and not views and name not in ALLOCATIONS
+        return func(*args, **(kwargs or {}))
+
+
+def without_gpu(step: Callable[[], object], architecture: str = "sm_90") -> int:
+    """Operations and kernels that a step on CPU tensors with ``backend="triton"`` would launch on this architecture.
+
+    The plan and the blocks of rows are those of the architecture, and kernels are counted in place of being run. Needs
+    Triton's interpreter: ``TRITON_INTERPRET=1`` before Triton is imported.
+    """
+    with _counting(architecture) as operations:
+        step()
+    return operations.count
+
+
+@contextmanager
+def _counting(architecture: str) -> Iterator[Operations]:
+    from fused_pref.head import call, plan, streaming
+    from fused_pref.kernels import logprob
+
+    operations = Operations()
+
+    def run(kernel: Any, *args: Any, **keywords: Any) -> None:
+        operations.count += 1
+
+    kind = type(logprob._token_logps_fwd_kernel)
+    planned = mock.patch.object(call, "device_of", return_value=plan.GPUS[architecture])
+    blocks = mock.patch.object(streaming, "CPU_BLOCK", streaming.DEVICE_BLOCK)
+    with planned, blocks, mock.patch.object(kind, "run", run), operations:
+        yield operations

@@ -1,0 +1,1 @@
+"""Everything that a machine can tell about this library within minutes."""

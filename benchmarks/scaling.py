@@ -1,0 +1,138 @@
+"""``python -m benchmarks scaling``: how the linear head grows with N, V and D, and what a call launches.
+
+One pair of sequences, so that one plan serves every N.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_pref as fp
+from benchmarks import launches
+from benchmarks.compare.problems import BETA, BOTH, Problem, Sizes, Work
+from benchmarks.compare.tables import line
+from benchmarks.measure import alternate, check, default_device, describe, environment, write
+
+GRADIENTS = {"cpo": BOTH, "frozen": ("hidden",), "logps": ()}
+# (N, D, V) of each axis: by device, and small ones to see that it runs.
+AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
+    "cpu": {
+        "N": [(n, 512, 8192) for n in (512, 1024, 2048, 4096, 8192, 16384)],
+        "V": [(1024, 512, v) for v in (8192, 16384, 32768, 65536)],
+        "D": [(1024, d, 8192) for d in (512, 1024, 2048, 4096)],
+    },
+    "cuda": {
+        "N": [(n, 4096, 131072) for n in (512, 1024, 2048, 4096, 8192, 16384)],
+        "V": [(8192, 4096, v) for v in (32768, 65536, 131072, 262144)],
+        "D": [(8192, d, 131072) for d in (1024, 2048, 4096, 8192)],
+    },
+    "small": {
+        "N": [(n, 16, 512) for n in (64, 128, 256)],
+        "V": [(64, 16, v) for v in (512, 1024)],
+        "D": [(64, d, 512) for d in (16, 32)],
+    },
+}
+PLACE = {"N": 0, "D": 1, "V": 2}
+# More than the logits of any of the sizes.
+BUDGET = 2**36
+HEADER = ("N", "D", "V", "ms", "p10-p90", "ns per unit", "of the last", "launches")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--works", nargs="+", choices=GRADIENTS, default=list(GRADIENTS), help="default: all of them")
+    parser.add_argument("--axes", nargs="+", choices=PLACE, default=list(PLACE), help="default: all of them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device(), help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write scaling.md and scaling.json, axis by axis")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table for each kind of work and axis."""
+    check(args.device, args.rounds)
+    if args.device == "cpu":
+        # For the launches, which are counted and not run.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    page, rows = [f"{describe(args.device)}; {dtype}"], []
+    print(page[0])
+    for work in args.works:
+        for axis in args.axes:
+            found = measure(work, axis, AXES["small" if args.small else args.device][axis], dtype, args)
+            rows += found
+            lines = ["", f"{work}, per {axis}:", "", line(HEADER), line(["---"] * len(HEADER)), *map(cells, found)]
+            print("\n".join(lines), flush=True)
+            page += lines
+            if args.out is not None:
+                write(args.out / "scaling.md", "\n".join(page) + "\n")
+                results = {"machine": environment(args.device), "rows": rows}
+                write(args.out / "scaling.json", json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def measure(
+    work: str, axis: str, sizes: list[tuple[int, int, int]], dtype: str, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each size, in alternating rounds."""
+    problems = {f"{n}": problem_of(each, work, dtype, args.device) for n, each in enumerate(sizes)}
+    steps = {name: step_of(work, problem) for name, problem in problems.items()}
+    for step in steps.values():
+        step()
+    times = alternate(steps, args.rounds, args.device, f"{work}, {axis}")
+    units = [each[PLACE[axis]] for each in sizes]
+    per_unit = [statistics.median(times[name]) / unit for name, unit in zip(steps, units, strict=True)]
+    rows = []
+    for (name, seconds), each, unit_seconds in zip(times.items(), sizes, per_unit, strict=True):
+        row: dict[str, Any] = {"work": work, "axis": axis, **dict(zip(("N", "D", "V"), each, strict=True))}
+        row |= {"ms": [1e3 * second for second in seconds], "ns_per_unit": 1e9 * unit_seconds}
+        rows.append(row | {"of_last": unit_seconds / per_unit[-1], "launches": launches_of(work, problems[name])})
+    return rows
+
+
+def problem_of(sizes: tuple[int, int, int], work: str, dtype: str, device: str) -> Problem:
+    """One pair of sequences, every position scored."""
+    tokens, features, vocabulary = sizes
+    problem = Problem.make(Sizes(2, tokens // 2, features, vocabulary), getattr(torch, dtype), device)
+    return problem.of(Work("", GRADIENTS[work], ""))
+
+
+def step_of(work: str, p: Problem, **keywords: Any) -> Callable[[], None]:
+    """A forward, and a backward where gradients are wanted."""
+    common: dict[str, Any] = {"shift": False, "memory_budget": BUDGET, "logits_mean": None, **keywords}
+
+    def step() -> None:
+        if work == "logps":
+            common.pop("logits_mean", None)
+            with torch.no_grad():
+                fp.linear_sequence_logps(p.hidden, p.weight, p.labels, **common)
+        else:
+            loss = fp.linear_cpo_loss(p.hidden, p.weight, p.labels, beta=BETA, **common).loss
+            torch.autograd.grad(loss, tuple(p.leaves.values()))
+
+    return step
+
+
+def launches_of(work: str, problem: Problem) -> int | None:
+    """What a call launches; without a GPU, what it would on an H200, None where Triton is not installed."""
+    if problem.hidden.is_cuda:
+        return launches.on_gpu(step_of(work, problem))
+    try:
+        return launches.without_gpu(step_of(work, problem, backend="triton"))
+    except (ImportError, ValueError):
+        return None
+
+
+def cells(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    spread = torch.tensor(row["ms"]).quantile(torch.tensor([0.1, 0.9])).tolist()
+    numbers = [f"{statistics.median(row['ms']):.1f}", f"{spread[0]:.1f}-{spread[1]:.1f}", f"{row['ns_per_unit']:.4g}"]
+    launched = "" if row["launches"] is None else f"{row['launches']}"
+    return line([f"{row['N']}", f"{row['D']}", f"{row['V']}", *numbers, f"{row['of_last']:.2f}", launched])

@@ -1,0 +1,54 @@
+"""The bytes that a step moves, as PyTorch's dispatcher sees them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# Of their largest operand they touch as many entries as their index has.
+SPARSE = {"gather", "scatter_add_", "scatter_add", "index_select", "embedding"}
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of the operands of every operation that PyTorch dispatches, results included, each counted once.
+
+    A custom operation counts as one: what it keeps in registers or cache is not traffic. Kernels that are launched
+    outside of an operation are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not views and name not in ALLOCATIONS:
+            read = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+            written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            if name in SPARSE:
+                index = args[2] if len(args) > 2 else args[1]
+                self.nbytes += sum(min(occupied(x), index.numel() * x.element_size()) for x in (*read, *written))
+            else:
+                # A tensor is overwritten without being read by these.
+                fills = name.endswith("_like") or name in ("copy_", "fill_", "zero_", "zeros", "ones", "new_zeros")
+                self.nbytes += sum(map(occupied, read[1:] if fills else read)) + sum(map(occupied, written))
+        return result
+
+
+def occupied(tensor: Tensor) -> int:
+    """Bytes of the distinct entries of a tensor that may be expanded."""
+    counts = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return functools.reduce(lambda total, size: total * size, counts, tensor.element_size())
+
+
+def traffic(step: Callable[[], Any]) -> int:
+    """Bytes that one call moves; see :class:`Traffic`."""
+    with Traffic() as counted:
+        step()
+    return counted.nbytes
