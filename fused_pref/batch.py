@@ -30,10 +30,14 @@ class Local(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Scores of a batch, and how a loss of them gets its gradient: (loss, ∂loss/∂sums (S,)) → differentiable loss."""
+    """Scores of a batch, and how a loss of them gets its gradient: (loss, ∂loss/∂sums (S,)) → differentiable loss.
+
+    ``dropped_mass`` is what ``skip_mass`` will leave out of that gradient, shape of the labels; None if not asked for.
+    """
 
     scores: Scores
     attach: Attach
+    dropped_mass: Tensor | None = None
 
 
 class KnownSlopeFunction(torch.autograd.Function):
@@ -155,23 +159,26 @@ class LinearBatch(Batch):
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """See :class:`Batch`."""
-        scored = self._score(None)
-        return scored[0], scored[1]
+        logp, means, *_ = self._score(None)
+        return logp, means
 
     def scores(self, local: Local | None = None) -> Scored:
         """See :class:`Batch`."""
-        logp, means, gradients = self._score(local)
+        logp, means, gradients, dropped = self._score(local)
         scores = self._sums(logp, means)
+        if dropped is None and self.spec.skip_mass is not None:
+            dropped = torch.zeros_like(means)
         if gradients is None:
-            return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums))
+            return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums), dropped)
 
         def attach(loss: Tensor, slope: Tensor) -> Tensor:
             return KnownGradientsFunction.apply(*tensors, loss, self.spec.backend, *gradients)  # type: ignore[return-value]
 
         tensors = (self.hidden, self.weight, self.bias)
-        return Scored(scores, attach)
+        return Scored(scores, attach, dropped)
 
-    def _score(self, local: Local | None) -> tuple[Tensor, Tensor, Any]:
+    def _score(self, local: Local | None) -> tuple[Tensor, Tensor, Any, Tensor | None]:
+        """Log-probs, means of z, the gradients if they are known, and the dropped mass if there is any."""
         call = self.call(0 if local is None else local.unit)
         tensors = (self.hidden, self.weight, self.bias)
         if torch.compiler.is_compiling():
@@ -179,11 +186,12 @@ class LinearBatch(Batch):
         rows = call.rows(self.labels, self.cu_seqlens)
         plan = call.plan(call.head(*tensors), rows)
         if plan.name == "grouped" and local is not None:
-            return known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope)
-        logp, means = LinearTokenLogpsFunction.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
-        return logp, means, None
+            return *known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope), None
+        function = LinearTokenLogpsFunction
+        logp, means, dropped = function.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
+        return logp, means, None, dropped
 
-    def _score_compiled(self, call: HeadCall, local: Local | None) -> tuple[Tensor, Tensor, Any]:
+    def _score_compiled(self, call: HeadCall, local: Local | None) -> tuple[Tensor, Tensor, Any, None]:
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
         if local is not None and not call.wanted <= {"hidden"}:
             detached = [None if tensor is None else tensor.detach() for tensor in batch]
@@ -191,10 +199,10 @@ class LinearBatch(Batch):
             logp, means, *gradients = linear_ops.linear_known_gradients(
                 *detached, tensors, constants, linear_ops.encode(call)
             )
-            return logp, means, linear_ops.wanted_only(tuple(gradients))
+            return logp, means, linear_ops.wanted_only(tuple(gradients)), None
         function = linear_ops.CompiledTokenLogpsFunction
         logp, means = function.apply(*batch, linear_ops.encode(call))  # type: ignore[misc]
-        return logp, means, None
+        return logp, means, None, None
 
 
 def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) -> Tensor:

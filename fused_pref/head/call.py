@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.backend import architecture
-from fused_pref.head import linear
+from fused_pref.head import linear, skipping
 from fused_pref.head import slab as torch_slab
 from fused_pref.head.linear import Forward, Head
 from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose, device_of
@@ -90,6 +90,7 @@ class HeadCall:
             fused=head.fusible,
             wide_range=self.dtype != torch.float16,
             indexed=head.indexed,
+            skip=self.spec.skip_mass is not None and skipping.can_skip(head),
             cast_weight=0 if self.dtype == weight.dtype else weight.numel() * self.dtype.itemsize,
         )
 
@@ -105,7 +106,10 @@ class HeadCall:
     def score(self, head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
         """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""
         unscored = self.unscored_totals(head, rows, labels)
-        left = linear.forward(head, rows, plan, total=self.totals)
+        if plan.name == "skipping" and self.spec.skip_mass is not None:
+            left = skipping.forward(head, rows, plan, self.spec.skip_mass, total=self.totals)
+        else:
+            left = linear.forward(head, rows, plan, total=self.totals)
         logp, _ = head.finish(left.statistics, rows.targets)
         totals = rows.spread(left.statistics[torch_slab.TOTAL], labels)
         return logp, self.means(head, rows, labels, totals, unscored), left

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head import linear
+from fused_pref.head import linear, skipping
 from fused_pref.head.call import HeadCall
 from fused_pref.head.grouped import Slope, grouped
 from fused_pref.head.linear import Gradients
@@ -16,7 +16,10 @@ from fused_pref.head.streaming import block_entries, ranges
 
 
 class LinearTokenLogpsFunction(torch.autograd.Function):
-    """(hidden, weight, bias, labels) → (logp, mean of z), per position; any upstream gradient."""
+    """(hidden, weight, bias, labels) → (logp, mean of z, dropped mass), per position; any upstream gradient.
+
+    The dropped mass is None but for plan ``skipping``.
+    """
 
     @staticmethod
     def forward(
@@ -28,25 +31,28 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         rows: ValidRows,
         plan: Plan,
         call: HeadCall,
-    ) -> tuple[Tensor, Tensor]:
-        """By plan ``logprob``, ``frozen_head`` or ``vocab_major``."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """By any plan but ``grouped``."""
         ctx.call, ctx.rows, ctx.plan = call, rows, plan
         with torch.autocast(hidden.device.type, enabled=False):
             logp, means, left = call.score(call.head(hidden, weight, bias), rows, plan, labels)
-        statistics, u, ctx.kept = left
-        ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u)
-        ctx.mark_non_differentiable(means)
-        return rows.spread(logp, labels), means
+        statistics, u, ctx.kept, skipped = left
+        live, dropped = (None, None) if skipped is None else (skipped.live, rows.spread(skipped.mass, labels))
+        ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u, live)
+        ctx.mark_non_differentiable(*(means,) if dropped is None else (means, dropped))
+        return rows.spread(logp, labels), means, dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """See :mod:`fused_pref.head.linear`."""
         call, rows = ctx.call, ctx.rows
-        hidden, weight, bias, left = ctx.saved_tensors
+        hidden, weight, bias, left, live = ctx.saved_tensors
         head, grad_logp = call.head(hidden, weight, bias), rows.pick(grads[0])
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if ctx.plan.name == "frozen_head":
                 gradients = Gradients(linear.frozen_head_bwd(head, rows, left, grad_logp), None, None)
+            elif ctx.plan.name == "skipping":
+                gradients = skipping.backward(head, rows, ctx.plan, left, live, grad_logp, call.wanted)
             else:
                 gradients = linear.vocab_major_bwd(head, rows, ctx.plan, left, ctx.kept, grad_logp, call.wanted)
         return (*_once(gradients, hidden, weight, bias), None, None, None, None)

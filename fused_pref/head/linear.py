@@ -185,16 +185,31 @@ class Head:
         return total
 
 
+class Skipped(NamedTuple):
+    """Which of K tiles of the vocabulary each row needs, (K, N) bool, and the probability of the others, (N,)."""
+
+    live: Tensor
+    mass: Tensor
+
+
 class Forward(NamedTuple):
-    """What a forward leaves: statistics (4, N) of the rows; U (N, D) of a frozen head; slices kept for the backward."""
+    """What a forward leaves for the backward.
+
+    Attributes:
+        statistics: (4, N) of the rows.
+        u: U (N, D) of a frozen head.
+        kept: slices of logits.
+        skipped: what the ``skipping`` plan leaves out.
+    """
 
     statistics: Tensor
     u: Tensor | None
     kept: list[Tensor]
+    skipped: Skipped | None = None
 
 
 def forward(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Forward:
-    """By any plan but ``grouped``; ``total``: also Σ z."""
+    """By plan ``logprob``, ``frozen_head`` or ``vocab_major``; ``total``: also Σ z."""
     if plan.name == "logprob":
         return Forward(logprob(head, rows, plan, total=total), None, [])
     if plan.name == "frozen_head":

@@ -114,6 +114,7 @@ class LinearSpec(TokenSpec):
 
     memory_budget: int | None
     max_valid_tokens: int | None
+    skip_mass: float | None = None
 
     @classmethod
     def own(cls, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,4 +122,5 @@ class LinearSpec(TokenSpec):
         if keywords["tp_group"] is not None:
             raise validate.fail("tp_group", "None: vocab-parallel heads are not supported", keywords["tp_group"])
         bounds = {"memory_budget": 1, "max_valid_tokens": 0}
-        return {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
+        sizes = {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
+        return {**sizes, "skip_mass": validate.within("skip_mass", keywords["skip_mass"], 0, 1, optional=True)}
