@@ -69,6 +69,15 @@ class TokenKeywords(TypedDict, total=False):
             "ones (TRL's DPO), or None for no means; without effect on functions that return log-probs only",
         ),
     ]
+    cp_group: Annotated[
+        Any,
+        Keyword(
+            None,
+            "process group (or 1-d DeviceMesh) over which the positions of every sequence are spread, labels shifted "
+            "beforehand (shift=False): sums over a sequence go over all ranks, which then have the same loss, and "
+            "gradients are each rank's part; without effect on log-probs of tokens",
+        ),
+    ]
 
 
 class LogitsKeywords(TokenKeywords, total=False):
@@ -97,7 +106,20 @@ class LinearKeywords(TokenKeywords, total=False):
         ),
     ]
     tp_group: Annotated[
-        Any, Keyword(None, "process group of a vocab-parallel head, whose weight is this rank's contiguous rows")
+        Any,
+        Keyword(
+            None,
+            "process group (or 1-d DeviceMesh) of a vocab-parallel head: weight and bias are this rank's contiguous "
+            "rows, in the order of the ranks and of any number; hidden states and labels are the same on all ranks",
+        ),
+    ]
+    tp_partial: Annotated[
+        bool,
+        Keyword(
+            False,
+            "leave the gradient of the hidden states as this rank's part of the sum over tp_group, for a "
+            "reduce-scatter of sequence parallelism",
+        ),
     ]
     max_valid_tokens: Annotated[
         int | None,

@@ -14,10 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+class Raised(str):
+    """What a rank raised."""
+
+
 def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> list[Any]:
     """Results of ``work(rank, *arguments)``, a function of a module, on every rank.
 
-    ``seconds`` bounds a collective. A rank that raises gives its exception's text as a string.
+    ``seconds`` bounds a collective. A rank that raises gives its exception's text as a :class:`Raised`.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,9 +42,9 @@ def _rank(
         result: Any = work(rank, *arguments)
     except Exception as error:
         traceback.print_exc()
-        result = f"{type(error).__name__}: {error}"
+        result = Raised(f"{type(error).__name__}: {error}")
     torch.save(result, Path(folder) / f"{rank}.pt")
     # Ranks that wait for one that has raised are let go by their own timeout.
-    if not isinstance(result, str):
+    if not isinstance(result, Raised):
         dist.barrier()
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ from fused_pref.head.call import HeadCall
 from fused_pref.head.grouped import Slope, grouped
 from fused_pref.head.linear import Gradients
 from fused_pref.head.logits import OnceDifferentiableFunction
+from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.streaming import block_entries, ranges
@@ -69,10 +70,11 @@ class KnownGradientsFunction(torch.autograd.Function):
         bias: Tensor | None,
         loss: Tensor,
         backend: str,
+        shard: Shard | None,
         *gradients: Tensor | None,
     ) -> Tensor:
         """0-d."""
-        ctx.backend = backend
+        ctx.backend, ctx.shard = backend, shard
         ctx.save_for_backward(hidden, weight, bias, *gradients)
         return loss.clone()
 
@@ -81,13 +83,17 @@ class KnownGradientsFunction(torch.autograd.Function):
         """Scale the gradients, in place where they are not needed again."""
         hidden, weight, bias, *known = ctx.saved_tensors
         with torch.no_grad():
+            if ctx.shard is not None and known[0] is not None:
+                known[0] = ctx.shard.reduce(scale(known[0], grads[0], known[0].dtype, ctx.backend)).to(hidden.dtype)
             scaled = Gradients(
                 *(
-                    None if gradient is None or tensor is None else scale(gradient, grads[0], tensor.dtype, ctx.backend)
+                    gradient
+                    if gradient is None or tensor is None or (tensor is hidden and ctx.shard is not None)
+                    else scale(gradient, grads[0], tensor.dtype, ctx.backend)
                     for gradient, tensor in zip(known, (hidden, weight, bias), strict=True)
                 )
             )
-        return (*_once(scaled, hidden, weight, bias), None, None, None, None, None)
+        return (*_once(scaled, hidden, weight, bias), None, None, None, None, None, None)
 
 
 def known_gradients(

@@ -30,8 +30,9 @@ def decode(text: str) -> HeadCall:
     """A call from text."""
     values = [ast.literal_eval(part) for part in text.split(SEPARATOR)]
     backend, shift, ignore_index, *transform = values[:6]
-    logits_mean, memory_budget, max_valid_tokens, dtype, unit, *wanted = values[6:]
-    spec = LinearSpec(backend, shift, ignore_index, Transform(*transform), logits_mean, memory_budget, max_valid_tokens)
+    logits_mean, *sizes, dtype, unit = values[6:11]
+    wanted = values[11:]
+    spec = LinearSpec(backend, shift, ignore_index, Transform(*transform), logits_mean, None, *sizes)
     return HeadCall(spec, getattr(torch, dtype.removeprefix("torch.")), frozenset(wanted), unit)
 
 
