@@ -16,7 +16,9 @@ from fused_pref.head.call import HeadCall, product_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
 from fused_pref.head.logits import TokenLogpsFunction
 from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.parallel import Shard, shard
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
+from fused_pref.ranks import local_head, sum_over_ranks
 from fused_pref.reductions import Scores, sequence_scores
 
 Attach = Callable[[Tensor, Tensor], Tensor]
@@ -30,10 +32,14 @@ class Local(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Scores of a batch, and how a loss of them gets its gradient: (loss, ∂loss/∂sums (S,)) → differentiable loss."""
+    """Scores of a batch, and how a loss of them gets its gradient: (loss, ∂loss/∂sums (S,)) → differentiable loss.
+
+    ``dropped_mass`` is what ``skip_mass`` will leave out of that gradient, shape of the labels; None if not asked for.
+    """
 
     scores: Scores
     attach: Attach
+    dropped_mass: Tensor | None = None
 
 
 class KnownSlopeFunction(torch.autograd.Function):
@@ -81,6 +87,9 @@ class Batch:
 
     def _sums(self, logp: Tensor, means: Tensor) -> Scores:
         scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
+        if self.spec.cp_group is not None:
+            sums, *counts = sum_over_ranks(torch.stack([part.double() for part in scores]), self.spec.cp_group)
+            scores = Scores(sums, *(count.to(part.dtype) for count, part in zip(counts, scores[1:], strict=True)))
         validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
 
@@ -101,7 +110,8 @@ class LogitsBatch(Batch):
         logits = _positions("logits", logits, "V", keywords)
         if spec.inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride(), strict=True)):
             raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
-        labels, cu_seqlens, sequences = _labels(labels, logits, logits.shape[-1], keywords, spec, pairs=pairs)
+        labels, cu_seqlens, sequences = _labels(labels, logits, keywords, spec, pairs=pairs)
+        _check_labels(labels, logits.shape[-1], spec)
         spec = _resolved(spec, keywords, logits.dtype, logits.device, means=means)
         return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(logits.dtype), logits)
 
@@ -118,6 +128,7 @@ class LinearBatch(Batch):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    shard: Shard | None
 
     @classmethod
     def of(
@@ -132,6 +143,8 @@ class LinearBatch(Batch):
     ) -> "LinearBatch":
         """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
         spec = LinearSpec.of(keywords)
+        hidden, weight, bias, group = local_head(hidden, weight, keywords["bias"], spec.tp_group)
+        spec = replace(spec, tp_group=group)
         hidden = _positions("hidden", hidden, "D", keywords)
         device, features = hidden.device, hidden.shape[-1]
         dtype = product_dtype(hidden)
@@ -141,37 +154,48 @@ class LinearBatch(Batch):
         weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
         if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
             raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)
-        bias = keywords["bias"]
         if bias is not None:
             bias = validate.tensor("bias", bias, "(V,)", tuple(weight.shape[:1]), dtypes, device)
-        labels, cu_seqlens, sequences = _labels(labels, hidden, weight.shape[0], keywords, spec, pairs=pairs)
+        labels, cu_seqlens, sequences = _labels(labels, hidden, keywords, spec, pairs=pairs)
+        held, vocabulary = None, weight.shape[0]
+        if spec.tp_group is not None:
+            wanted = wanted_gradients(hidden, weight, bias)
+            agreed = (spec.ignore_index, wanted, pairs, bias is None, spec.constants[1:], spec.memory_budget)
+            held = shard(spec.tp_group, weight, hidden, labels, agreed, spec.tp_partial)
+            vocabulary = held.vocabulary
+        _check_labels(labels, vocabulary, spec)
         spec = _resolved(spec, keywords, dtype, device, means=means)
-        return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias)
+        return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias, held)
 
     def call(self, unit: int = 0) -> HeadCall:
         """What the head is asked for; ``unit`` as in :class:`Local`, 0 where coefficients are not known."""
         wanted = wanted_gradients(self.hidden, self.weight, self.bias)
-        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit)
+        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit, self.shard)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """See :class:`Batch`."""
-        scored = self._score(None)
-        return scored[0], scored[1]
+        logp, means, *_ = self._score(None)
+        return logp, means
 
     def scores(self, local: Local | None = None) -> Scored:
         """See :class:`Batch`."""
-        logp, means, gradients = self._score(local)
+        logp, means, gradients, dropped = self._score(local)
         scores = self._sums(logp, means)
+        if dropped is None and self.spec.skip_mass is not None:
+            dropped = torch.zeros_like(means)
         if gradients is None:
-            return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums))
+            return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums), dropped)
 
         def attach(loss: Tensor, slope: Tensor) -> Tensor:
-            return KnownGradientsFunction.apply(*tensors, loss, self.spec.backend, *gradients)  # type: ignore[return-value]
+            return KnownGradientsFunction.apply(*tensors, loss, self.spec.backend, self.shard, *gradients)  # type: ignore[return-value]
 
         tensors = (self.hidden, self.weight, self.bias)
-        return Scored(scores, attach)
+        return Scored(scores, attach, dropped)
 
-    def _score(self, local: Local | None) -> tuple[Tensor, Tensor, Any]:
+    def _score(self, local: Local | None) -> tuple[Tensor, Tensor, Any, Tensor | None]:
+        """Log-probs, means of z, the gradients if they are known, and the dropped mass if there is any."""
+        # Where sequences are spread over ranks, their coefficients are known once all of them have been summed.
+        local = None if self.spec.cp_group is not None else local
         call = self.call(0 if local is None else local.unit)
         tensors = (self.hidden, self.weight, self.bias)
         if torch.compiler.is_compiling():
@@ -179,11 +203,12 @@ class LinearBatch(Batch):
         rows = call.rows(self.labels, self.cu_seqlens)
         plan = call.plan(call.head(*tensors), rows)
         if plan.name == "grouped" and local is not None:
-            return known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope)
-        logp, means = LinearTokenLogpsFunction.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
-        return logp, means, None
+            return *known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope), None
+        function = LinearTokenLogpsFunction
+        logp, means, dropped = function.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
+        return logp, means, None, dropped
 
-    def _score_compiled(self, call: HeadCall, local: Local | None) -> tuple[Tensor, Tensor, Any]:
+    def _score_compiled(self, call: HeadCall, local: Local | None) -> tuple[Tensor, Tensor, Any, None]:
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
         if local is not None and not call.wanted <= {"hidden"}:
             detached = [None if tensor is None else tensor.detach() for tensor in batch]
@@ -191,10 +216,10 @@ class LinearBatch(Batch):
             logp, means, *gradients = linear_ops.linear_known_gradients(
                 *detached, tensors, constants, linear_ops.encode(call)
             )
-            return logp, means, linear_ops.wanted_only(tuple(gradients))
+            return logp, means, linear_ops.wanted_only(tuple(gradients)), None
         function = linear_ops.CompiledTokenLogpsFunction
         logp, means = function.apply(*batch, linear_ops.encode(call))  # type: ignore[misc]
-        return logp, means, None
+        return logp, means, None, None
 
 
 def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) -> Tensor:
@@ -208,7 +233,7 @@ def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) ->
 
 
 def _labels(
-    labels: Any, source: Tensor, columns: int, keywords: Mapping[str, Any], spec: TokenSpec, *, pairs: bool
+    labels: Any, source: Tensor, keywords: Mapping[str, Any], spec: TokenSpec, *, pairs: bool
 ) -> tuple[Tensor, Tensor | None, int]:
     """Validate labels and boundaries; also gives S."""
     packed, shape = keywords["cu_seqlens"] is not None, tuple(source.shape[:-1])
@@ -220,13 +245,16 @@ def _labels(
         sequences = cu_seqlens.shape[0] - 1
     if pairs and sequences % 2:
         raise ValueError(f"labels must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
+    return labels, cu_seqlens, sequences
+
+
+def _check_labels(labels: Tensor, columns: int, spec: TokenSpec) -> None:
     validate.values(
         "labels",
         labels,
         lambda y: (y == spec.ignore_index) | ((y >= 0) & (y < columns)),
         f"ignore_index = {spec.ignore_index} or in [0, V={columns})",
     )
-    return labels, cu_seqlens, sequences
 
 
 def _resolved(spec: Any, keywords: Mapping[str, Any], dtype: torch.dtype, device: torch.device, *, means: bool) -> Any:

@@ -255,7 +255,7 @@ def _token_logps(batch: Batch) -> Tensor:
 
 
 def _sequence_logps(batch: Batch, average: bool) -> Tensor:
-    scores, _ = batch.scores()
+    scores = batch.scores().scores
     return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(batch.dtype)
 
 
@@ -270,7 +270,7 @@ def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_lo
     token_normalizer = validate.normalizer("token_normalizer", keywords["token_normalizer"], zero=True)
     ref_logps = _ref_logps(batch, ref_logps) if spec.reference else None
     objective = PairObjective(spec, ref_logps, pair_normalizer, token_normalizer)
-    scores, attach = batch.scores(Local(2, objective))
+    scores, attach, dropped_mass = batch.scores(Local(2, objective))
     result = objective(scores, batch.spec, batch.dtype)
     pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
     return PairOutput(
@@ -282,6 +282,7 @@ def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_lo
         rejected_rewards=result.rewards[pairs:],
         chosen_logits_mean=result.chosen_logits_mean if means else None,
         rejected_logits_mean=result.rejected_logits_mean if means else None,
+        dropped_mass=dropped_mass,
     )
 
 
@@ -295,7 +296,7 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
     normalizers = _bco_normalizers(spec, keywords)
     delta = _delta(keywords["delta"])
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
-    scores, attach = batch.scores(Local(1, objective) if objective.local else None)
+    scores, attach, dropped_mass = batch.scores(Local(1, objective) if objective.local else None)
     result = objective(scores, batch.spec, batch.dtype)
     means = batch.spec.logits_mean is not None
     return BCOOutput(
@@ -308,6 +309,7 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
         result.chosen_count,
         result.rejected_count,
         desirable=desirable,
+        dropped_mass=dropped_mass,
     )
 
 

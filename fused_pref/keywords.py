@@ -69,6 +69,15 @@ class TokenKeywords(TypedDict, total=False):
             "ones (TRL's DPO), or None for no means; without effect on functions that return log-probs only",
         ),
     ]
+    cp_group: Annotated[
+        Any,
+        Keyword(
+            None,
+            "process group (or 1-d DeviceMesh) over which the positions of every sequence are spread, labels shifted "
+            "beforehand (shift=False): sums over a sequence go over all ranks, which then have the same loss, and "
+            "gradients are each rank's part; without effect on log-probs of tokens",
+        ),
+    ]
 
 
 class LogitsKeywords(TokenKeywords, total=False):
@@ -97,7 +106,20 @@ class LinearKeywords(TokenKeywords, total=False):
         ),
     ]
     tp_group: Annotated[
-        Any, Keyword(None, "process group of a vocab-parallel head, whose weight is this rank's contiguous rows")
+        Any,
+        Keyword(
+            None,
+            "process group (or 1-d DeviceMesh) of a vocab-parallel head: weight and bias are this rank's contiguous "
+            "rows, in the order of the ranks and of any number; hidden states and labels are the same on all ranks",
+        ),
+    ]
+    tp_partial: Annotated[
+        bool,
+        Keyword(
+            False,
+            "leave the gradient of the hidden states as this rank's part of the sum over tp_group, for a "
+            "reduce-scatter of sequence parallelism",
+        ),
     ]
     max_valid_tokens: Annotated[
         int | None,
@@ -105,6 +127,19 @@ class LinearKeywords(TokenKeywords, total=False):
             None,
             "upper bound on N, the number of scored tokens, that spares the one host synchronisation; more tokens "
             "than that raise on a CPU and give NaN elsewhere",
+        ),
+    ]
+    skip_mass: Annotated[
+        float | None,
+        Keyword(
+            None,
+            "probability in [0, 1) that the gradient of a token may leave out, in whole tiles of the vocabulary without its "
+            "target, which are then neither computed again nor multiplied; loss and log-probs stay exact, "
+            "and dropped_mass of the output says what was left out (log-probs come without it: no token loses more "
+            "than this). With a = the gradient of a token's log-prob, m its dropped mass and s = |logit_scale| / "
+            "temperature, dh is wrong by at most s|a|m max|W_v| in that row, dW by the sum over tokens of s|a|m|h|, "
+            "the bias by that of s|a|m. Under torch.compile, and where the sizes of products cannot be left to the "
+            "device (the torch backend on a GPU), nothing is left out. None: nothing is",
         ),
     ]
 

@@ -5,17 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class PairOutput(NamedTuple):
-    """Result of a pairwise objective over B pairs; fp32, or fp64 for fp64 inputs.
-
-    Attributes:
-        loss: 0-d, differentiable.
-        nll_loss: 0-d, the unweighted NLL of the chosen completions (0 where it is not computed).
-        chosen_logps, rejected_logps: (B,), summed over the completion, averaged for ipo and simpo.
-        chosen_rewards, rejected_rewards: (B,), beta times the log-probs as they enter the objective.
-        chosen_logits_mean, rejected_logits_mean: 0-d, mean of the transformed logits; None with ``logits_mean=None``.
-    """
-
+class _PairFields(NamedTuple):
     loss: Tensor
     nll_loss: Tensor
     chosen_logps: Tensor
@@ -24,6 +14,28 @@ class PairOutput(NamedTuple):
     rejected_rewards: Tensor
     chosen_logits_mean: Tensor | None
     rejected_logits_mean: Tensor | None
+
+
+class PairOutput(_PairFields):
+    """Result of a pairwise objective over B pairs; fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        loss: 0-d, differentiable.
+        nll_loss: 0-d, the unweighted NLL of the chosen completions (0 where it is not computed).
+        chosen_logps, rejected_logps: (B,), summed over the completion, averaged for ipo and simpo.
+        chosen_rewards, rejected_rewards: (B,), beta times the log-probs as they enter the objective.
+        chosen_logits_mean, rejected_logits_mean: 0-d, mean of the transformed logits; None with ``logits_mean=None``.
+        dropped_mass: shape of the labels, the probability that ``skip_mass`` leaves out of each token's gradient, 0
+            where nothing is scored; None without ``skip_mass``; not one of the tuple's items.
+    """
+
+    dropped_mass: Tensor | None = None
+
+    def __new__(cls, *fields: Any, dropped_mass: Tensor | None = None, **named: Any) -> "PairOutput":
+        """The tuple's items, and the certificate of what was skipped beside them."""
+        self = super().__new__(cls, *fields, **named)
+        self.dropped_mass = dropped_mass
+        return self
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised."""
@@ -67,14 +79,16 @@ class BCOOutput(_BCOFields):
             sequences, 0 where there is none; None with ``logits_mean=None``.
         chosen_count, rejected_count: 0-d int64, desirable and undesirable sequences.
         desirable: bool (S,), the classes as they were passed; not one of the tuple's items.
+        dropped_mass: as of :class:`PairOutput`; not one of the tuple's items.
     """
 
     desirable: Tensor
+    dropped_mass: Tensor | None = None
 
-    def __new__(cls, *fields: Any, desirable: Tensor) -> "BCOOutput":
-        """The tuple's items in order, and the classes beside them."""
+    def __new__(cls, *fields: Any, desirable: Tensor, dropped_mass: Tensor | None = None) -> "BCOOutput":
+        """The tuple's items in order, and the classes and the certificate of what was skipped beside them."""
         self = super().__new__(cls, *fields)
-        self.desirable = desirable
+        self.desirable, self.dropped_mass = desirable, dropped_mass
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

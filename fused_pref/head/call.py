@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fused_pref.backend import architecture
-from fused_pref.head import linear
+from fused_pref.head import linear, skipping
 from fused_pref.head import slab as torch_slab
 from fused_pref.head.linear import Forward, Head
+from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose, device_of
 from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
@@ -42,28 +43,31 @@ class HeadCall:
         dtype: of the products.
         wanted: gradients that a backward will ask for.
         unit: sequences of a unit whose coefficients are known in the forward: 2 (a pair), 1, or 0 if they are not.
+        shard: what this rank holds of a vocab-parallel head; None: all of it.
     """
 
     spec: LinearSpec
     dtype: torch.dtype
     wanted: frozenset[str]
     unit: int = 0
+    shard: Shard | None = None
 
     def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         """The head at work."""
         spec = self.spec
-        return Head(hidden, weight, bias, self.dtype, spec.transform, spec.ignore_index, spec.backend)
+        return Head(hidden, weight, bias, self.dtype, spec.transform, spec.ignore_index, spec.backend, self.shard)
 
     def rows(self, labels: Tensor, cu_seqlens: Tensor | None) -> ValidRows:
-        """The rows to project."""
+        """The rows to project; with a shard their targets are columns of it."""
         spec = self.spec
-        return valid_rows(
+        rows = valid_rows(
             labels,
             cu_seqlens,
             shift=spec.shift,
             ignore_index=spec.ignore_index,
             max_valid_tokens=spec.max_valid_tokens,
         )
+        return rows if self.shard is None else replace(rows, targets=rows.targets - self.shard.first)
 
     def problem(self, head: Head, rows: ValidRows) -> Problem:
         """What the planner sees."""
@@ -72,24 +76,29 @@ class HeadCall:
         if self.unit == 2:
             half = len(counts) // 2
             counts = tuple(w + l for w, l in zip(counts[:half], counts[half:], strict=True))
+        vocabulary = weight.shape[0] if self.shard is None else self.shard.largest
         return Problem(
             tokens=rows.number,
             positions=head.hidden.shape[:-1].numel(),
             hidden=weight.shape[1],
-            vocabulary=weight.shape[0],
+            vocabulary=vocabulary,
             itemsize=self.dtype.itemsize,
             weight_itemsize=weight.dtype.itemsize,
             gradients=self.wanted,
             local=self.unit > 0,
             units=counts,
-            budget=max(DEFAULT_BUDGET, weight.numel() * weight.dtype.itemsize) if budget is None else budget,
+            budget=max(DEFAULT_BUDGET, vocabulary * weight.shape[1] * weight.dtype.itemsize)
+            if budget is None
+            else budget,
             device=device_of(weight.device.type, architecture(weight.device)),
             late_scale=weight.dtype == torch.float16,
             gathered=rows.places is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
             unscored=self.unscored(rows, head.hidden.shape[:-1].numel()),
-            fused=head.fusible,
+            # The scale of a fused product's exponentials is that of its own columns.
+            fused=head.fusible and (self.shard is None or not self.wanted),
             wide_range=self.dtype != torch.float16,
             indexed=head.indexed,
+            skip=self.spec.skip_mass is not None and self.shard is None and skipping.can_skip(head),
             cast_weight=0 if self.dtype == weight.dtype else weight.numel() * self.dtype.itemsize,
         )
 
@@ -105,7 +114,10 @@ class HeadCall:
     def score(self, head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
         """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""
         unscored = self.unscored_totals(head, rows, labels)
-        left = linear.forward(head, rows, plan, total=self.totals)
+        if plan.name == "skipping" and self.spec.skip_mass is not None:
+            left = skipping.forward(head, rows, plan, self.spec.skip_mass, total=self.totals)
+        else:
+            left = linear.forward(head, rows, plan, total=self.totals)
         logp, _ = head.finish(left.statistics, rows.targets)
         totals = rows.spread(left.statistics[torch_slab.TOTAL], labels)
         return logp, self.means(head, rows, labels, totals, unscored), left
@@ -123,7 +135,7 @@ class HeadCall:
         if self.spec.logits_mean is None or labels.numel() == 0:
             return torch.zeros_like(totals)
         if self.totals:
-            return (totals if unscored is None else totals + unscored) / head.columns
+            return (totals if unscored is None else totals + unscored) / head.vocabulary
         means = linear_means(head).view(labels.shape)
         if self.spec.logits_mean == "completion":
             means = means * rows.spread(torch.ones_like(rows.targets, dtype=means.dtype), labels)
@@ -152,7 +164,10 @@ class HeadCall:
 def linear_means(head: Head) -> Tensor:
     """Mean over the vocabulary of every position's logits, scale · (h · mean(W) + mean(b)); (P,)."""
     mean = column_means(head.w, head.accumulator)
-    shift = 0.0 if head.b is None else head.b.to(head.accumulator).mean()
+    shift = mean.new_zeros(1) if head.b is None else head.b.to(head.accumulator).mean()[None]
+    if head.shard is not None:
+        share = head.columns / head.vocabulary
+        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * share).split((mean.numel(), 1))
     source = Rows(head.hidden.detach())
     result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
     for part in ranges(source.count, block_rows(head.hidden)):

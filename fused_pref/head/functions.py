@@ -5,18 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head import linear
+from fused_pref.head import linear, skipping
 from fused_pref.head.call import HeadCall
 from fused_pref.head.grouped import Slope, grouped
 from fused_pref.head.linear import Gradients
 from fused_pref.head.logits import OnceDifferentiableFunction
+from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.streaming import block_entries, ranges
 
 
 class LinearTokenLogpsFunction(torch.autograd.Function):
-    """(hidden, weight, bias, labels) → (logp, mean of z), per position; any upstream gradient."""
+    """(hidden, weight, bias, labels) → (logp, mean of z, dropped mass), per position; any upstream gradient.
+
+    The dropped mass is None but for plan ``skipping``.
+    """
 
     @staticmethod
     def forward(
@@ -28,25 +32,28 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         rows: ValidRows,
         plan: Plan,
         call: HeadCall,
-    ) -> tuple[Tensor, Tensor]:
-        """By plan ``logprob``, ``frozen_head`` or ``vocab_major``."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """By any plan but ``grouped``."""
         ctx.call, ctx.rows, ctx.plan = call, rows, plan
         with torch.autocast(hidden.device.type, enabled=False):
             logp, means, left = call.score(call.head(hidden, weight, bias), rows, plan, labels)
-        statistics, u, ctx.kept = left
-        ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u)
-        ctx.mark_non_differentiable(means)
-        return rows.spread(logp, labels), means
+        statistics, u, ctx.kept, skipped = left
+        live, dropped = (None, None) if skipped is None else (skipped.live, rows.spread(skipped.mass, labels))
+        ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u, live)
+        ctx.mark_non_differentiable(*(means,) if dropped is None else (means, dropped))
+        return rows.spread(logp, labels), means, dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """See :mod:`fused_pref.head.linear`."""
         call, rows = ctx.call, ctx.rows
-        hidden, weight, bias, left = ctx.saved_tensors
+        hidden, weight, bias, left, live = ctx.saved_tensors
         head, grad_logp = call.head(hidden, weight, bias), rows.pick(grads[0])
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if ctx.plan.name == "frozen_head":
                 gradients = Gradients(linear.frozen_head_bwd(head, rows, left, grad_logp), None, None)
+            elif ctx.plan.name == "skipping":
+                gradients = skipping.backward(head, rows, ctx.plan, left, live, grad_logp, call.wanted)
             else:
                 gradients = linear.vocab_major_bwd(head, rows, ctx.plan, left, ctx.kept, grad_logp, call.wanted)
         return (*_once(gradients, hidden, weight, bias), None, None, None, None)
@@ -63,10 +70,11 @@ class KnownGradientsFunction(torch.autograd.Function):
         bias: Tensor | None,
         loss: Tensor,
         backend: str,
+        shard: Shard | None,
         *gradients: Tensor | None,
     ) -> Tensor:
         """0-d."""
-        ctx.backend = backend
+        ctx.backend, ctx.shard = backend, shard
         ctx.save_for_backward(hidden, weight, bias, *gradients)
         return loss.clone()
 
@@ -75,13 +83,17 @@ class KnownGradientsFunction(torch.autograd.Function):
         """Scale the gradients, in place where they are not needed again."""
         hidden, weight, bias, *known = ctx.saved_tensors
         with torch.no_grad():
+            if ctx.shard is not None and known[0] is not None:
+                known[0] = ctx.shard.reduce(scale(known[0], grads[0], known[0].dtype, ctx.backend)).to(hidden.dtype)
             scaled = Gradients(
                 *(
-                    None if gradient is None or tensor is None else scale(gradient, grads[0], tensor.dtype, ctx.backend)
+                    gradient
+                    if gradient is None or tensor is None or (tensor is hidden and ctx.shard is not None)
+                    else scale(gradient, grads[0], tensor.dtype, ctx.backend)
                     for gradient, tensor in zip(known, (hidden, weight, bias), strict=True)
                 )
             )
-        return (*_once(scaled, hidden, weight, bias), None, None, None, None, None)
+        return (*_once(scaled, hidden, weight, bias), None, None, None, None, None, None)
 
 
 def known_gradients(

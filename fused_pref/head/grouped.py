@@ -56,7 +56,8 @@ class _Sums:
         self.head, self.fresh = head, True
         self.dh = self.dw = self.db = None
         if "hidden" in wanted:
-            self.dh = torch.zeros(head.hidden.shape, dtype=late_dtype(head.hidden), device=head.hidden.device)
+            dtype = torch.promote_types(late_dtype(head.hidden), head.hidden_dtype)
+            self.dh = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
         if "weight" in wanted:
             # Several 16-bit groups are summed in float32; one comes out of its product rounded once.
             dtype = late_dtype(head.weight) if single else torch.promote_types(head.weight.dtype, torch.float32)

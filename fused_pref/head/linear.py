@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
 from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, project, slab_dtype, upcast
 from fused_pref.head.rows import ValidRows
@@ -41,7 +42,10 @@ def padded(columns: int) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the slabs."""
+    """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the slabs.
+
+    With a ``shard`` the weight is a slice of the vocabulary, and targets are columns of that slice: others are elsewhere.
+    """
 
     hidden: Tensor  # (S, T, D) or (N_total, D)
     weight: Tensor  # (V, D)
@@ -50,6 +54,7 @@ class Head:
     transform: Transform
     ignore_index: int
     backend: str
+    shard: Shard | None = None
 
     @cached_property
     def w(self) -> Tensor:
@@ -77,8 +82,23 @@ class Head:
 
     @property
     def columns(self) -> int:
-        """V."""
+        """V; of a shard its rows."""
         return self.weight.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        """V of all shards."""
+        return self.columns if self.shard is None else self.shard.vocabulary
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Dtype in which the gradient of the hidden states is gathered up: sums over ranks are rounded once, after."""
+        return self.hidden.dtype if self.shard is None else torch.promote_types(self.hidden.dtype, torch.float32)
+
+    def merge(self, statistics: Tensor, *, total: bool) -> None:
+        """Make statistics of this head's columns those of the whole rows."""
+        if self.shard is not None:
+            self.shard.merge(statistics, total=total)
 
     def take(self, rows: ValidRows, part: slice = slice(None)) -> Tensor:
         """These of the valid rows of the hidden states, (n, D) in the dtype of the products."""
@@ -117,7 +137,12 @@ class Head:
             return sink[:, : self.columns], multiple
         z = self.project(memory, h)
         q = overlay(z, self.dtype)
-        self.kernels.absorb(statistics, z, targets, 0, self.transform, total=total, sink=q)
+        if self.shard is None:
+            self.kernels.absorb(statistics, z, targets, 0, self.transform, total=total, sink=q)
+        else:
+            self.kernels.absorb(statistics, z, targets, 0, self.transform, total=total)
+            self.merge(statistics, total=total)
+            self.kernels.gradient(q, z, statistics, targets, 0, self.transform)
         return q, None
 
     @property
@@ -156,13 +181,22 @@ class Head:
 
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
-        return torch_slab.finish(statistics, targets, self.columns, self.ignore_index)
+        labels = targets if self.shard is None else targets + self.shard.first
+        return torch_slab.finish(statistics, labels, self.vocabulary, self.ignore_index)
 
     def with_targets(self, sums: Tensor, targets: Tensor, label_q: Tensor) -> Tensor:
         """Rows of a product plus each target's entry of Q times the target's weight; see :func:`slab.take_targets`."""
         valid = (targets >= 0) & (targets < self.columns)
         own = self.w.index_select(0, targets.long().where(valid, 0)).to(label_q.dtype)
         return own.mul_(label_q[:, None]).add_(sums.to(label_q.dtype))
+
+    def new_hidden_gradient(self) -> Tensor:
+        """Zeros shaped like the hidden states, contiguous."""
+        return torch.zeros_like(self.hidden, dtype=self.hidden_dtype, memory_format=torch.contiguous_format)
+
+    def reduced(self, dh: Tensor) -> Tensor:
+        """The gradient of the hidden states over all shards, in their dtype."""
+        return dh if self.shard is None else self.shard.reduce(dh).to(self.hidden.dtype)
 
     def place(self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, label_q: Tensor | None) -> None:
         """Rows of ``sums``, with their targets', times ``factor`` to their places of ``dh``, contiguous and else 0."""
@@ -185,16 +219,31 @@ class Head:
         return total
 
 
+class Skipped(NamedTuple):
+    """Which of K tiles of the vocabulary each row needs, (K, N) bool, and the probability of the others, (N,)."""
+
+    live: Tensor
+    mass: Tensor
+
+
 class Forward(NamedTuple):
-    """What a forward leaves: statistics (4, N) of the rows; U (N, D) of a frozen head; slices kept for the backward."""
+    """What a forward leaves for the backward.
+
+    Attributes:
+        statistics: (4, N) of the rows.
+        u: U (N, D) of a frozen head.
+        kept: slices of logits.
+        skipped: what the ``skipping`` plan leaves out.
+    """
 
     statistics: Tensor
     u: Tensor | None
     kept: list[Tensor]
+    skipped: Skipped | None = None
 
 
 def forward(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Forward:
-    """By any plan but ``grouped``; ``total``: also Σ z."""
+    """By plan ``logprob``, ``frozen_head`` or ``vocab_major``; ``total``: also Σ z."""
     if plan.name == "logprob":
         return Forward(logprob(head, rows, plan, total=total), None, [])
     if plan.name == "frozen_head":
@@ -208,6 +257,7 @@ def logprob(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
     statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
     if plan.fused:
         head.fused.absorb(statistics, head.operands_of(rows), rows.targets, 0, head.transform, total=total)
+        head.merge(statistics, total=total)
         return statistics
     memory = head.new_slab(plan.rows, plan.columns)
     for group in ranges(rows.number, plan.rows):
@@ -217,6 +267,7 @@ def logprob(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
             head.kernels.absorb(
                 statistics[:, group], z, rows.targets[group], columns.start, head.transform, total=total
             )
+    head.merge(statistics, total=total)
     return statistics
 
 
@@ -241,9 +292,9 @@ def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
 
 def frozen_head_bwd(head: Head, rows: ValidRows, u: Tensor, grad_logp: Tensor) -> Tensor:
     """Gradient of the hidden states, a_n U_n at the valid rows; ``grad_logp`` (N,) is a."""
-    dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+    dh = head.new_hidden_gradient()
     head.place(dh, rows, u, grad_logp, None)
-    return dh
+    return head.reduced(dh)
 
 
 def vocab_major(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tuple[Tensor, list[Tensor]]:
@@ -263,6 +314,7 @@ def vocab_major(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
         head.kernels.absorb(statistics, z, rows.targets, columns.start, head.transform, total=total)
         if number < plan.kept:
             kept.append(z)
+    head.merge(statistics, total=total)
     return statistics, kept
 
 
@@ -307,8 +359,9 @@ def vocab_major_bwd(
     kept.clear()
     dh = None
     if sums is not None:
-        dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+        dh = head.new_hidden_gradient()
         head.place(dh, rows, sums, -factor, label_q)
+        dh = head.reduced(dh)
     return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
 
 

@@ -20,7 +20,7 @@ SEPARATOR = ";"
 
 
 def encode(call: HeadCall) -> str:
-    """A call as text, by means that a compiler can see through."""
+    """A call as text, by means that a compiler can see through; without ``skip_mass``: a graph skips nothing."""
     spec, wanted = call.spec, [name for name in NAMES if name in call.wanted]
     values = (*spec.constants, spec.logits_mean, spec.memory_budget, spec.max_valid_tokens, str(call.dtype), call.unit)
     return SEPARATOR.join([f"{value!r}" for value in (*values, *wanted)])
@@ -30,8 +30,9 @@ def decode(text: str) -> HeadCall:
     """A call from text."""
     values = [ast.literal_eval(part) for part in text.split(SEPARATOR)]
     backend, shift, ignore_index, *transform = values[:6]
-    logits_mean, memory_budget, max_valid_tokens, dtype, unit, *wanted = values[6:]
-    spec = LinearSpec(backend, shift, ignore_index, Transform(*transform), logits_mean, memory_budget, max_valid_tokens)
+    logits_mean, *sizes, dtype, unit = values[6:11]
+    wanted = values[11:]
+    spec = LinearSpec(backend, shift, ignore_index, Transform(*transform), logits_mean, None, *sizes)
     return HeadCall(spec, getattr(torch, dtype.removeprefix("torch.")), frozenset(wanted), unit)
 
 
@@ -44,7 +45,7 @@ def linear_token_logps_fwd(
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = linear.keeping_nothing(request.plan(head, rows))
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, means, (statistics, u, _) = request.score(head, rows, plan, labels)
+        logp, means, (statistics, u, *_) = request.score(head, rows, plan, labels)
         if plan.name == "logprob":
             left = hidden.new_empty(0, dtype=head.accumulator)
         elif u is None:
@@ -115,7 +116,7 @@ def linear_known_gradients(
         logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
         return logp, means, *_filled(gradients, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        values, means, (statistics, _, kept) = request.score(head, rows, plan, labels)
+        values, means, (statistics, _, kept, _) = request.score(head, rows, plan, labels)
         sequences = (slice(0, rows.lengths.shape[0]),)
         upstream = rows.share(slope(sequences, rows.sums(values), rows.lengths)).to(values.dtype)
         gradients = linear.vocab_major_bwd(head, rows, plan, statistics, kept, upstream, request.wanted)

@@ -1,6 +1,6 @@
 """Which plan a linear head takes: a pure function of sizes, what is wanted, the budget and the device.
 
-Four plans turn hidden states (N, D) and a weight (V, D) into log-probs and gradients without the (N, V) logits:
+Five plans turn hidden states (N, D) and a weight (V, D) into log-probs and gradients without the (N, V) logits:
 
 - ``logprob``: no gradient; a slice of the vocabulary at a time. One product.
 - ``frozen_head``: only the hidden states are trained. Groups of rows leave U = (onehot − softmax) W in the forward,
@@ -9,6 +9,8 @@ Four plans turn hidden states (N, D) and a weight (V, D) into log-probs and grad
   get their gradients in the forward. Three products.
 - ``vocab_major``: everything else. The forward keeps the row statistics and some slices of the logits; the backward
   recomputes the other slices and finishes the rows of dW that belong to each. Three to four products.
+- ``skipping``: asked for by ``skip_mass``, whatever the objective. ``vocab_major`` with nothing kept, whose backward
+  leaves out what weighs next to nothing (:mod:`fused_pref.head.skipping`). One to four products.
 
 A product is 2·N·D·V operations. The workspace is what is alive beyond inputs, gradients and (S, T) results. Each plan
 has a *fused* form where Triton runs: the kernel that multiplies also takes the logits in, tile by tile, so that no slab
@@ -100,6 +102,7 @@ class Problem:
         fused: whether the fused kernels can be taken.
         wide_range: whether the entries' dtype reaches as far as float32, as exponentials do.
         indexed: whether a fused product can read the rows in place.
+        skip: whether the backward may leave out tiles of the vocabulary.
         budget: bytes of workspace allowed.
         device: constants.
     """
@@ -122,6 +125,7 @@ class Problem:
     fused: bool = False
     wide_range: bool = True
     indexed: bool = False
+    skip: bool = False
 
     @property
     def slab_itemsize(self) -> int:
@@ -245,6 +249,8 @@ def candidates(problem: Problem) -> Iterator[Plan]:
     """Every plan that computes what is wanted."""
     if not problem.gradients:
         yield from _logprob(problem)
+    elif problem.skip:
+        yield from _skipping(problem)
     elif problem.gradients == {"hidden"}:
         yield from _frozen_head(problem)
     else:
@@ -263,20 +269,10 @@ def cuts(length: int, multiple: int) -> list[int]:
     return sorted({*sizes, min(length, 1)}, reverse=True)
 
 
-def slices(problem: Problem) -> list[int]:
-    """Widths of a vocabulary slice."""
-    return cuts(problem.vocabulary, TILE)
-
-
-def row_groups(problem: Problem) -> list[int]:
-    """Rows of a group of rows that may be cut anywhere."""
-    return cuts(problem.tokens, TILE)
-
-
 def _logprob(p: Problem) -> Iterator[Plan]:
     least = p.device.scratch + p.cast_weight
-    for rows in row_groups(p):
-        for columns in slices(p):
+    for rows in cuts(p.tokens, TILE):
+        for columns in cuts(p.vocabulary, TILE):
             rounds = _rounds(p.tokens, rows) * _rounds(p.vocabulary, columns)
             workspace = p.copied(rows) + rows * columns * p.slab_itemsize + least
             seconds = rounds * (p.product_seconds(rows, columns, ("logits",)) + p.slab_seconds(rows, columns))
@@ -291,7 +287,7 @@ def _logprob(p: Problem) -> Iterator[Plan]:
 def _frozen_head(p: Problem) -> Iterator[Plan]:
     left = p.tokens * p.hidden * max(p.itemsize, 4)
     for fused in _at_once(p):
-        for rows in row_groups(p):
+        for rows in cuts(p.tokens, TILE):
             group = rows * p.vocabulary * p.sink_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
             group += rows * p.hidden * max(p.itemsize, p.partial)
             seconds = p.product_seconds(rows, p.vocabulary, ("logits", "hidden"))
@@ -340,7 +336,7 @@ def _groupings(p: Problem) -> Iterator[tuple[int, ...]]:
         yield ()
         return
     seen = set()
-    for rows in row_groups(p):
+    for rows in cuts(p.tokens, TILE):
         bounds, filled = [0], 0
         for unit, size in enumerate(p.units):
             if filled and filled + size > rows:
@@ -359,7 +355,7 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
     row = p.tokens * p.hidden
     sums = row * max(p.itemsize, 4) if hidden else 0
     fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight + p.upcast(p.tokens, p.hidden)
-    for columns, fused in itertools.product(slices(p), (False, True) if p.fused else (False,)):
+    for columns, fused in itertools.product(cuts(p.vocabulary, TILE), (False, True) if p.fused else (False,)):
         count = _rounds(p.vocabulary, columns)
         slab = p.tokens * columns * p.slab_itemsize
         partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
@@ -382,6 +378,20 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
             time = kept * seconds + again * twice
             products = 1 + len(gradients) + again / count
             yield Plan("vocab_major", p.tokens, columns, products, workspace, time, kept=kept, fused=fused)
+
+
+def _skipping(p: Problem) -> Iterator[Plan]:
+    """``vocab_major`` in tiles no wider than they must be; its products and time are what skipping nothing would take.
+
+    Beside its workspace: the rows that need a tile, and for each row and tile statistics, mass, and order by mass.
+    """
+    row = p.tokens * p.hidden
+    picked = row * (p.itemsize + (max(p.itemsize, 4) if "hidden" in p.gradients else 0))
+    for plan in _vocab_major(p):
+        if plan.kept == 0 and plan.fused == p.fused and plan.columns <= p.device.columns:
+            tiles = 48 * _rounds(p.vocabulary, plan.columns) * p.tokens
+            seconds = plan.seconds if p.tokens else 0.0
+            yield replace(plan, name="skipping", workspace=plan.workspace + picked + tiles, seconds=seconds)
 
 
 def _rounds(length: int, size: int) -> int:

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from fused_pref import validate
 from fused_pref.keywords import TokenKeywords, choices
+from fused_pref.ranks import group_of
 
 LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
 
@@ -71,16 +72,23 @@ class TokenSpec:
     ignore_index: int
     transform: Transform
     logits_mean: str | None
+    cp_group: Any
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Self:
         """From the shared keywords."""
+        cp_group = group_of("cp_group", keywords["cp_group"])
+        if cp_group is not None and keywords["shift"] is not False:
+            raise ValueError(
+                "cp_group needs shift=False: a label may belong to a position of another rank; shift first"
+            )
         return cls(
             backend="auto",
             shift=validate.flag("shift", keywords["shift"]),
             ignore_index=validate.integer("ignore_index", keywords["ignore_index"]),
             transform=Transform.of(keywords),
             logits_mean=validate.choice("logits_mean", keywords["logits_mean"], LOGITS_MEANS),
+            cp_group=cp_group,
             **cls.own(keywords),
         )
 
@@ -114,11 +122,18 @@ class LinearSpec(TokenSpec):
 
     memory_budget: int | None
     max_valid_tokens: int | None
+    skip_mass: float | None = None
+    tp_group: Any = None
+    tp_partial: bool = False
 
     @classmethod
     def own(cls, keywords: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`fused_pref.keywords.LinearKeywords`."""
-        if keywords["tp_group"] is not None:
-            raise validate.fail("tp_group", "None: vocab-parallel heads are not supported", keywords["tp_group"])
         bounds = {"memory_budget": 1, "max_valid_tokens": 0}
-        return {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
+        sizes = {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
+        return {
+            **sizes,
+            "skip_mass": validate.within("skip_mass", keywords["skip_mass"], 0, 1, optional=True),
+            "tp_group": group_of("tp_group", keywords["tp_group"]),
+            "tp_partial": validate.flag("tp_partial", keywords["tp_partial"]),
+        }

@@ -1,0 +1,124 @@
+"""The ``skipping`` plan: a backward that leaves out, row by row, the tiles of the vocabulary that hardly weigh.
+
+The forward takes every tile (a slice of the vocabulary) in by itself, so that the probability of each (row, tile) is
+known before the backward. Of each row the lightest tiles are dropped, as many as together hold at most ``skip_mass``,
+never its target's: they are neither computed again nor multiplied. With m_n the mass that row n lost, a_n = ∂L/∂logp_n
+and λ = |logit_scale| / temperature (the transform's steepest slope), every dropped entry of ∂L/∂x is at most λ |a_n| p.
+So the gradients are wrong by at most
+
+- row n of the logits' gradient: λ |a_n| m_n, the sum of absolute errors over the vocabulary;
+- dh_n: λ |a_n| m_n · max_v ‖W_v‖;
+- dW: Σ_n λ |a_n| m_n ‖h_n‖, the sum over the vocabulary of the norms of the rows' errors, and so its Frobenius norm;
+- dbias: Σ_n λ |a_n| m_n, the sum of absolute errors;
+
+beyond what rounding costs every plan. The loss is that of every other plan: nothing is dropped from it.
+"""
+
+import torch
+from torch import Tensor
+
+from fused_pref.head import slab as torch_slab
+from fused_pref.head.linear import Forward, Gradients, Head, Skipped, scaled_rows
+from fused_pref.head.plan import Plan
+from fused_pref.head.products import add_product, overlay, product_dtype
+from fused_pref.head.rows import ValidRows
+from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
+from fused_pref.head.streaming import ranges
+
+# Masses are counted in units of this, rounded up: sums of integers are exact in any order.
+UNITS = 2**40
+
+
+def can_skip(head: Head) -> bool:
+    """Whether sizes known to the device alone can be left out: on a CPU, or where the fused kernels read them."""
+    return head.fusible or head.hidden.device.type == "cpu"
+
+
+def forward(head: Head, rows: ValidRows, plan: Plan, skip_mass: float, *, total: bool) -> Forward:
+    """Statistics of the rows and what the backward may leave out; ``total``: also Σ z."""
+    parts = tile_statistics(head, rows, plan, total=total)
+    statistics = merged(parts)
+    _, miss = head.finish(statistics, rows.targets)
+    # A row has others of at least 1, or of 0 with all of its parts.
+    share = miss / statistics[OTHERS].clamp(min=0.5)
+    mass = parts[:, OTHERS] * (parts[:, TOP] - statistics[TOP]).exp_() * share
+    return Forward(statistics, None, [], dropped(mass, rows.targets, plan.columns, skip_mass))
+
+
+def tile_statistics(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
+    """Statistics (K, 4, N) of each of the K tiles by itself."""
+    tiles = list(ranges(head.columns, plan.columns))
+    parts = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator).repeat(len(tiles), 1, 1)
+    h, memory = head.take(rows), head.new_slab(rows.number, plan.columns)
+    for part, columns in zip(parts, tiles, strict=True):
+        z = head.project(memory, h, columns)
+        head.kernels.absorb(part, z, rows.targets, columns.start, head.transform, total=total)
+    return parts
+
+
+def merged(parts: Tensor) -> Tensor:
+    """Statistics (4, N) of whole rows from those of their tiles (K, 4, N)."""
+    top = parts[:, TOP].amax(0)
+    others = (parts[:, OTHERS] * (parts[:, TOP] - top).exp_()).sum(0)
+    # Only its own tile has a row's target.
+    return torch.stack([top, others, parts[:, LABEL].sum(0), parts[:, TOTAL].sum(0)])
+
+
+def dropped(mass: Tensor, targets: Tensor, columns: int, skip_mass: float) -> Skipped:
+    """Which tiles a row needs, and the mass of those it does not.
+
+    Args:
+        mass: (K, N) probability of each tile without the target's; a row with a NaN needs every tile.
+        targets: (N,) labels.
+        columns: width of a tile.
+        skip_mass: the most that a row may lose.
+    """
+    tile = torch.arange(mass.shape[0], device=mass.device)[:, None]
+    needed = (tile == torch.div(targets, columns, rounding_mode="floor")) | ~(mass <= 1)
+    units = (mass * UNITS).ceil_().masked_fill_(needed, 2 * UNITS).long()
+    values, order = units.sort(dim=0, stable=True)
+    lost = values.cumsum(0)
+    light = lost <= int(skip_mass * UNITS)
+    live = torch.empty_like(light).scatter_(0, order, ~light)
+    return Skipped(live, (lost.masked_fill_(~light, 0).amax(0) / UNITS).to(mass.dtype))
+
+
+def backward(
+    head: Head,
+    rows: ValidRows,
+    plan: Plan,
+    statistics: Tensor,
+    live: Tensor,
+    grad_logp: Tensor,
+    wanted: frozenset[str],
+) -> Gradients:
+    """Gradients from a = ``grad_logp`` (N,) and the rows that need each tile, ``live`` (K, N)."""
+    _, miss = head.finish(statistics, rows.targets)
+    factor = grad_logp * miss * head.transform.slope
+    h, device = head.take(rows), head.hidden.device
+    dw = head.weight.new_empty(head.weight.shape) if "weight" in wanted else None
+    db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
+    sums = torch.zeros(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
+    label_q = torch.zeros_like(factor)
+    memory = head.new_slab(rows.number, plan.columns)
+    for tile, columns in zip(live, ranges(head.columns, plan.columns), strict=True):
+        picked = tile.nonzero()[:, 0]
+        x, own, targets = h[picked], factor[picked], rows.targets[picked]
+        z = head.project(memory, x, columns)
+        q = overlay(z, head.dtype)
+        head.kernels.gradient(q, z, statistics[:, picked], targets, columns.start, head.transform)
+        if dw is not None:
+            scaled, scale = scaled_rows(head, x, own)
+            add_product(dw[columns], q.t(), scaled, fresh=True, scale=scale)
+        if db is not None:
+            db[columns] = head.bias_gradient(q, own)
+        if sums is not None:
+            label_q.index_add_(0, picked, torch_slab.take_targets(q, targets, columns.start))
+            part = torch.empty(x.shape, dtype=product_dtype(x), device=device)
+            add_product(part, q, head.w[columns], fresh=True)
+            sums.index_add_(0, picked, part.to(sums.dtype))
+    dh = None
+    if sums is not None:
+        dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+        head.place(dh, rows, sums, -factor, label_q)
+    return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))

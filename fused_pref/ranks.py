@@ -1,0 +1,85 @@
+"""Process groups as arguments: checked, and what is summed over them before an objective."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_pref import validate
+
+
+def group_of(name: str, value: Any) -> Any:
+    """A process group that this rank is in; a one-dimensional DeviceMesh stands for its own.
+
+    Raises:
+        TypeError, ValueError: something else, or this rank is not in it.
+    """
+    if value is None:
+        return None
+    if dist.is_available() and isinstance(value, dist.DeviceMesh) and value.ndim == 1:
+        value = value.get_group()
+    if not dist.is_available() or not isinstance(value, dist.ProcessGroup):
+        if value is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"{name} must be a group that this rank is in; rank {dist.get_rank()} is not in it")
+        raise validate.fail(name, "a torch.distributed.ProcessGroup, a 1-d DeviceMesh or None", value, TypeError)
+    if dist.get_rank(value) < 0:
+        raise ValueError(f"{name} must be a group that this rank is in; rank {dist.get_rank()} is not in it")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name} is not supported under torch.compile; compile the model up to the head")
+    return value
+
+
+class SumOverRanksFunction(torch.autograd.Function):
+    """Sum of a tensor over ranks that all go on with the same loss: a rank's part has the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        """Any shape → the same."""
+        values = values.clone()
+        dist.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The gradient as it is."""
+        return grads[0], None
+
+
+def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
+    """See :class:`SumOverRanksFunction`."""
+    return SumOverRanksFunction.apply(values, group)  # type: ignore[return-value]
+
+
+def local_head(hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, Any, Any, Any]:
+    """Hidden states, weight and bias as plain tensors, and the group of a vocab-parallel head.
+
+    A DTensor weight whose rows are sharded over one dimension of its mesh is vocab-parallel over that dimension; its
+    gradient comes back as a DTensor. What is replicated is taken as it is.
+
+    Raises:
+        ValueError: another placement, or ``tp_group`` beside a sharded weight.
+    """
+    if not _is_dtensor(weight):
+        return hidden, weight, bias, group
+    rows = [number for number, placement in enumerate(weight.placements) if placement.is_shard(0)]
+    whole = sum(placement.is_replicate() for placement in weight.placements)
+    if len(rows) > 1 or len(rows) + whole < len(weight.placements):
+        raise ValueError(
+            f"weight must be sharded along its rows over at most one mesh dimension; got {weight.placements}"
+        )
+    if rows and group is not None:
+        raise ValueError("tp_group must be None with a sharded DTensor weight, whose mesh says it")
+    for name, value, placed in (("hidden", hidden, False), ("bias", bias, bool(rows))):
+        if _is_dtensor(value) and any(p.is_partial() or (p.is_shard() and not placed) for p in value.placements):
+            raise ValueError(
+                f"{name} must be {'placed like weight' if placed else 'replicated'}; got {value.placements}"
+            )
+    if rows:
+        group = weight.device_mesh.get_group(rows[0])
+    return *(value.to_local() if _is_dtensor(value) else value for value in (hidden, weight, bias)), group
+
+
+def _is_dtensor(value: Any) -> bool:
+    # By name: importing DTensor takes longer than the rest of the library.
+    return type(value).__name__ == "DTensor"
