@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that is not (default: 5)")
     args = parser.parse_args()
-    sizes = [int(size) for size in args.shape.split("x")]
-    hidden, weight, labels = peaked(*sizes)
+    tokens, features, vocabulary = (int(size) for size in args.shape.split("x"))
+    hidden, weight, labels = peaked(tokens, features, vocabulary)
     dtype = getattr(torch, args.dtype)
     h, w = (tensor.to(args.device, dtype).requires_grad_() for tensor in (hidden, weight))
     rows, labels = h.detach().flatten(0, 1), labels.to(args.device)
@@ -99,7 +99,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     floor = statistics.median(seconds["bare products"])
     for name, step in steps.items():
-        unit = 2 * sizes[0] * sizes[1] * sizes[2]
+        unit = 2 * tokens * features * vocabulary
         # Kernels that Triton launches are not counted.
         number = products(step, unit) if args.device == "cpu" else torch.nan
         mass = getattr(step(), "dropped_mass", None)

@@ -123,4 +123,5 @@ class LinearSpec(TokenSpec):
             raise validate.fail("tp_group", "None: vocab-parallel heads are not supported", keywords["tp_group"])
         bounds = {"memory_budget": 1, "max_valid_tokens": 0}
         sizes = {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
-        return {**sizes, "skip_mass": validate.within("skip_mass", keywords["skip_mass"], 0, 1, optional=True)}
+        skip_mass = keywords["skip_mass"]
+        return {**sizes, "skip_mass": None if skip_mass is None else validate.within("skip_mass", skip_mass, 0, 1)}

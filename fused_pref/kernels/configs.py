@@ -84,11 +84,18 @@ EXPONENTIALS_TILE = STATISTICS_TILE | {("gfx942", 2): Tile(128, 128, 64, 16, 8, 
 HEAVY_TILE = EXPONENTIALS_TILE | {
     ("sm_80", 2): Tile(64, 128, 64, 16, 8, 3, False), ("sm_90", 2): _SQUARE, ("sm_100", 2): _SQUARE
 }  # fmt: skip
+# Products of picked rows, by pointers.
+PICKED_TILE: dict[tuple[str, int], Tile] = {
+    ("sm_80", 2): _AMPERE, ("sm_90", 2): Tile(128, 128, 64, 16, 8, 3, False),
+    ("sm_100", 2): Tile(128, 128, 64, 16, 8, 3, False), ("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False), **_EXACT
+}  # fmt: skip
 # For rows that are read entry by entry, or whose end falls within a block.
 UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
 INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)
 # Entries of a target's product that a program takes at a time.
 LABEL = Config(1024, 4)
+# Columns of Q that a program sums over the picked rows.
+PICKED_BIAS = Config(64, 4)
 CANDIDATES = [Config(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 # Tokens of a sequence that a program sums at a time.
 REDUCTION = Config(1024, 4)
