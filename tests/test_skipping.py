@@ -181,6 +181,18 @@ def test_packed(bound: int | None, device: str, backend: str) -> None:
     assert ours.dropped_mass.any()
 
 
+@pytest.mark.parametrize("bound", [None, 40])
+def test_unscored_positions_may_hold_anything(bound: int | None, device: str, backend: str) -> None:
+    batch = spiky(device)
+    keywords = {"backend": backend, "skip_mass": 0.3, "logits_mean": None, "max_valid_tokens": bound}
+    clean = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
+    unscored = torch.ones_like(batch.labels, dtype=torch.bool)
+    unscored[:, :-1] = batch.labels[:, 1:] == IGNORE
+    batch.hidden[unscored] = NAN
+    dirty = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
+    assert all(torch.equal(one, other) for one, other in zip(clean, dirty, strict=True))
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
 def test_non_finite_inputs_are_not_skipped(part: str, bad: float, device: str, backend: str) -> None:

@@ -40,7 +40,8 @@ def forward(head: Head, rows: ValidRows, plan: Plan, skip_mass: float, *, total:
     """Statistics of the rows and what the backward may leave out; ``total``: also Σ z."""
     if plan.fused and rows.number:
         statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
-        operands, width = head.operands_of(rows), plan.columns
+        # Not read in place: padding has to be 0 here, as it is in the backward.
+        operands, width = head.operands(head.take(rows)), plan.columns
         parts = head.fused.absorb(
             statistics, operands, rows.targets, 0, head.transform, total=total, split_columns=width
         )

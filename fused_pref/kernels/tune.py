@@ -59,9 +59,10 @@ _search: Search | None = None
 
 def enabled() -> bool:
     """Whether to search: asked for, and launches can be timed here."""
-    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if _search is None and os.environ.get("FUSED_PREF_TUNE") != "1":
         return False
-    return _search is not None or os.environ.get("FUSED_PREF_TUNE") == "1"
+    captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not captured and not torch.compiler.is_compiling()
 
 
 def key_of(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> str:
