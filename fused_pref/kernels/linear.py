@@ -143,7 +143,7 @@ def _linear_label_kernel(
         tl.store(labels + row, transform(x, inner, outer, TRANSFORM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count"])
 def _linear_gradient_kernel(
     hidden, weight, bias, places,  # see logits_tile
     count,  # 0-d int or None: how many of the rows are wanted, the first ones

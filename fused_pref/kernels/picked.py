@@ -17,7 +17,8 @@ from fused_pref.kernels import configs
 from fused_pref.kernels.gemm import precision, tile_order
 
 
-@triton.jit
+# Counts are entries of one tensor: where they lie must not make code of its own.
+@triton.jit(do_not_specialize_on_alignment=["count"])
 def _picked_weight_kernel(
     q,  # [N, v], row i is that of the i-th of the places
     hidden,  # [N_total, D]
@@ -52,7 +53,7 @@ def _picked_weight_kernel(
     tl.store(sink + v.to(tl.int64)[:, None] * sink_stride + d[None, :], x.to(sink.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count"])
 def _picked_hidden_kernel(
     q,  # [N, v], see above
     weight,  # [v, D]
@@ -90,7 +91,7 @@ def _picked_hidden_kernel(
     tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count"])
 def _picked_bias_kernel(
     q,  # [N, v], see above
     factor,  # [N_total]
