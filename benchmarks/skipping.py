@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_pref as fp
-from benchmarks.common import finish, stamp
+from benchmarks.measure import describe, finish
 
 HEIGHT = 24.0
 SHARES = (0.7, 0.2)
@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that is not (default: 5)")
     args = parser.parse_args()
-    sizes = [int(size) for size in args.shape.split("x")]
-    hidden, weight, labels = peaked(*sizes)
+    tokens, features, vocabulary = (int(size) for size in args.shape.split("x"))
+    hidden, weight, labels = peaked(tokens, features, vocabulary)
     dtype = getattr(torch, args.dtype)
     h, w = (tensor.to(args.device, dtype).requires_grad_() for tensor in (hidden, weight))
     rows, labels = h.detach().flatten(0, 1), labels.to(args.device)
@@ -94,12 +94,12 @@ def main() -> None:
             finish(args.device)
             if number:
                 seconds[name].append(time.perf_counter() - start)
-    print(", ".join(f"{name} {value}" for name, value in stamp(args.device).items()))
+    print(describe(args.device))
     print("| step | products, NDV | of the bare products' | time, of theirs | mass dropped, most | mean |")
     print("|---|---|---|---|---|---|")
     floor = statistics.median(seconds["bare products"])
     for name, step in steps.items():
-        unit = 2 * sizes[0] * sizes[1] * sizes[2]
+        unit = 2 * tokens * features * vocabulary
         # Kernels that Triton launches are not counted.
         number = products(step, unit) if args.device == "cpu" else torch.nan
         mass = getattr(step(), "dropped_mass", None)

@@ -102,6 +102,13 @@ class Explanation:
                 f"log-probs, coefficients, {made}",
                 "backward: the upstream gradient scales them",
             )
+        if plan.name == "skipping":
+            form = "a fused product, no logits are written" if plan.fused else f"{slices} slabs of logits"
+            return (
+                f"forward: {form} → log-probs, mass of each of {p.tokens} x {slices} tiles of {plan.columns} words",
+                f"backward: of each tile the rows that need it, computed again → {made}; {plan.products:.2f}NDV in all "
+                "if every row needs every tile, 1.00NDV if none needs any",
+            )
         again = f"{slices - plan.kept} of them computed again"
         if plan.fused:
             kept = f"{plan.kept} slabs of {p.tokens} x {plan.columns} logits, which are kept, and " if plan.kept else ""
@@ -149,6 +156,7 @@ def explain(
     gradients: Sequence[str] = ("hidden", "weight"),
     delta: str = "batch",
     memory_budget: int | None = None,
+    skip_mass: float | None = None,
 ) -> Explanation:
     """The plan that a call of the linear head would take, and what it costs; nothing is computed.
 
@@ -166,6 +174,7 @@ def explain(
         gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted; none for evaluation.
         delta: of BCO: ``"batch"`` if this batch moves δ, ``"known"`` if it is known before.
         memory_budget: bytes, as for the call.
+        skip_mass: as for the call; what can be skipped depends on the logits, so that the products are the most.
 
     Returns:
         :class:`Explanation`; print it.
@@ -186,10 +195,13 @@ def explain(
     dtype = _dtype(dtype)
     for name in gradients:
         validate.choice("gradients", name, GRADIENTS)
+    if skip_mass is not None:
+        validate.within("skip_mass", skip_mass, 0, 1)
     unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "logps": 0}[objective]
     if unit == 2 and sequences % 2:
         raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
     units = sequences // unit if unit else 0
+    fused = constants is not CPU and device != "xpu" and dtype != torch.float64
     problem = Problem(
         tokens=tokens,
         positions=positions,
@@ -204,9 +216,10 @@ def explain(
         device=constants,
         late_scale=dtype == torch.float16,
         gathered=positions > tokens,
-        fused=constants is not CPU and device != "xpu" and dtype != torch.float64,
+        fused=fused,
         wide_range=dtype != torch.float16,
         indexed=True,
+        skip=skip_mass is not None and (fused or constants is CPU),
     )
     return Explanation(choose(problem), problem, objective)
 
@@ -261,6 +274,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--delta", choices=DELTAS, default="batch", help="BCO: who moves δ (default: %(default)s)")
     parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
+    parser.add_argument("--skip-mass", type=float, help="probability that a token's gradient may lose")
     parser.add_argument("--all", action="store_true", help="also list what other budgets would buy")
 
 

@@ -133,8 +133,8 @@ class LinearKeywords(TokenKeywords, total=False):
         float | None,
         Keyword(
             None,
-            "probability in [0, 1) that the gradient of a token may leave out, in whole tiles of the vocabulary without its "
-            "target, which are then neither computed again nor multiplied; loss and log-probs stay exact, "
+            "probability in [0, 1) that the gradient of a token may lose, in whole tiles of the vocabulary without "
+            "its target, which are then neither computed again nor multiplied; loss and log-probs stay exact, "
             "and dropped_mass of the output says what was left out (log-probs come without it: no token loses more "
             "than this). With a = the gradient of a token's log-prob, m its dropped mass and s = |logit_scale| / "
             "temperature, dh is wrong by at most s|a|m max|W_v| in that row, dW by the sum over tokens of s|a|m|h|, "

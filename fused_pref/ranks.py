@@ -17,8 +17,11 @@ def group_of(name: str, value: Any) -> Any:
     """
     if value is None:
         return None
-    if dist.is_available() and isinstance(value, dist.DeviceMesh) and value.ndim == 1:
-        value = value.get_group()
+    if dist.is_available():
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(value, DeviceMesh) and value.ndim == 1:
+            value = value.get_group()
     if not dist.is_available() or not isinstance(value, dist.ProcessGroup):
         if value is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(f"{name} must be a group that this rank is in; rank {dist.get_rank()} is not in it")

@@ -74,11 +74,9 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def within(name: str, value: Any, low: float, high: float, *, optional: bool = False) -> Any:
-    """A number in [low, high); ``optional``: or None."""
-    if value is None and optional:
-        return None
-    expected = f"a number in [{low:g}, {high:g}){', or None' if optional else ''}"
+def within(name: str, value: Any, low: float, high: float) -> float:
+    """A number in [low, high)."""
+    expected = f"a number in [{low:g}, {high:g})"
     if not low <= finite(name, value, expected) < high:
         raise fail(name, expected, value)
     return float(value)

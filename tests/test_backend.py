@@ -3,14 +3,10 @@
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
-from harness import make_batch, run
-from probes import launches
 
-import fused_pref as fp
 from fused_pref import backend as backends
 from fused_pref.kernels import configs
 
@@ -110,66 +106,3 @@ def test_architecture(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert configs.architecture(torch.device("cuda")) == expected
     assert configs.architecture(torch.device("xpu")) == "sm_90"
-
-
-@pytest.fixture
-def timings(monkeypatch: pytest.MonkeyPatch) -> list[configs.Config]:
-    """Configurations in the order they were timed; the one with 2048 entries and 16 warps is the fastest."""
-    timed: list[configs.Config] = []
-    monkeypatch.setattr(configs, "_tuned", {})
-
-    def do_bench(function: Any) -> float:
-        function()
-        return 1.0 if timed[-1] == configs.Config(2048, 16) else 2.0
-
-    monkeypatch.setattr(configs.triton.testing, "do_bench", do_bench)
-    return timed
-
-
-@pytest.mark.parametrize("setting", [None, "", "0"])
-def test_tuning_is_opt_in(setting: str | None, timings: list[configs.Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FUSED_PREF_TUNE", raising=False)
-    if setting is not None:
-        monkeypatch.setenv("FUSED_PREF_TUNE", setting)
-    default = configs.Config(64, 1)
-    assert configs.tuned(("op",), default, timings.append) == default
-    assert not timings
-
-
-def test_tuning_keeps_the_fastest_per_key(timings: list[configs.Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_PREF_TUNE", "1")
-    default = configs.Config(64, 1)
-    for _ in range(2):
-        assert configs.tuned(("op", 1), default, timings.append) == configs.Config(2048, 16)
-    assert timings == [default, *configs.CANDIDATES]
-    configs.tuned(("op", 2), default, timings.append)
-    assert len(timings) == 2 * (1 + len(configs.CANDIDATES))
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_tuned_step(
-    inplace: bool, timings: list[configs.Config], kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tuning changes no result, and never runs the gradient over the logits more than once."""
-    batch = make_batch(2, 3, 50, device=kernel_device)
-    keywords: dict[str, Any] = {"inplace_backward": inplace, "backend": "triton"}
-
-    def step(leaf: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return fp.token_logps(leaf * 2, labels, **keywords)
-
-    plain, grad = run(step, batch.logits, batch.labels)
-    monkeypatch.setenv("FUSED_PREF_TUNE", "1")
-    monkeypatch.setattr(configs, "CANDIDATES", [configs.Config(32, 1), configs.Config(2048, 16)])
-    tuned = configs.tuned
-
-    def recorded(key: Any, default: configs.Config, launch: Any) -> configs.Config:
-        return tuned(key, default, lambda config: (timings.append(config), launch(config))[1])
-
-    monkeypatch.setattr(configs, "tuned", recorded)
-    with launches() as recorder:
-        result, tuned_grad = run(step, batch.logits, batch.labels)
-    torch.testing.assert_close(result, plain)
-    torch.testing.assert_close(tuned_grad, grad)
-    assert {key[0] for key in configs._tuned} == {"token_logps_fwd", *([] if inplace else ["token_logps_bwd"])}
-    assert recorder.names.count("_token_logps_fwd_kernel") == 4
-    assert recorder.names.count("_token_logps_bwd_kernel") == (1 if inplace else 4)

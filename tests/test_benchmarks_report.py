@@ -87,16 +87,28 @@ def test_what_no_longer_fits_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "report.md").read_text().splitlines() == made.lines
 
 
-def test_search_of_configurations_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fused_pref.kernels import configs
-
-    monkeypatch.delattr(configs, "search", raising=False)
-    assert list(sections.tune(Context("cuda", tmp_path))) == ["fused_pref.kernels.configs has no search"]
-    monkeypatch.setattr(configs, "search", lambda: None, raising=False)
+def test_search_of_configurations_is_for_gpus(tmp_path: Path) -> None:
     assert list(sections.tune(Context("cpu", tmp_path))) == ["there is no GPU"]
     (found,) = sections.tune(Context("cuda", tmp_path))
     assert isinstance(found, Command)
-    assert "configs.search()" in found.argv[-1]
+    assert found.argv[-1] == "benchmarks.report.tune"
+
+
+def test_search_of_configurations_prints_every_candidate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Interpreted, with a clock that always tells the same."""
+    from benchmarks.report import tune
+    from fused_pref.kernels import tune as search
+
+    monkeypatch.setenv("FUSED_PREF_CACHE", str(tmp_path))
+    monkeypatch.setattr(search.triton.testing, "do_bench", lambda launch: launch() or 1.0)
+    monkeypatch.setattr("sys.argv", ["tune", "--device", "cpu", "--shape", "2x3x16x40", "--dtype", "float32"])
+    tune.main()
+    out = capsys.readouterr().out
+    for name in ("linear CPO", "log-probs", "CPO of logits"):
+        assert f"{name}, 2x3x16x40" in out
+    assert out.count("| 1.000 |") > 3
 
 
 def test_presets_of_the_report_are_for_its_device() -> None:

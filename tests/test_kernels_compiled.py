@@ -1,6 +1,7 @@
 """What the kernels compile to on four GPUs, none of which is needed: the command, in a process of its own."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -104,6 +105,9 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
         (statistics, "exponentials", configs.EXPONENTIALS_TILE),
         (gradient, "plain", configs.GRADIENT_TILE),
         (gradient, "softcap", configs.HEAVY_TILE),
+        (gradient, "picked rows", configs.GRADIENT_TILE),
+        ("_picked_weight_kernel", "plain", configs.PICKED_TILE),
+        ("_picked_hidden_kernel", "plain", configs.PICKED_TILE),
     ]
     for kernel, case, table in tables:
         for (target, size), tile in table.items():
@@ -123,8 +127,9 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
 
 def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
     """16-bit products everywhere; exact ones of float32 on NVIDIA's only where they may be rounded."""
-    products = [row for row in rows if row["kernel"] in ("_linear_statistics_kernel", "_linear_gradient_kernel")]
-    assert {row["target"] for row in products} == set(TARGETS)
+    kernels = {f"_{name}_kernel" for name in ("linear_statistics", "linear_gradient", "picked_weight", "picked_hidden")}
+    products = [row for row in rows if row["kernel"] in kernels]
+    assert {(row["kernel"], row["target"]) for row in products} == set(itertools.product(kernels, TARGETS))
     for row in products:
         exact = row["dtype"] == "fp32" and "PRECISION=ieee" in row["config"] and row["target"] != "gfx942"
         assert (row["matrix_instructions"] > 0) != exact, row

@@ -2,19 +2,18 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.skipping import peaked, products
-from harness import IGNORE, Hidden, assert_gradient, assert_values, make_hidden, run_linear
+from harness import IGNORE, Hidden, assert_gradient, assert_values, make_hidden, peak_bytes, run_linear
 from test_linear import arguments, parity
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_pref as fp
+from benchmarks.skipping import peaked, products
 from fused_pref.head import call, plan, skipping
 from fused_pref.head.spec import LinearSpec
 from fused_pref.keywords import LinearKeywords, table
@@ -25,7 +24,7 @@ INF, NAN = torch.inf, torch.nan
 
 
 @pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plan.Plan]]:
+def narrow(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
     """Tiles of at most 16 words; gives the plans taken."""
     taken: list[plan.Plan] = []
 
@@ -35,7 +34,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plan.Plan]]:
 
     monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16, epilogue=0.0))
     monkeypatch.setattr(call, "choose", choose)
-    yield taken
+    return taken
 
 
 def spiky(device: str, *, dtype: torch.dtype = torch.float32, sign: float = 1.0, mask: str = "some") -> Hidden:
@@ -182,6 +181,18 @@ def test_packed(bound: int | None, device: str, backend: str) -> None:
     assert ours.dropped_mass.any()
 
 
+@pytest.mark.parametrize("bound", [None, 40])
+def test_unscored_positions_may_hold_anything(bound: int | None, device: str, backend: str) -> None:
+    batch = spiky(device)
+    keywords = {"backend": backend, "skip_mass": 0.3, "logits_mean": None, "max_valid_tokens": bound}
+    clean = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
+    unscored = torch.ones_like(batch.labels, dtype=torch.bool)
+    unscored[:, :-1] = batch.labels[:, 1:] == IGNORE
+    batch.hidden[unscored] = NAN
+    dirty = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
+    assert all(torch.equal(one, other) for one, other in zip(clean, dirty, strict=True))
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
 def test_non_finite_inputs_are_not_skipped(part: str, bad: float, device: str, backend: str) -> None:
@@ -320,7 +331,7 @@ def parity_of(objective: str, h: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        (1, ValueError, r"skip_mass must be a number in \[0, 1\), or None; got 1"),
+        (1, ValueError, r"skip_mass must be a number in \[0, 1\); got 1"),
         (-0.1, ValueError, "skip_mass"),
         (NAN, ValueError, "skip_mass"),
         ("2**-9", TypeError, "skip_mass"),
@@ -368,3 +379,34 @@ def test_least_budget_is_enough() -> None:
         fp.linear_cpo_loss(batch.hidden, batch.weight, batch.labels, memory_budget=1, **keywords)
     least = int(str(refused.value).split("least ")[1].split()[0])
     fp.linear_cpo_loss(batch.hidden, batch.weight, batch.labels, memory_budget=least, **keywords)
+
+
+def test_explanation() -> None:
+    text = str(fp.explain("llama-3-8b", device="sm_90", skip_mass=2**-9))
+    assert "plan skipping, fused," in text
+    assert "mass of each of 8192 x 32 tiles of 4096 words" in text
+    assert "1.00NDV if none needs any" in text
+    assert "plan skipping on cpu" in str(fp.explain("llama-3-8b", device="cpu", skip_mass=0.0, gradients=["hidden"]))
+    for other in ({"device": "xpu"}, {"gradients": []}, {"skip_mass": None}, {"device": "sm_90", "dtype": "float64"}):
+        assert "plan skipping" not in str(fp.explain("llama-3-8b", **{"device": "cpu", "skip_mass": 0.1, **other}))
+    with pytest.raises(ValueError, match="skip_mass"):
+        fp.explain("llama-3-8b", skip_mass=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_predicted_peak(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the planner allows for is enough where nothing can be skipped, and not a third more than that."""
+    monkeypatch.undo()
+    batch = make_hidden(8, 65, 256, 16384, dtype=dtype, mask="none")
+    batch.labels[:, :33] = IGNORE
+    h, w = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+
+    def step() -> None:
+        fp.linear_cpo_loss(h, w, batch.labels, skip_mass=0.0).loss.backward()
+
+    step()
+    h.grad = w.grad = None
+    measured = peak_bytes(step) - sum(tensor.numel() * tensor.element_size() for tensor in (h, w))
+    sizes = {"tokens": 256, "positions": 520, "hidden": 256, "vocab": 16384, "sequences": 8}
+    predicted = fp.explain(dtype=dtype, device="cpu", skip_mass=0.0, **sizes).peak_bytes
+    assert measured <= predicted <= 1.34 * measured

@@ -112,18 +112,13 @@ def scaling(context: Context) -> Iterator[Command | str]:
 
 
 def tune(context: Context) -> Iterator[Command | str]:
-    """The search of ``fused_pref.kernels.configs``, where there is one."""
+    """The search for launch configurations."""
     if backend.triton_obstacle(torch.device("cuda")) is not None:
         yield "Triton is not installed"
-        return
-    from fused_pref.kernels import configs
-
-    if not hasattr(configs, "search"):
-        yield "fused_pref.kernels.configs has no search"
     elif context.device != "cuda":
         yield "there is no GPU"
     else:
-        yield python("tune", "-c", "from fused_pref.kernels import configs; configs.search()", least=20)
+        yield python("tune", "-m", "benchmarks.report.tune", least=20)
 
 
 def predictions(context: Context) -> Iterator[Command | str]:

@@ -44,7 +44,7 @@ def padded(columns: int) -> int:
 class Head:
     """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the slabs.
 
-    With a ``shard`` the weight is a slice of the vocabulary, and targets are columns of that slice: others are elsewhere.
+    With a ``shard`` the weight is a slice of the vocabulary and targets are its columns; others are on another rank.
     """
 
     hidden: Tensor  # (S, T, D) or (N_total, D)

@@ -14,11 +14,13 @@ So the gradients are wrong by at most
 beyond what rounding costs every plan. The loss is that of every other plan: nothing is dropped from it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.linear import Forward, Gradients, Head, Skipped, scaled_rows
+from fused_pref.head.linear import Forward, Gradients, Head, Skipped, padded, scaled_rows
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, product_dtype
 from fused_pref.head.rows import ValidRows
@@ -36,8 +38,16 @@ def can_skip(head: Head) -> bool:
 
 def forward(head: Head, rows: ValidRows, plan: Plan, skip_mass: float, *, total: bool) -> Forward:
     """Statistics of the rows and what the backward may leave out; ``total``: also Σ z."""
-    parts = tile_statistics(head, rows, plan, total=total)
-    statistics = merged(parts)
+    if plan.fused and rows.number:
+        statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+        # Not read in place: padding has to be 0 here, as it is in the backward.
+        operands, width = head.operands(head.take(rows)), plan.columns
+        parts = head.fused.absorb(
+            statistics, operands, rows.targets, 0, head.transform, total=total, split_columns=width
+        )
+    else:
+        parts = tile_statistics(head, rows, plan, total=total)
+        statistics = merged(parts)
     _, miss = head.finish(statistics, rows.targets)
     # A row has others of at least 1, or of 0 with all of its parts.
     share = miss / statistics[OTHERS].clamp(min=0.5)
@@ -99,8 +109,37 @@ def backward(
     dw = head.weight.new_empty(head.weight.shape) if "weight" in wanted else None
     db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
     sums = torch.zeros(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
-    label_q = torch.zeros_like(factor)
-    memory = head.new_slab(rows.number, plan.columns)
+    into = Sums(dw, db, sums)
+    if plan.fused and rows.number:
+        label_q = None
+        add_on_device(head, rows, plan, statistics, live, h, factor, into)
+    else:
+        label_q = add_on_host(head, rows, plan, statistics, live, h, factor, into)
+    dh = None
+    if sums is not None:
+        dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+        head.place(dh, rows, sums, -factor, label_q)
+    return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
+
+
+class Sums(NamedTuple):
+    """Where a backward leaves what it finds; None where not wanted."""
+
+    dw: Tensor | None  # (V, D)
+    db: Tensor | None  # (V,)
+    hidden: Tensor | None  # (N, D), 0 at first: Q W, to be multiplied by −factor
+
+
+def add_on_host(
+    head: Head, rows: ValidRows, plan: Plan, statistics: Tensor, live: Tensor, h: Tensor, factor: Tensor, into: Sums
+) -> Tensor:
+    """By products whose sizes the host reads, which costs nothing on a CPU.
+
+    Returns:
+        (N,) the targets' entries of Q, which are not in the sums.
+    """
+    label_q, memory = torch.zeros_like(factor), head.new_slab(rows.number, plan.columns)
+    dw, db, sums = into
     for tile, columns in zip(live, ranges(head.columns, plan.columns), strict=True):
         picked = tile.nonzero()[:, 0]
         x, own, targets = h[picked], factor[picked], rows.targets[picked]
@@ -114,11 +153,31 @@ def backward(
             db[columns] = head.bias_gradient(q, own)
         if sums is not None:
             label_q.index_add_(0, picked, torch_slab.take_targets(q, targets, columns.start))
-            part = torch.empty(x.shape, dtype=product_dtype(x), device=device)
+            part = torch.empty(x.shape, dtype=product_dtype(x), device=x.device)
             add_product(part, q, head.w[columns], fresh=True)
             sums.index_add_(0, picked, part.to(sums.dtype))
-    dh = None
-    if sums is not None:
-        dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
-        head.place(dh, rows, sums, -factor, label_q)
-    return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
+    return label_q
+
+
+def add_on_device(
+    head: Head, rows: ValidRows, plan: Plan, statistics: Tensor, live: Tensor, h: Tensor, factor: Tensor, into: Sums
+) -> None:
+    """By kernels that read the sizes: for each tile the rows that need it come first in a list. Nothing waits."""
+    from fused_pref.kernels import picked
+
+    order = (~live).to(torch.uint8).argsort(dim=1, stable=True)
+    counts = live.sum(1, dtype=torch.int32)
+    targets, tops = rows.targets[order], statistics[: OTHERS + 1, order]
+    x, scale = scaled_rows(head, h, factor) if into.dw is not None else (h, None)
+    memory = head.new_slab(rows.number, plan.columns, fused=True)
+    for k, columns in enumerate(ranges(head.columns, plan.columns)):
+        width = columns.stop - columns.start
+        q = memory[: rows.number * padded(width)].view(rows.number, padded(width))[:, :width]
+        operands, count = head.operands(h, columns, order[k]), counts[k]
+        head.fused.gradient(q, operands, tops[:, k], targets[k], columns.start, head.transform, count)
+        if into.dw is not None:
+            picked.weight_product(into.dw[columns], q, x, order[k], count, scale)
+        if into.db is not None:
+            picked.bias_product(into.db[columns], q, factor, order[k], count)
+        if into.hidden is not None:
+            picked.hidden_product(into.hidden, q, head.w[columns], order[k], count)

@@ -131,9 +131,10 @@ class LinearSpec(TokenSpec):
         """See :class:`fused_pref.keywords.LinearKeywords`."""
         bounds = {"memory_budget": 1, "max_valid_tokens": 0}
         sizes = {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
+        skip_mass = keywords["skip_mass"]
         return {
             **sizes,
-            "skip_mass": validate.within("skip_mass", keywords["skip_mass"], 0, 1, optional=True),
+            "skip_mass": None if skip_mass is None else validate.within("skip_mass", skip_mass, 0, 1),
             "tp_group": group_of("tp_group", keywords["tp_group"]),
             "tp_partial": validate.flag("tp_partial", keywords["tp_partial"]),
         }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_pref.head.linear import padded
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import dlogits, gemm, linear, logprob, objective, scale, sequences, slab
+from fused_pref.kernels import dlogits, gemm, linear, logprob, objective, picked, scale, sequences, slab
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)
@@ -116,12 +116,24 @@ def linear_gradient(
     features: int = 4096,
     vocabulary: int = VOCABULARY,
     bias: bool = False,
+    pick: bool = False,
 ) -> None:
-    """Launch the gradient of a slice of the linear head."""
+    """Launch the gradient of a slice of the linear head; ``pick``: of as many rows as the device says."""
     columns = min(vocabulary, 8192)
-    head, targets = operands(dtype, columns, features, False, bias), meta(8192, dtype=torch.int64)
-    sink = meta(8192, columns, dtype=dtype)
-    linear.gradient(sink, head, meta(4, 8192), targets, 0, transform or Transform())
+    head, targets = operands(dtype, columns, features, pick, bias), meta(8192, dtype=torch.int64)
+    sink, count = meta(8192, columns, dtype=dtype), meta(dtype=torch.int32) if pick else None
+    linear.gradient(sink, head, meta(4, 8192), targets, 0, transform or Transform(), count)
+
+
+def picked_products(dtype: torch.dtype, features: int = 4096, columns: int = 4096) -> None:
+    """Launch the products of picked rows, into a float32 dW if it is scaled."""
+    q, rows, weight = (meta(8192, columns, dtype=dtype), meta(8192, features, dtype=dtype), meta(columns, features))
+    places, count = meta(8192, dtype=torch.int64), meta(dtype=torch.int32)
+    scaled = dtype == torch.float16
+    sink, scale = (weight, meta()) if scaled else (weight.to(dtype), None)
+    picked.weight_product(sink, q, rows, places, count, scale)
+    picked.hidden_product(meta(8192, features), q, weight.to(dtype), places, count)
+    picked.bias_product(meta(columns), q, meta(8192), places, count)
 
 
 def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:
@@ -238,6 +250,12 @@ CASES = [
     Case("TF32", partial(with_tf32, linear_gradient), (torch.float32,)),
     Case("softcap", partial(linear_gradient, transform=SOFTCAP)),
     Case("odd depth", partial(linear_gradient, features=2305), (torch.bfloat16,)),
+    Case("picked rows", partial(linear_gradient, pick=True)),
+    Case("picked rows, softcap, bias", partial(linear_gradient, pick=True, transform=SOFTCAP, bias=True)),
+    Case("plain", picked_products),
+    Case("odd depth", partial(picked_products, features=2305), (torch.bfloat16,)),
+    Case("odd columns", partial(picked_products, columns=4001), (torch.bfloat16,)),
+    Case("TF32", partial(with_tf32, picked_products), (torch.float32,)),
     Case("plain", gradient_scale),
     Case("padded, means", partial(scores, mean="all", packed=False), SUMS),
     Case("packed", partial(scores, mean=None, packed=True), SUMS),

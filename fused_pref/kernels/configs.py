@@ -1,12 +1,10 @@
-"""Launch configurations: a fixed default per (architecture, bytes of an entry), and a search that is opt-in.
+"""Launch configurations: a fixed default per (architecture, bytes of an entry), and the candidates of a search.
 
-``FUSED_PREF_TUNE=1`` times the candidates on the first call of each (kernel, dtype, vocabulary) and keeps the fastest
-for the process.
+The search is opt-in: :mod:`fused_pref.kernels.tune`.
 """
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -84,12 +82,27 @@ EXPONENTIALS_TILE = STATISTICS_TILE | {("gfx942", 2): Tile(128, 128, 64, 16, 8, 
 HEAVY_TILE = EXPONENTIALS_TILE | {
     ("sm_80", 2): Tile(64, 128, 64, 16, 8, 3, False), ("sm_90", 2): _SQUARE, ("sm_100", 2): _SQUARE
 }  # fmt: skip
+# Products of picked rows, by pointers.
+PICKED_TILE: dict[tuple[str, int], Tile] = {
+    ("sm_80", 2): _AMPERE, ("sm_90", 2): Tile(128, 128, 64, 16, 8, 3, False),
+    ("sm_100", 2): Tile(128, 128, 64, 16, 8, 3, False), ("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False), **_EXACT
+}  # fmt: skip
 # For rows that are read entry by entry, or whose end falls within a block.
 UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
 INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)
 # Entries of a target's product that a program takes at a time.
 LABEL = Config(1024, 4)
+# Columns of Q that a program sums over the picked rows.
+PICKED_BIAS = Config(64, 4)
 CANDIDATES = [Config(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
+# Rows, columns, depth, warps and stages of tiles by bytes of an entry.
+TILE_CANDIDATES = {
+    2: [
+        (128, 256, 64, 8, 2), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4),
+        (128, 128, 128, 8, 2), (256, 128, 64, 8, 3), (64, 256, 64, 8, 3), (64, 128, 64, 4, 4),
+    ],
+    4: [(64, 64, 16, 8, 3), (64, 64, 32, 8, 2), (64, 128, 16, 8, 3), (128, 64, 16, 8, 3), (32, 64, 32, 4, 3)],
+}  # fmt: skip
 # Tokens of a sequence that a program sums at a time.
 REDUCTION = Config(1024, 4)
 # Pairs or sequences that an objective handles at a time: two a thread, because it keeps some thirty float64 of each.
@@ -99,8 +112,6 @@ COMBINE = Config(1, 1)
 # The interpreter pays per operation: one wide block. Its "processors" are few, so that tests split rows.
 INTERPRETER = Config(8192, 1)
 INTERPRETER_PROCESSORS = 4
-
-_tuned: dict[tuple[object, ...], Config] = {}
 
 
 def processors(device: torch.device) -> int:
@@ -118,16 +129,6 @@ def choose(table: dict[tuple[str, int], Config], device: torch.device, dtype: to
     return Config(min(config.block, max(1024, triton.next_power_of_2(columns))), config.num_warps)
 
 
-def tuned(key: tuple[object, ...], default: Config, launch: Callable[[Config], None]) -> Config:
-    """The default, or with ``FUSED_PREF_TUNE=1`` the fastest candidate, timed once per key."""
-    if os.environ.get("FUSED_PREF_TUNE") != "1" or torch.compiler.is_compiling():
-        return default
-    if key not in _tuned:
-        timed = [(triton.testing.do_bench(lambda c=config: launch(c)), config) for config in (default, *CANDIDATES)]
-        _tuned[key] = min(timed, key=lambda pair: float(pair[0]))[1]  # type: ignore[arg-type]
-    return _tuned[key]
-
-
 def tile(table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch.Tensor, *, heavy: bool) -> Tile:
     """The default tile for hidden (n, D) · weight (v, D)ᵀ; ``heavy``: with an epilogue that needs more registers."""
     if hidden.device.type == "cpu":
@@ -135,3 +136,10 @@ def tile(table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch
     own = (HEAVY_TILE if heavy or weight.shape[0] % 16 else table)[architecture(hidden.device), hidden.dtype.itemsize]
     apart = [x.stride(0) * x.dtype.itemsize % 16 for x in (hidden, weight)]
     return UNALIGNED_TILE if any(apart) or hidden.shape[1] % own.depth else own
+
+
+def tile_candidates(default: Tile, dtype: torch.dtype) -> Iterator[Tile]:
+    """What a search times beside a default tile: other sizes, read in the same way."""
+    names = ("rows", "columns", "depth", "num_warps", "num_stages")
+    for sizes in TILE_CANDIDATES[dtype.itemsize]:
+        yield replace(default, **dict(zip(names, sizes, strict=True)))

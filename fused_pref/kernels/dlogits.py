@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import configs
+from fused_pref.kernels import configs, tune
 from fused_pref.kernels.helpers import chain, column_of, exp, row_offset, target_of, transform
 from fused_pref.kernels.logprob import aligned, factors, geometry
 
@@ -87,5 +87,7 @@ def token_logps_bwd(
         )  # fmt: skip
 
     default = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)
-    in_place = dlogits.data_ptr() == logits.data_ptr()
-    launch(default if in_place else configs.tuned(("token_logps_bwd", logits.dtype, columns), default, launch))
+    if dlogits.data_ptr() != logits.data_ptr():  # in place it can be launched only once
+        key = ("token_logps_bwd", logits.device, logits.dtype, columns)
+        default = tune.tuned(*key, default, configs.CANDIDATES, launch)
+    launch(default)

@@ -11,6 +11,7 @@ The fused twins of :mod:`fused_pref.head.slab`: what those read from a slab of l
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import configs
+from fused_pref.kernels import configs, tune
 from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order, vocabulary_splits
 from fused_pref.kernels.helpers import chain, exp, transform
 from fused_pref.kernels.logprob import factors
@@ -142,9 +143,10 @@ def _linear_label_kernel(
         tl.store(labels + row, transform(x, inner, outer, TRANSFORM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count"])
 def _linear_gradient_kernel(
-    hidden, weight, bias,  # see logits_tile
+    hidden, weight, bias, places,  # see logits_tile
+    count,  # 0-d int or None: how many of the rows are wanted, the first ones
     targets,  # [N]
     statistics,  # [4, N]
     sink,  # [N, v], receives Q
@@ -155,9 +157,17 @@ def _linear_gradient_kernel(
 ):  # fmt: skip
     block, tile = tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     row, column = block * ROWS, tile * COLUMNS
+    if count is not None:
+        rows = tl.load(count).to(tl.int32)
+        if row >= rows:
+            return
     r = row + tl.arange(0, ROWS)
+    if places is None:
+        place = tl.minimum(r, rows - 1).to(tl.int64)
+    else:
+        place = tl.load(places + r, mask=r < rows, other=0)
     x = logits_tile(
-        hidden, weight, tl.minimum(r, rows - 1).to(tl.int64), row, column, columns, features, hidden_stride,
+        hidden, weight, place, row, column, columns, features, hidden_stride,
         weight_stride, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     y = _targets(targets, row, rows, first, ROWS)
@@ -175,8 +185,15 @@ def _linear_gradient_kernel(
 
 
 def absorb(
-    statistics: Tensor, operands: Operands, targets: Tensor, first: int, constants: Transform, *, total: bool
-) -> None:
+    statistics: Tensor,
+    operands: Operands,
+    targets: Tensor,
+    first: int,
+    constants: Transform,
+    *,
+    total: bool,
+    split_columns: int | None = None,
+) -> Tensor | None:
     """Take a slice of the vocabulary into the running statistics of its rows.
 
     Args:
@@ -186,32 +203,53 @@ def absorb(
         first: the slice's first column in the vocabulary.
         constants: the logits transform.
         total: whether Σ z is wanted.
+        split_columns: width of the parts that a row is split into; None: what keeps the device busy.
+
+    Returns:
+        Statistics of the parts of each row, see :func:`_partials`; None if there is nothing to take in.
     """
     if operands.rows == 0 or operands.columns == 0:
-        return
+        return None
     _labels(statistics, operands, targets, first, constants)
-    partials = _partials(operands, targets, first, constants, total)
+
+    def launch(tile: configs.Tile) -> Tensor:
+        return _partials(operands, targets, first, constants, total, tile, split_columns=split_columns)
+
+    partials = launch(_tuned("linear_statistics", operands, configs.STATISTICS_TILE, constants, launch))
     top = torch.maximum(statistics[TOP], partials[:, 0].amax(0))
     statistics[OTHERS] *= (statistics[TOP] - top).exp_()
     statistics[OTHERS] += (partials[:, 1] * (partials[:, 0] - top).exp_()).sum(0)
     statistics[TOP] = top
     if total:
         statistics[TOTAL] += partials[:, 2].sum(0)
+    return partials
 
 
 def gradient(
-    sink: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, first: int, constants: Transform
+    sink: Tensor,
+    operands: Operands,
+    statistics: Tensor,
+    targets: Tensor,
+    first: int,
+    constants: Transform,
+    count: Tensor | None = None,
 ) -> None:
-    """Write Q of a slice of the vocabulary into ``sink`` (N, v) from the statistics of the whole rows. One launch."""
+    """Write Q of a slice of the vocabulary into ``sink`` (N, v) from the statistics of the whole rows. One launch.
+
+    ``count`` (0-d) is the number of rows that are wanted, the first ones; None: all.
+    """
     rows, columns = operands.rows, operands.columns
     if rows == 0 or columns == 0:
         return
-    tile = operands.tile(configs.GRADIENT_TILE, constants)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    _linear_gradient_kernel[grid](
-        targets=targets, statistics=statistics, sink=sink, first=first, statistics_stride=statistics.stride(0),
-        sink_stride=sink.stride(0), **operands.arguments(tile), **factors(constants), **tile.options,
-    )  # fmt: skip
+
+    def launch(tile: configs.Tile) -> None:
+        _linear_gradient_kernel[triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),](
+            places=operands.places, count=count, targets=targets, statistics=statistics, sink=sink, first=first,
+            statistics_stride=statistics.stride(0), sink_stride=sink.stride(0), **operands.arguments(tile),
+            **factors(constants), **tile.options,
+        )  # fmt: skip
+
+    launch(_tuned("linear_gradient", operands, configs.GRADIENT_TILE, constants, launch))
 
 
 def exponentials(
@@ -243,11 +281,18 @@ def exponentials(
     if operands.rows:
         _labels(statistics, operands, targets, 0, constants)
         # The maximum of nothing is the least finite number, as in other statistics.
-        low = _partials(probe, targets, 0, constants, False)[:, 0].amax(0).clamp_(min=torch.finfo(torch.float32).min)
-        partials = _partials(operands, targets, 0, constants, total, Exponentials(sink, low))
+        probe_tile = probe.tile(configs.STATISTICS_TILE, constants)
+        low = _partials(probe, targets, 0, constants, False, probe_tile)[:, 0].amax(0)
+        low.clamp_(min=torch.finfo(torch.float32).min)
+
+        def launch(tile: configs.Tile) -> Tensor:
+            return _partials(operands, targets, 0, constants, total, tile, Exponentials(sink, low))
+
+        tile = _tuned("linear_exponentials", operands, configs.EXPONENTIALS_TILE, constants, launch)
+        partials = launch(tile)
         top = partials[:, 0].amax(0)
         high = torch.where(top - low > REACH, top, low)
-        _partials(operands, targets, 0, constants, total, Exponentials(sink, high, low, partials))
+        _partials(operands, targets, 0, constants, total, tile, Exponentials(sink, high, low, partials))
         statistics[TOP], statistics[OTHERS] = high, partials[:, 1].sum(0)
         if total:
             statistics[TOTAL] = partials[:, 2].sum(0)
@@ -282,14 +327,16 @@ def _partials(
     first: int,
     constants: Transform,
     total: bool,
+    tile: configs.Tile,
     exponentials: Exponentials | None = None,
+    split_columns: int | None = None,
 ) -> Tensor:
     """Maximum, Σ exp(z − maximum or pivot) of the other entries and Σ z of each split of the slice, (splits, 3, N)."""
     rows, device = operands.rows, operands.hidden.device
-    table = configs.STATISTICS_TILE if exponentials is None else configs.EXPONENTIALS_TILE
-    tile = operands.tile(table, constants)
     blocks, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(operands.columns, tile.columns)
-    split_columns = triton.cdiv(chunks, vocabulary_splits(blocks, chunks, configs.processors(device))) * tile.columns
+    if split_columns is None:
+        parts = vocabulary_splits(blocks, chunks, configs.processors(device))
+        split_columns = triton.cdiv(chunks, parts) * tile.columns
     splits = triton.cdiv(operands.columns, split_columns)
     sink = pivots = before = partials = None
     if exponentials is not None:
@@ -307,6 +354,21 @@ def _partials(
         **factors(constants), **tile.options,
     )  # fmt: skip
     return partials
+
+
+def _tuned(
+    kernel: str,
+    operands: Operands,
+    table: dict[tuple[str, int], configs.Tile],
+    constants: Transform,
+    launch: Callable[[configs.Tile], object],
+) -> configs.Tile:
+    """The tile of a table, or what a search prefers."""
+    default, hidden = operands.tile(table, constants), operands.hidden
+    flags = {"softcap": constants.softcap, "bias": operands.bias, "by index": operands.places}
+    name = ", ".join([kernel, *(flag for flag, value in flags.items() if value is not None)])
+    candidates = configs.tile_candidates(default, hidden.dtype)
+    return tune.tuned(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, launch)
 
 
 def _labels(statistics: Tensor, operands: Operands, targets: Tensor, first: int, constants: Transform) -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import configs
+from fused_pref.kernels import configs, tune
 from fused_pref.kernels.helpers import column_of, exp, log1p, row_offset, target_of, transform
 
 MEANS = {None: 0, "completion": 1, "all": 2}
@@ -219,5 +219,5 @@ def token_logps_fwd(
             )  # fmt: skip
 
     default = configs.choose(configs.FORWARD, device, logits.dtype, columns)
-    launch(configs.tuned(("token_logps_fwd", logits.dtype, columns), default, launch))
+    launch(tune.tuned("token_logps_fwd", device, logits.dtype, columns, default, configs.CANDIDATES, launch))
     return logp, statistics, means

@@ -1,0 +1,176 @@
+"""Products of picked rows, of which the device alone knows how many there are.
+
+A list of row numbers begins with those that are picked, and a count says how many: programs beyond it return at once,
+and loops end there, so that the host need not wait. Used by :mod:`fused_pref.head.skipping`.
+"""
+
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_pref.kernels import configs
+from fused_pref.kernels.gemm import precision, tile_order
+
+
+# Counts are entries of one tensor: where they lie must not make code of its own.
+@triton.jit(do_not_specialize_on_alignment=["count"])
+def _picked_weight_kernel(
+    q,  # [N, v], row i is that of the i-th of the places
+    hidden,  # [N_total, D]
+    places,  # [N] int64 rows of hidden, the picked ones first
+    count,  # 0-d int, how many are picked
+    scale,  # 0-d or None, factor on the result
+    sink,  # [v, D], written
+    columns, features, q_stride, hidden_stride, sink_stride,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Qᵀ hidden over the picked rows."""
+    block, part = tile_order(tl.program_id(0), tl.cdiv(columns, ROWS), tl.cdiv(features, COLUMNS), GROUP)
+    v, d = block * ROWS + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
+    picked = tl.load(count).to(tl.int32)
+    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, picked, DEPTH):
+        n = start + tl.arange(0, DEPTH)
+        there = (n < picked)[:, None]
+        place = tl.load(places + n, mask=n < picked, other=0)
+        a = tl.load(q + n.to(tl.int64)[:, None] * q_stride + v[None, :], mask=there & (v < columns)[None, :], other=0.0)
+        b = tl.load(
+            hidden + place[:, None] * hidden_stride + d[None, :], mask=there & (d < features)[None, :], other=0.0
+        )
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        x = tl.dot(a.T, b, x, input_precision=PRECISION)
+    if scale is not None:
+        x *= tl.load(scale)
+    inside = (v < columns)[:, None] & (d < features)[None, :]
+    tl.store(sink + v.to(tl.int64)[:, None] * sink_stride + d[None, :], x.to(sink.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["count"])
+def _picked_hidden_kernel(
+    q,  # [N, v], see above
+    weight,  # [v, D]
+    places,  # [N] int64 rows of sums, no row twice
+    count,  # 0-d int
+    sums,  # [N_total, D], added to
+    rows, columns, features, q_stride, weight_stride, sums_stride,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Q weight, each row added at its place."""
+    block, part = tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(features, COLUMNS), GROUP)
+    picked = tl.load(count).to(tl.int32)
+    if block * ROWS >= picked:
+        return
+    n, d = block * ROWS + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
+    x = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, columns, DEPTH):
+        v = start + tl.arange(0, DEPTH)
+        a = tl.load(
+            q + n.to(tl.int64)[:, None] * q_stride + v[None, :],
+            mask=(n < picked)[:, None] & (v < columns)[None, :], other=0.0,
+        )  # fmt: skip
+        b = tl.load(
+            weight + v.to(tl.int64)[:, None] * weight_stride + d[None, :],
+            mask=(v < columns)[:, None] & (d < features)[None, :], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        x = tl.dot(a, b, x, input_precision=PRECISION)
+    place = tl.load(places + n, mask=n < picked, other=0)
+    pointers = sums + place[:, None] * sums_stride + d[None, :]
+    inside = (n < picked)[:, None] & (d < features)[None, :]
+    tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + x, mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["count"])
+def _picked_bias_kernel(
+    q,  # [N, v], see above
+    factor,  # [N_total]
+    places,  # [N] int64 entries of factor
+    count,  # 0-d int
+    sink,  # [v], written
+    columns, q_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """−Qᵀ factor over the picked rows."""
+    v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    picked = tl.load(count).to(tl.int32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, picked, ROWS):
+        n = start + tl.arange(0, ROWS)
+        f = tl.load(factor + tl.load(places + n, mask=n < picked, other=0), mask=n < picked, other=0.0)
+        inside = (n < picked)[:, None] & (v < columns)[None, :]
+        x = tl.load(q + n.to(tl.int64)[:, None] * q_stride + v[None, :], mask=inside, other=0.0)
+        total += tl.sum(x.to(tl.float32) * f[:, None], 0)
+    tl.store(sink + v, -total, mask=v < columns)
+
+
+def weight_product(
+    sink: Tensor, q: Tensor, hidden: Tensor, places: Tensor, count: Tensor, scale: Tensor | None
+) -> None:
+    """Write Qᵀ hidden of the picked rows, times ``scale`` (0-d), into ``sink`` (v, D). One launch.
+
+    Args:
+        sink: a slice of dW, of any float dtype.
+        q: (N, v) of the dtype of ``hidden``; what is beyond the picked rows is not read.
+        hidden: (N_total, D).
+        places: (N,) int64 rows of ``hidden``.
+        count: 0-d, how many of them are picked.
+        scale: None for 1.
+    """
+    columns, features = sink.shape
+    tile = _tile(q, hidden)
+    grid = (triton.cdiv(columns, tile.rows) * triton.cdiv(features, tile.columns),)
+    _picked_weight_kernel[grid](
+        q, hidden, places, count, scale, sink, columns, features, q.stride(0), hidden.stride(0), sink.stride(0),
+        **_constants(q, tile),
+    )  # fmt: skip
+
+
+def hidden_product(sums: Tensor, q: Tensor, weight: Tensor, places: Tensor, count: Tensor) -> None:
+    """Add Q weight of the picked rows to the rows ``places`` of ``sums`` (N_total, D) float32. One launch."""
+    columns, features = weight.shape
+    tile = _tile(q, weight)
+    grid = (triton.cdiv(q.shape[0], tile.rows) * triton.cdiv(features, tile.columns),)
+    _picked_hidden_kernel[grid](
+        q, weight, places, count, sums, q.shape[0], columns, features, q.stride(0), weight.stride(0), sums.stride(0),
+        **_constants(q, tile),
+    )  # fmt: skip
+
+
+def bias_product(sink: Tensor, q: Tensor, factor: Tensor, places: Tensor, count: Tensor) -> None:
+    """Write −Qᵀ factor of the picked rows into ``sink`` (v,) float32; factor (N_total,) float32. One launch."""
+    config = configs.PICKED_BIAS
+    _picked_bias_kernel[triton.cdiv(sink.shape[0], config.block),](
+        q, factor, places, count, sink, sink.shape[0], q.stride(0), ROWS=16, BLOCK=config.block, **config.options
+    )
+
+
+def _tile(q: Tensor, other: Tensor) -> configs.Tile:
+    if q.device.type == "cpu":
+        return configs.INTERPRETER_TILE
+    if any(x.stride(0) * x.dtype.itemsize % 16 for x in (q, other)):
+        return configs.UNALIGNED_TILE
+    return configs.PICKED_TILE[configs.architecture(q.device), q.dtype.itemsize]
+
+
+def _constants(q: Tensor, tile: configs.Tile) -> dict[str, Any]:
+    return {
+        "PRECISION": precision(q.dtype),
+        # The interpreter multiplies the bits of 16-bit entries.
+        "UPCAST": q.device.type == "cpu" and q.dtype.itemsize == 2,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": tile.group,
+        **tile.options,
+    }

@@ -1,0 +1,187 @@
+"""The search for launch configurations, which is opt-in, and the file that keeps what it found.
+
+With ``FUSED_PREF_TUNE=1`` the first call of each (kernel, dtype, size) on a device times the candidates of
+:mod:`fused_pref.kernels.configs` and takes the fastest from then on; without it the defaults are taken and nothing
+here is read. What was found is kept in ``tune.json`` in the folder that ``FUSED_PREF_CACHE`` names, else in
+``fused_pref`` in the user's cache folder, by name of the device and release of Triton. :func:`search` does the same for
+one step and gives every time. Kernels that cannot be launched twice on the same memory keep their defaults.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+from triton.errors import TritonError
+
+from fused_pref.kernels.configs import Config, Tile
+
+# Layout of the file.
+VERSION = 1
+AnyConfig = TypeVar("AnyConfig", Config, Tile)
+# A launch → milliseconds.
+Timer = Callable[[Callable[[], object]], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate of one search.
+
+    Attributes:
+        key: what it was searched for, see :func:`key_of`.
+        config: the candidate; the first of a key is the default.
+        milliseconds: its time; infinite where it does not compile or fit.
+    """
+
+    key: str
+    config: Config | Tile
+    milliseconds: float
+
+
+@dataclass
+class Search:
+    """A search under way."""
+
+    timer: Timer
+    timings: list[Timing]
+
+
+_known: dict[str, Config | Tile] = {}
+# One for the process: backward passes run in threads of their own.
+_search: Search | None = None
+
+
+def enabled() -> bool:
+    """Whether to search: asked for, and launches can be timed here."""
+    if _search is None and os.environ.get("FUSED_PREF_TUNE") != "1":
+        return False
+    captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not captured and not torch.compiler.is_compiling()
+
+
+def key_of(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> str:
+    """What a configuration is kept for; ``size`` is D of a product, V of a kernel that streams."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return " | ".join((name, f"triton {triton.__version__}", kernel, str(dtype).removeprefix("torch."), str(size)))
+
+
+def tuned(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    default: AnyConfig,
+    candidates: Iterable[AnyConfig],
+    launch: Callable[[AnyConfig], object],
+) -> AnyConfig:
+    """The default, or if a search is asked for the fastest: as this process, the file, or a search now knows it.
+
+    Args:
+        kernel: its name, and what else its code depends on.
+        device: where it is launched.
+        dtype: of its input.
+        size: see :func:`key_of`.
+        default: what is taken unless a search is asked for.
+        candidates: what is timed beside it.
+        launch: launches it; may be called any number of times.
+    """
+    if not enabled() or device.type == "meta":
+        return default
+    key, choices = key_of(kernel, device, dtype, size), [default, *(c for c in candidates if c != default)]
+    searched = _search is not None and key in {timing.key for timing in _search.timings}
+    if key not in _known or not (_search is None or searched):
+        kept = None if _search else load().get(key)
+        # Nothing is launched that this release would not try by itself.
+        _known[key] = next((c for c in choices if asdict(c) == kept), None) or _fastest(key, choices, launch)
+    return _known[key]  # type: ignore[return-value]
+
+
+def search(step: Callable[[], object], *, timer: Timer | None = None) -> list[Timing]:
+    """Search for every kernel that ``step`` launches, whatever was found before, and keep what is found.
+
+    Args:
+        step: a forward, or a forward and backward.
+        timer: gives the milliseconds of a launch; None: Triton's ``do_bench``.
+
+    Returns:
+        A row per kernel and candidate, in the order of their launches; the first of a key is the default.
+    """
+    global _search
+    before, _search = _search, Search(timer or triton.testing.do_bench, [])
+    try:
+        step()
+        return _search.timings
+    finally:
+        _search = before
+
+
+def _fastest(key: str, choices: list[AnyConfig], launch: Callable[[AnyConfig], object]) -> AnyConfig:
+    timer = triton.testing.do_bench if _search is None else _search.timer
+    timings = [Timing(key, config, _time(timer, launch, config)) for config in choices]
+    if _search is not None:
+        _search.timings.extend(timings)
+    best = min(range(len(choices)), key=lambda i: timings[i].milliseconds)
+    store(key, choices[best])
+    return choices[best]
+
+
+def _time(timer: Timer, launch: Callable[[AnyConfig], object], config: AnyConfig) -> float:
+    try:
+        return float(timer(lambda: launch(config)))
+    except TritonError:  # more shared memory than there is, or code that does not compile
+        return float("inf")
+
+
+def cache_path() -> Path:
+    """The file that keeps what was found."""
+    folder = os.environ.get("FUSED_PREF_CACHE")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "fused_pref")
+    return Path(folder).expanduser() / "tune.json"
+
+
+def load() -> dict[str, Any]:
+    """Key → fields of a configuration; nothing, with a warning, from a file that is not one of these."""
+    return _read() or {}
+
+
+def store(key: str, config: Config | Tile) -> None:
+    """Add to the file in one step, so that no reader sees half of it; a file that is not ours is left alone.
+
+    Of two processes that store at once one may lose its entry: it is found again.
+    """
+    path, entries = cache_path(), _read()
+    if entries is None:
+        return
+    text = json.dumps({"version": VERSION, "entries": {**entries, key: asdict(config)}}, indent=1, sort_keys=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(f"what FUSED_PREF_TUNE found is not kept: {error}", stacklevel=2)
+
+
+def _read() -> dict[str, Any] | None:
+    """The entries; None, with a warning, if the file is not one of these."""
+    path = cache_path()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    else:
+        entries = content.get("entries") if isinstance(content, dict) and content.get("version") == VERSION else None
+        if isinstance(entries, dict):
+            return entries
+        reason = f"it is not of layout {VERSION}"
+    warnings.warn(f"{path} is ignored, and not written to until it is removed: {reason}", stacklevel=2)
+    return None

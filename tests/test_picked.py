@@ -1,0 +1,121 @@
+"""Products of picked rows, whose number the device alone knows: values, and that nothing beyond it is touched."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import make_hidden, reference_logps
+from probes import Memory, launches, memory
+from torch import Tensor
+
+from fused_pref.head import call, plan, skipping
+from fused_pref.head.call import HeadCall
+from fused_pref.head.spec import LinearSpec, Transform
+from fused_pref.kernels import gemm, linear, picked
+from fused_pref.keywords import LinearKeywords, table
+
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# N, D and v, and how many of the N rows are picked.
+SHAPES = [(1, 1, 1, 1), (5, 31, 2, 0), (17, 16, 67, 17), (40, 8, 33, 18), (33, 48, 32, 1)]
+
+
+@pytest.fixture(autouse=True)
+def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
+    """Interpreted kernels may touch nothing but the tensors of their launch."""
+    with memory() if kernel_device == "cpu" else nullcontext() as watched:
+        yield watched
+
+
+def lists(rows: int, number: int, device: str) -> tuple[Tensor, Tensor]:
+    places = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+    return places.to(device), torch.tensor(number, dtype=torch.int32, device=device)
+
+
+def close(ours: Tensor, truth: Tensor, tolerance: float) -> None:
+    assert ours.isfinite().all()
+    assert (ours.double() - truth).norm() <= tolerance * truth.norm() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel_device: str) -> None:
+    """What Q holds beyond the picked rows is NaN, and so is what is to be written."""
+    rows, features, columns, number = shape
+    places, count = lists(rows, number, kernel_device)
+    torch.manual_seed(0)
+    q = torch.randn(rows, columns + 3).to(kernel_device, dtype)[:, :columns]
+    q[number:] = torch.nan
+    hidden, weight = torch.randn(rows, features).to(q), torch.randn(columns, features).to(q)
+    factor, scale = torch.randn(rows, device=kernel_device), torch.tensor(0.25, device=kernel_device)
+    wide, own = q[:number].double(), places[:number]
+
+    for sink_dtype, given in ((dtype, None), (torch.float32, scale)):
+        sink = torch.full((columns, features), torch.nan, dtype=sink_dtype, device=kernel_device)
+        picked.weight_product(sink, q, hidden, places, count, given)
+        close(sink, wide.t() @ hidden[own].double() * (1.0 if given is None else 0.25), ROUNDING[sink_dtype])
+
+    before = torch.randn(rows, features, device=kernel_device)
+    sums, truth = before.clone(), before.double()
+    truth[own] += wide @ weight.double()
+    picked.hidden_product(sums, q, weight, places, count)
+    close(sums, truth, 2e-6)
+    untouched = torch.ones(rows, dtype=torch.bool, device=kernel_device).index_fill_(0, own, False)
+    assert torch.equal(sums[untouched], before[untouched])
+
+    sink = torch.full((columns,), torch.nan, device=kernel_device)
+    picked.bias_product(sink, q, factor, places, count)
+    close(sink, -wide.t() @ factor[own].double(), 2e-6)
+
+
+@pytest.mark.parametrize("constants", [Transform(), Transform(3.0, -1.7, 0.6)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradient(
+    shape: tuple[int, int, int, int], constants: Transform, kernel_device: str, watch: Memory | None
+) -> None:
+    """The first rows of Q are those of a launch without a count, and nothing else is written."""
+    rows, features, columns, number = shape
+    places, count = lists(rows, number, kernel_device)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, features).to(kernel_device), torch.randn(columns, features).to(kernel_device)
+    targets = torch.randint(0, columns, (rows,)).to(kernel_device)
+    statistics = torch.stack([torch.full((rows,), 1.5), torch.full((rows,), 4.0)]).to(kernel_device)
+    every, some = torch.empty(2, rows, columns, device=kernel_device)
+    linear.gradient(every, gemm.Operands(hidden[places], weight, None, None), statistics, targets, 0, constants)
+    before = 0 if watch is None else len(watch.within(some, watch.written))
+    operands = gemm.Operands(hidden, weight, None, places)
+    linear.gradient(some, operands, statistics, targets, 0, constants, count)
+    torch.testing.assert_close(some[:number], every[:number], rtol=1e-5, atol=1e-6)
+    assert some[number:].isnan().all()
+    if watch is not None:
+        assert len(watch.within(some, watch.written)) - before == number * columns
+
+
+def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four for each tile, three without a bias; what elementwise work goes through is one block here."""
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16, epilogue=0.0))
+    keywords = {name: keyword.default for name, (_, keyword) in table(LinearKeywords).items()}
+    spec = replace(LinearSpec.of({**keywords, "skip_mass": 0.3, "max_valid_tokens": 50}), backend="triton")
+    request = HeadCall(spec, torch.float32, frozenset({"hidden", "weight", "bias"}))
+    found = []
+    for sequences in (2, 6):
+        batch = make_hidden(sequences, 9, 16, 70, device=kernel_device, bias=True)
+        head, rows = request.head(batch.hidden, batch.weight, batch.bias), request.rows(batch.labels, None)
+        chosen = request.plan(head, rows)
+        assert chosen.name == "skipping"
+        assert chosen.fused
+        upstream = reference_logps(rows.number, kernel_device)
+        with launches() as recorder:
+            statistics, _, _, skipped = skipping.forward(head, rows, chosen, 0.3, total=False)
+            skipping.backward(head, rows, chosen, statistics, skipped.live, upstream, request.wanted)
+        tiles = -(-70 // chosen.columns)
+        kernels = Counter(name for name in recorder.names if name.endswith("_kernel"))
+        each = ("_linear_gradient_kernel", "_picked_weight_kernel", "_picked_bias_kernel", "_picked_hidden_kernel")
+        assert kernels == {"_linear_statistics_kernel": 1, "_linear_label_kernel": 1, **dict.fromkeys(each, tiles)}
+        assert not recorder.synchronising
+        found.append(recorder.names)
+    assert found[0] == found[1]
