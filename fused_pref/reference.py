@@ -1,7 +1,8 @@
 """The specification: every function in plain PyTorch, differentiated by autograd.
 
 The signatures are those of the functions specified; ``backend``, ``inplace_backward``, ``memory_budget``,
-``max_valid_tokens`` and ``tp_group`` say how to compute and have no effect here, and arguments are not validated.
+``max_valid_tokens``, ``skip_mass`` and ``tp_group`` say how to compute and have no effect here, and arguments are not
+validated.
 Tensors as large as the logits are made several times over.
 
 Symbols: S sequences, B pairs (S = 2B), T padded length, V vocabulary; w chosen, l rejected; ε label smoothing, σ the
