@@ -236,7 +236,7 @@ def test_logits_step(inplace: bool, kernel_device: str, monkeypatch: pytest.Monk
     [
         ("grouped", {"linear_exponentials, bias"}),
         ("vocab_major", {"linear_statistics, bias", "linear_gradient, bias"}),
-        ("skipping", {"linear_statistics, bias, by index", "linear_gradient, bias, by index"}),
+        ("skipping", {"linear_statistics, bias", "linear_gradient, bias, by index"}),
     ],
 )
 def test_head_step(plan: str, kernels: set[str], kernel_device: str) -> None:
