@@ -268,12 +268,12 @@ def test_bad_input(name: str, args: Any, keywords: dict[str, Any], error: type[E
         getattr(fp, name)(*args, **keywords)
 
 
-def test_sharded_weights_are_refused() -> None:
+def test_sharded_hidden_states_of_a_plain_weight_are_refused() -> None:
     class DTensor(torch.Tensor):
         pass
 
-    with pytest.raises(TypeError, match=r"weight must be a plain tensor; got a DTensor: call .full_tensor\(\)"):
-        fp.linear_cpo_loss(HEAD.hidden, HEAD.weight.as_subclass(DTensor), HEAD.labels)
+    with pytest.raises(TypeError, match=r"hidden must be a plain tensor; got a DTensor: call .full_tensor\(\)"):
+        fp.linear_cpo_loss(HEAD.hidden.as_subclass(DTensor), HEAD.weight, HEAD.labels)
 
 
 def test_modules_equal_functions() -> None:

@@ -404,9 +404,15 @@ def test_predicted_peak(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
     def step() -> None:
         fp.linear_cpo_loss(h, w, batch.labels, skip_mass=0.0).loss.backward()
 
-    step()
-    h.grad = w.grad = None
-    measured = peak_bytes(step) - sum(tensor.numel() * tensor.element_size() for tensor in (h, w))
+    # The vendor's 16-bit products take their memory by the number of threads, which differs between test runs.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        step()
+        h.grad = w.grad = None
+        measured = peak_bytes(step) - sum(tensor.numel() * tensor.element_size() for tensor in (h, w))
+    finally:
+        torch.set_num_threads(threads)
     sizes = {"tokens": 256, "positions": 520, "hidden": 256, "vocab": 16384, "sequences": 8}
     predicted = fp.explain(dtype=dtype, device="cpu", skip_mass=0.0, **sizes).peak_bytes
     assert measured <= predicted <= 1.34 * measured
