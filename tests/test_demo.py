@@ -1,48 +1,33 @@
-"""The demo: its batches, its training and the whole run."""
+"""The demo as it is run: its options, its output, its exit status."""
 
-import itertools
+import importlib
 import json
-import math
+import logging
 import socket
-import time
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from harness import IGNORE
+from huggingface_hub import constants
+from trl_models import tokenizer as small_tokenizer
 
-import fused_pref as fp
 from fused_pref.__main__ import main
 from fused_pref.demo import cli
-from fused_pref.demo.batches import MAX_COMPLETION, Pair, in_order, load_tokenizer, make_batch, shuffled, tokenize
-from fused_pref.demo.model import build, hidden_states
-from fused_pref.demo.objectives import BCO, CPO, OBJECTIVES
-from fused_pref.demo.records import Record
-from fused_pref.demo.report import Watcher, make_console, peak_memory, point_line
-from fused_pref.demo.train import Check, History, Point, check_step, evaluate, train
+from fused_pref.demo.history import Check, History, Point
+from fused_pref.demo.objectives import OBJECTIVES
+from fused_pref.demo.quiet import quiet
+from fused_pref.demo.report import check_line, peak_memory, point_line
 
 CPU = torch.device("cpu")
-PAIRS = [Pair([1, 5, 6], [7, 8, 2], [9, 2]), Pair([1, 5], [8, 2], [9, 9, 7, 2]), Pair([1, 6, 5, 5], [7, 2], [9, 7, 2])]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several test processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
-        raise AssertionError("the demo must not use the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole run, but for the size."""
+    monkeypatch.setattr("fused_pref.demo.texts.load_tokenizer", small_tokenizer)
 
 
 def mini(path: Path) -> Path:
@@ -51,162 +36,45 @@ def mini(path: Path) -> Path:
     return path
 
 
-# Batches.
+@pytest.fixture
+def user(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A user's settings, with which libraries draw bars and send telemetry. What tries the network is listed."""
+    attempts: list[str] = []
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        attempts.append(str(args))
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    bars = importlib.import_module("datasets.utils.tqdm")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(bars, "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars, "_hf_datasets_progress_bars_disabled", False)
+    monkeypatch.delenv("CI", raising=False)
+    return attempts
 
 
-def test_tokenize_sets_off_completions_and_cuts_long_ones() -> None:
-    tokenizer = load_tokenizer()
-    assert tokenizer.n_words == 131_072
-    records = [Record("Dutch:", "ja", " nee", None), Record(" b" * 500 + " z:", " c" * 500, "d", None)]
-    (pair, long), cut = tokenize(records, tokenizer)
-    assert tokenizer.decode(pair.prompt + pair.chosen) == "Dutch: ja"
-    assert tokenizer.decode(pair.prompt + pair.rejected) == "Dutch: nee"
-    assert pair.prompt[0] == tokenizer.bos_id
-    assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_id
-    assert cut == 1
-    assert len(long.chosen) == MAX_COMPLETION
-    assert tokenizer.decode(long.prompt).endswith(" b z:")
-
-
-def test_batch_scores_the_completions() -> None:
-    batch = make_batch(PAIRS, CPU)
-    completions = [pair.chosen for pair in PAIRS] + [pair.rejected for pair in PAIRS]
-    assert batch.labels.tolist() == list(itertools.chain(*completions))
-    assert batch.lengths.tolist() == [len(completion) for completion in completions]
-    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(map(len, completions))]
-    assert batch.cu_seqlens.dtype == torch.int32
-    first = batch.first(2)
-    assert first.labels.tolist() == make_batch(PAIRS[:2], CPU).labels.tolist()
-
-
-def test_packed_hidden_states_are_those_of_the_padded_model() -> None:
-    model, batch = build(16, 0, CPU), make_batch(PAIRS, CPU)
-    labels = torch.full_like(batch.input_ids, IGNORE)
-    labels[:, 1:][batch.scored[:, :-1]] = batch.labels
-    logits = model.lm_head(hidden_states(model, batch))
-    packed = fp.sequence_logps(logits, batch.labels, shift=False, cu_seqlens=batch.cu_seqlens)
-    torch.testing.assert_close(packed, fp.sequence_logps(model(batch.input_ids).logits, labels))
-    alone = make_batch(PAIRS[:1], CPU)
-    torch.testing.assert_close(hidden_states(model, alone)[0], hidden_states(model, batch)[0])
-
-
-def test_batches_cover_all_pairs() -> None:
-    assert sum(len(batch.input_ids) for batch in in_order(PAIRS, 2, CPU)) == 2 * len(PAIRS)
-    many = [Pair([1, i], [i, 2], [2]) for i in range(3, 15)]
-    batches = list(itertools.islice(shuffled(many, 4, 0, CPU), 6))
-    seen = [batch.input_ids[:4, 1].tolist() for batch in batches]
-    for epoch in (seen[:3], seen[3:]):
-        assert sorted(itertools.chain(*epoch)) == list(range(3, 15))
-    assert seen[:3] != seen[3:]
-    again = next(shuffled(many, 4, 0, CPU))
-    assert again.input_ids[:4, 1].tolist() == seen[0]
-    assert len(next(shuffled(PAIRS, 8, 0, CPU)).input_ids) == 2 * len(PAIRS)
-
-
-def test_model_depends_on_its_seed_alone() -> None:
-    state = torch.get_rng_state()
-    first, same, other = (build(16, seed, CPU).lm_head.weight for seed in (1, 1, 2))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-# Training.
-
-
-def run_training(name: str, steps: int, deadline: float = math.inf, vocabulary: int = 16) -> History:
-    """Token 9 marks what is rejected, on held-out prompts too."""
-    model = build(vocabulary, 0, CPU)
-    pairs = [Pair([1, 3 + i % 4], [7, 8, 2], [7, 9, 2]) for i in range(8)]
-    heldout = in_order([Pair([1, 10 + i], [7, 8, 2], [7, 9, 2]) for i in range(3)], 2, CPU)
-    return train(model, OBJECTIVES[name](model), shuffled(pairs, 4, 0, CPU), heldout, steps, deadline, lambda _: None)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_training_learns_the_preference(name: str) -> None:
-    history = run_training(name, 20)
-    first, last = history.points[0], history.points[-1]
-    assert (last.accuracy, last.reward_accuracy) == (1.0, 1.0)
-    assert first.margin < 0.1 < last.margin
-    assert [point.step for point in history.points] == [0, 4, 8, 12, 16, 20]
-    assert len(history.losses) == 20
-    assert history.losses[-1] < history.losses[0]
-    assert not history.stopped
-    assert history.check is not None
-    assert history.check.holds
-
-
-def test_bco_starts_from_ties() -> None:
-    first = run_training("bco", 1).points[0]
-    assert first.reward_accuracy == 0.5
-    assert abs(first.margin) < 1e-5
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_training_stops_at_the_deadline(name: str) -> None:
-    history = run_training(name, 50, deadline=time.monotonic() - 1)
-    assert history.stopped
-    assert len(history.losses) == 1
-    assert [point.step for point in history.points] == [0, 1]
-
-
-def test_training_ends_before_a_deadline_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that moves on by 1 s whenever it is read, some steps fit, not all."""
-    clock = itertools.count()
-    monkeypatch.setattr("fused_pref.demo.train.time.monotonic", lambda: float(next(clock)))
-    history = run_training("cpo", 50, deadline=30.0)
-    assert 3 <= len(history.losses) < 15
-    assert history.points[-1].step == len(history.losses)
-
-
-def test_check_sees_a_wrong_loss_and_gradient() -> None:
-    model, batch = build(16, 0, CPU), make_batch(PAIRS, CPU)
-    for objective in (CPO(model), BCO(model)):
-        assert check_step(model, objective, batch).holds
-    wrong = CPO(model)
-    wrong.loss = fp.CPOLoss(beta=0.1, cpo_alpha=1.001, shift=False, logits_mean=None)
-    wrong.keywords = lambda: CPO(model).loss.keywords  # type: ignore[method-assign]
-    check = check_step(model, wrong, batch)
-    assert not check.holds
-    assert check.loss_error > 1e-4
-    assert check.gradient_error > 1e-4
-    assert not Check(1e-3, 0.0).holds
-    assert not Check(0.0, 1e-3).holds
-
-
-def test_check_and_evaluation_leave_the_shift_alone() -> None:
-    model, batch = build(16, 0, CPU), make_batch(PAIRS, CPU)
-    objective = BCO(model)
-    check_step(model, objective, batch)
-    evaluate(model, objective, [batch], [objective.inputs(batch)], 0)
-    assert objective.shift.count.tolist() == [0, 0]
-    objective.loss(model.lm_head(hidden_states(model, batch)), *objective.inputs(batch), cu_seqlens=batch.cu_seqlens)
-    assert objective.shift.count.tolist() == [3, 3]
-
-
-def test_frozen_copy_does_not_follow_the_model() -> None:
-    model, batch = build(16, 0, CPU), make_batch(PAIRS, CPU)
-    objective = BCO(model)
-    before = objective.inputs(batch)[2]
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(2)
-    assert torch.equal(objective.inputs(batch)[2], before)
-    assert not before.requires_grad
-
-
-# The whole run.
-
-
-def test_demo_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_network: None) -> None:
-    out = tmp_path / "made" / "here"
-    arguments = ["--steps", "2", "--data", str(mini(tmp_path / "mine.jsonl")), "--out", str(out), "--seed", "5"]
-    assert main(["demo", *arguments]) == 0
+def test_demo_runs_end_to_end(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    user: list[str],
+) -> None:
+    data, out, folder = mini(tmp_path / "mine.jsonl"), tmp_path / "made" / "here", tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert main(["demo", "--steps", "2", "--data", str(data), "--out", str(out), "--seed", "5"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
+    assert caplog.records == []
+    assert user == []
     assert "\x1b" not in captured.out
     assert "\n\n" not in captured.out
     for part in (
-        f"data: 8 pairs from {tmp_path / 'mine.jsonl'}, 6 to train on, 2 held out",
+        f"data: 8 pairs from {data}, 6 to train on, 2 held out",
         "vocabulary 131,072",
         "plan: 2 steps of up to 8 pairs, at most 240 s in all",
         "CPO from random weights (seed 5)",
@@ -224,11 +92,15 @@ def test_demo_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for measure in (" accuracy ", " reward accuracy ", " reward margin "):
         assert sum(measure in line and "│" not in line for line in captured.out.splitlines()) >= 2
     assert "was stopped" not in captured.out
+    assert "{" not in captured.out
     png = (out / "curves.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(png) > 20_000
+    assert [path.name for path in out.iterdir()] == ["curves.png"]
+    assert list(folder.iterdir()) == []
 
 
+@pytest.mark.usefixtures("small_vocabulary")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_demo_stops_at_the_cap_and_says_so(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--objective", name, "--cap", "0.01", "--steps", "30", "--out", str(tmp_path)]
@@ -239,13 +111,33 @@ def test_demo_stops_at_the_cap_and_says_so(name: str, tmp_path: Path, capsys: py
     assert other not in out
 
 
+@pytest.mark.usefixtures("small_vocabulary")
 def test_a_failed_check_fails_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fused_pref.demo.train.GRADIENT_BOUND", 0.0)
+    monkeypatch.setattr("fused_pref.demo.history.GRADIENT_BOUND", 0.0)
     arguments = ["--objective", "cpo", "--steps", "1", "--out", str(tmp_path)]
     assert main(["demo", *arguments, "--data", str(mini(tmp_path / "mine.jsonl"))]) == 1
     assert ": BAD\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("user")
+def test_libraries_are_loud_again_afterwards() -> None:
+    def settings() -> tuple[bool, bool, bool]:
+        logs = logging.getLogger("trl").isEnabledFor(logging.WARNING)
+        return datasets.are_progress_bars_disabled(), constants.is_offline_mode(), logs
+
+    inside = []
+
+    def fail() -> None:
+        with quiet():
+            inside.append(settings())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == [(True, True, False)]
+    assert settings() == (False, False, True)
 
 
 # option, value, part of the message
@@ -300,11 +192,12 @@ def test_extras_are_those_of_the_project() -> None:
     assert line.count('"') == 2 * len(cli.EXTRAS)
 
 
+@pytest.mark.usefixtures("small_vocabulary")
 def test_large_held_out_sets_and_long_texts_are_cut_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "MAX_HELDOUT", 1)
-    monkeypatch.setattr("fused_pref.demo.batches.MAX_COMPLETION", 2)
+    monkeypatch.setattr("fused_pref.demo.texts.MAX_COMPLETION", 2)
     arguments = ["--objective", "cpo", "--steps", "1", "--out", str(tmp_path)]
     assert main(["demo", *arguments, "--data", str(mini(tmp_path / "mine.jsonl"))]) == 0
     out = capsys.readouterr().out
@@ -312,27 +205,24 @@ def test_large_held_out_sets_and_long_texts_are_cut_and_said_so(
     assert "7 records were cut to 128 tokens of prompt and 2 of completion\n" in out
 
 
-def test_console_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    history = History(CPO(build(16, 0, CPU)), 2)
+def test_console_lines() -> None:
+    history = History(OBJECTIVES["cpo"], 2)
     assert point_line(history, Point(0, 0.25, 0.5, -1e-9)) == "  step   0: held-out accuracy 25%, reward margin +0.000"
-    history.check = Check(1e-7, 2e-7)
-    with Watcher(make_console(), "CPO", 2) as watcher:
-        for loss in (3.0, 2.0):
-            history.losses.append(loss)
-            watcher(history)
-        history.points.append(Point(2, 0.25, 0.5, 1.0))
-        watcher(history)
-        watcher(history)
-    out = capsys.readouterr().out
-    assert out.count("first step against") == 1
-    assert out.count("  step   2: loss 2.000, held-out accuracy 25%, reward margin +1.000\n") == 1
+    history.losses += [3.0, 2.0]
+    line = "  step   2: loss 2.000, held-out accuracy 25%, reward margin +1.000"
+    assert point_line(history, Point(2, 0.25, 0.5, 1.0)) == line
+    assert check_line(Check(1e-7, 2e-7)).endswith("loss off by 1.0e-07, gradient by 2.0e-07: ok")
 
 
 def test_spare_core_gives_the_threads_back() -> None:
-    torch.set_num_threads(3)
-    with cli.spare_core():
-        assert torch.get_num_threads() == 2
-    assert torch.get_num_threads() == 3
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with cli.spare_core():
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_peak_memory_is_plausible() -> None:

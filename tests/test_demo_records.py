@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fused_pref.__main__ import main
-from fused_pref.demo.batches import load_tokenizer, tokenize
 from fused_pref.demo.records import SHIPPED, Record, read_records, split_records
+from fused_pref.demo.texts import load_tokenizer, make_rows
 from fused_pref.usage import UsageError
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -35,7 +35,7 @@ def test_shipped_records_are_clean() -> None:
             assert text == " ".join(text.split()), text
     train_part, heldout = split_records(records, seed=0)
     assert not {record.chosen for record in train_part} & {record.chosen for record in heldout}
-    _, cut = tokenize(records, load_tokenizer())
+    _, cut = make_rows(records, load_tokenizer())
     assert cut == 0
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +17,11 @@ from fused_pref.usage import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fused_pref.demo.batches import Pair
-    from fused_pref.demo.train import History
+    from fused_pref.demo.history import History
+    from fused_pref.demo.texts import Row
 
-EXTRAS = ("matplotlib", "mistral_common", "rich", "transformers")
+EXTRAS = ("matplotlib", "mistral_common", "rich", "transformers", "trl")
 STEPS, CAP_S = 40, 240.0
-PAIRS_PER_STEP, PAIRS_PER_EVALUATION = 8, 9
 # More would make the evaluations of a large file longer than its training.
 MAX_HELDOUT = 96
 
@@ -55,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"argument --out: cannot make the folder {args.out}: {error.strerror}") from error
 
-    from fused_pref.demo import batches, report
+    from fused_pref.demo import report, texts
+    from fused_pref.demo.quiet import quiet
 
     console = report.make_console()
     name = "the shipped translations" if args.data == SHIPPED else args.data
@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
     if len(heldout) > MAX_HELDOUT:
         console.print(f"measured on the first {MAX_HELDOUT} held-out pairs")
         heldout = heldout[:MAX_HELDOUT]
-    tokenizer = batches.load_tokenizer()
-    (train_pairs, train_cut), (heldout_pairs, heldout_cut) = (
-        batches.tokenize(part, tokenizer) for part in (train, heldout)
-    )
-    if train_cut + heldout_cut:
-        limits = f"{batches.MAX_PROMPT} tokens of prompt and {batches.MAX_COMPLETION} of completion"
-        console.print(f"{train_cut + heldout_cut} records were cut to {limits}")
-    with spare_core():
-        histories = train_objectives(args, train_pairs, heldout_pairs, tokenizer.n_words, console)
+    with quiet(), spare_core():
+        tokenizer = texts.load_tokenizer()
+        (train_rows, train_cut), (heldout_rows, heldout_cut) = (
+            texts.make_rows(part, tokenizer) for part in (train, heldout)
+        )
+        if train_cut + heldout_cut:
+            limits = f"{texts.MAX_PROMPT} tokens of prompt and {texts.MAX_COMPLETION} of completion"
+            console.print(f"{train_cut + heldout_cut} records were cut to {limits}")
+        histories = train_objectives(args, train_rows, heldout_rows, tokenizer, console)
     report.print_results(console, histories)
     picture = args.out / "curves.png"
     report.plot(histories, picture)
@@ -93,33 +93,31 @@ def require_extras() -> None:
 
 
 def train_objectives(
-    args: argparse.Namespace, train: "list[Pair]", heldout: "list[Pair]", vocabulary: int, console: "Console"
+    args: argparse.Namespace, rows: "list[Row]", heldout: "list[Row]", tokenizer: Any, console: "Console"
 ) -> "list[History]":
     """Train each objective from the same random weights, sharing the time that is left equally."""
-    from fused_pref.demo.batches import in_order, shuffled
-    from fused_pref.demo.model import build
-    from fused_pref.demo.objectives import OBJECTIVES
-    from fused_pref.demo.report import Watcher
-    from fused_pref.demo.train import train as train_model
+    from fused_pref.demo.objectives import OBJECTIVES, PAIRS_PER_STEP, build
+    from fused_pref.demo.report import make_progress
+    from fused_pref.demo.texts import make_batch
+    from fused_pref.demo.train import Watcher, train
 
-    device = _device()
     names = tuple(OBJECTIVES) if args.objective == "both" else (args.objective,)
-    heldout_batches = in_order(heldout, PAIRS_PER_EVALUATION, device)
+    batch = make_batch(heldout, tokenizer)
     deadline = time.monotonic() + args.cap
     histories: list[History] = []
     for number, name in enumerate(names):
-        model = build(vocabulary, args.seed, device)
+        model = build(len(tokenizer), args.seed)
         if number == 0:
-            size = sum(parameter.numel() for parameter in model.parameters())
-            console.print(f"model: Llama of {size / 1e6:.1f} M parameters, vocabulary {vocabulary:,}, on {device}")
+            words = f"vocabulary {len(tokenizer):,}"
+            console.print(f"model: Llama of {model.num_parameters() / 1e6:.1f} M parameters, {words}, on {_device()}")
             console.print(f"plan: {args.steps} steps of up to {PAIRS_PER_STEP} pairs, at most {args.cap:g} s in all")
-        objective = OBJECTIVES[name](model)
+        objective = OBJECTIVES[name]
         console.print(f"{objective.name} from random weights (seed {args.seed})")
-        order = shuffled(train, PAIRS_PER_STEP, args.seed, device)
         now = time.monotonic()
         share = now + (deadline - now) / (len(names) - number)
-        with Watcher(console, objective.name, args.steps) as watcher:
-            histories.append(train_model(model, objective, order, heldout_batches, args.steps, share, watcher))
+        with make_progress(console, objective.name, args.steps) as progress:
+            watcher = Watcher(objective, args.steps, batch, share, progress)
+            histories.append(train(model, tokenizer, rows, args.seed, watcher))
     return histories
 
 

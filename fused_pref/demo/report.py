@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fused_pref.demo.train import CHECKED_PAIRS, Check, History, Point
+from fused_pref.demo.history import Check, History, Point
 
 
 def make_console() -> Console:
@@ -19,37 +19,18 @@ def make_console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-class Watcher:
-    """Follows one training: a progress bar where there is a terminal, and a line for each evaluation."""
-
-    def __init__(self, console: Console, name: str, steps: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task(name, total=steps)
-        self.checked, self.shown = False, 0
-
-    def __enter__(self) -> "Watcher":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, history: History) -> None:
-        """Show what is new."""
-        self.progress.update(self.task, completed=len(history.losses))
-        if history.check is not None and not self.checked:
-            self.progress.console.print(check_line(history.check))
-            self.checked = True
-        for point in history.points[self.shown :]:
-            self.progress.console.print(point_line(history, point))
-        self.shown = len(history.points)
+def make_progress(console: Console, name: str, steps: int) -> Progress:
+    """A bar for one training; shown only where there is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress.add_task(name, total=steps)
+    return progress
 
 
 def check_line(check: Check) -> str:
     """Result of the check of the first step."""
     return (
-        f"  first step against fused_pref.reference in float64, {2 * CHECKED_PAIRS} sequences: "
+        f"  first step against fused_pref.reference in float64, 2 sequences: "
         f"loss off by {check.loss_error:.1e}, gradient by {check.gradient_error:.1e}: {'ok' if check.holds else 'BAD'}"
     )
 

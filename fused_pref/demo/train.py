@@ -1,183 +1,168 @@
-"""Training a model with one objective: the step, the evaluation on held-out pairs, the check of the first step."""
+"""Training with the trainers of :mod:`fused_pref.trl`, and what watches it."""
 
 import copy
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from datasets import Dataset
+from rich.progress import Progress
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
 
-from fused_pref.demo.batches import Batch
-from fused_pref.demo.model import hidden_states
+import fused_pref as fp
+from fused_pref.demo.history import Check, History, Point
 from fused_pref.demo.objectives import Objective
-from fused_pref.doctor import GRADIENT_BOUND, VALUE_BOUND
+from fused_pref.demo.report import check_line, point_line
+from fused_pref.demo.texts import Row
+from fused_pref.models import preference_forward
 
-LEARNING_RATE, WARMUP_STEPS, LARGEST_GRADIENT = 2e-3, 5, 1.0
+BETA, LEARNING_RATE, WARMUP_STEPS = 0.1, 2e-3, 5
 EVALUATIONS = 5
-# Pairs of the first batch that the check compares: float64 logits of all would be the largest tensor of the demo.
-CHECKED_PAIRS = 1
-# Rewards start at 0 but for the rounding of float32 log-probs: a smaller difference is a tie.
-TIE = 1e-5
 
 
-@dataclass(frozen=True)
-class Point:
-    """Held-out measures after ``step`` steps; a tie counts as half right.
-
-    Attributes:
-        step: steps taken.
-        accuracy: share of pairs whose chosen completion has the higher log-prob per token.
-        reward_accuracy: share of pairs whose chosen completion has the higher reward.
-        margin: mean of the chosen reward minus the rejected one.
-    """
-
-    step: int
-    accuracy: float
-    reward_accuracy: float
-    margin: float
-
-
-@dataclass(frozen=True)
-class Check:
-    """Errors of the first step against the reference in float64, relative to max(1, |loss|) and to the gradient."""
-
-    loss_error: float
-    gradient_error: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether both are within the numerics contract."""
-        return self.loss_error <= VALUE_BOUND and self.gradient_error <= GRADIENT_BOUND
-
-
-@dataclass
-class History:
-    """What happened in a training."""
-
-    objective: Objective
-    planned: int
-    check: Check | None = None
-    losses: list[float] = field(default_factory=list)
-    points: list[Point] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the deadline came before the last step."""
-        return len(self.losses) < self.planned
-
-
-def train(
-    model: LlamaForCausalLM,
-    objective: Objective,
-    batches: Iterator[Batch],
-    heldout: list[Batch],
-    steps: int,
-    deadline: float,
-    watch: Callable[[History], None],
-) -> History:
-    """Train for ``steps`` steps, evaluating at the ends and in between, or until the deadline is near.
+def train(model: LlamaForCausalLM, tokenizer: Any, rows: list[Row], seed: int, watcher: "Watcher") -> History:
+    """Train with the watcher's objective, for as many steps as it has planned or until it stops the training.
 
     Args:
         model: changed in place.
-        objective: CPO or BCO for this model.
-        batches: of pairs to train on, without end.
-        heldout: held-out pairs.
-        steps: at least 1; one is always taken.
-        deadline: of ``time.monotonic()``; no step begins that would probably end, with the last evaluation, later.
-        watch: called after every evaluation and step.
+        tokenizer: has a pad token.
+        rows: to train on.
+        seed: of the order.
+        watcher: is told of every step.
     """
-    started = time.monotonic()
-    history = History(objective, steps)
-    inputs = [objective.inputs(batch) for batch in heldout]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    objective = watcher.history.objective
+    with tempfile.TemporaryDirectory() as folder:
+        config = objective.config(
+            output_dir=folder,
+            beta=BETA,
+            max_steps=watcher.history.planned,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=WARMUP_STEPS,
+            adam_beta2=0.98,
+            seed=seed,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **objective.options,
+        )
+        config._n_gpu = min(config.n_gpu, 1)  # of several, one: the trainers refuse nn.DataParallel
+        trainer = objective.trainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[watcher],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return watcher.history
 
-    def evaluate_now() -> float:
-        began = time.monotonic()
-        history.points.append(evaluate(model, objective, heldout, inputs, step=len(history.losses)))
-        watch(history)
-        return time.monotonic() - began
 
-    evaluation = evaluate_now()
-    for step in range(1, steps + 1):
-        began = time.monotonic()
-        batch = next(batches)
-        if history.check is None:
-            history.check = check_step(model, objective, batch)
-        history.losses.append(training_step(model, objective, batch, optimizer))
-        schedule.step()
-        watch(history)
-        now = time.monotonic()
-        late = now + (now - began) + evaluation > deadline
+class Watcher(TrainerCallback):
+    """Checks the first step, evaluates at the ends and in between, and stops the training when its time is up.
+
+    Args:
+        objective: CPO or BCO.
+        steps: at least 1; one is always taken.
+        heldout: held-out pairs.
+        deadline: of ``time.monotonic()``; no step begins that would probably end, with the last evaluation, later.
+        progress: with one task, advanced by each step; its console gets a line for the check and each evaluation.
+    """
+
+    def __init__(
+        self, objective: Objective, steps: int, heldout: dict[str, Tensor], deadline: float, progress: Progress
+    ) -> None:
+        self.history = History(objective, steps)
+        self.heldout, self.deadline, self.progress = heldout, deadline, progress
+        # Log-probs (2, B) from which rewards count.
+        self.start: Tensor | float | None = None if objective.relative else 0.0
+        self.began = self.evaluation = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Evaluate, and have the first forward after that checked."""
+        self.heldout = {name: tensor.to(model.device) for name, tensor in self.heldout.items()}
+        self.evaluate(model)
+        self.hook = model.register_forward_pre_hook(self.check, with_kwargs=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.began = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        """Follow a step; what is logged at the end has no loss."""
+        if "loss" not in logs:
+            return
+        self.history.losses.append(logs["loss"])
+        self.progress.advance(self.progress.task_ids[0])
+        now, step, steps = time.monotonic(), state.global_step, state.max_steps
+        late = now + (now - self.began) + self.evaluation > self.deadline
         if late or step == steps or step % math.ceil(steps / EVALUATIONS) == 0:
-            evaluation = evaluate_now()
+            self.evaluate(model)
         if late:
-            break
-    history.seconds = time.monotonic() - started
-    return history
+            control.should_training_stop = True
+
+    def check(self, model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        """Check the forward that is about to begin."""
+        self.hook.remove()
+        self.history.check = check_step(model, inputs)
+        self.progress.console.print(check_line(self.history.check))
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> None:
+        """Measures over all held-out pairs."""
+        began = time.monotonic()
+        logps = preference_forward(model, self.heldout, fp.linear_sequence_logps).view(2, -1)
+        if self.start is None:
+            self.start = logps
+        lengths = (self.heldout["labels"] != -100).sum(1).view(2, -1)
+        chosen, rejected = logps / lengths
+        margins = BETA * torch.sub(*(logps - self.start))
+        step = len(self.history.losses)
+        point = Point(step, _accuracy(chosen - rejected), _accuracy(margins), margins.mean().item())
+        self.history.points.append(point)
+        self.progress.console.print(point_line(self.history, point))
+        self.evaluation = time.monotonic() - began
 
 
-def forward(model: LlamaForCausalLM, objective: Objective, batch: Batch, inputs: tuple[Tensor, ...]) -> Any:
-    """The objective's output for a batch."""
-    return objective.loss(model.lm_head(hidden_states(model, batch)), *inputs, cu_seqlens=batch.cu_seqlens)
+def check_step(model: LlamaForCausalLM, inputs: dict[str, Any]) -> Check:
+    """Loss and gradients at the head against the specification in float64, on two sequences of a trainer's batch.
 
-
-def training_step(
-    model: LlamaForCausalLM, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer
-) -> float:
-    """One step of the optimiser; the loss before it."""
-    model.train()
-    loss = forward(model, objective, batch, objective.inputs(batch)).loss
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
-    optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def evaluate(
-    model: LlamaForCausalLM, objective: Objective, heldout: list[Batch], inputs: list[tuple[Tensor, ...]], step: int
-) -> Point:
-    """Measures over all held-out pairs; without gradients, so that BCO's shift stays as it is."""
-    model.eval()
-    averages, rewards = [], []
-    for batch, given in zip(heldout, inputs, strict=True):
-        output = forward(model, objective, batch, given)
-        averages.append(objective.logps(output) / batch.lengths.view(2, -1))
-        rewards.append(objective.rewards(output))
-    gap, margin = (chosen - rejected for chosen, rejected in (torch.cat(averages, 1), torch.cat(rewards, 1)))
-    return Point(step, _accuracy(gap), _accuracy(margin), margin.mean().item())
-
-
-def check_step(model: LlamaForCausalLM, objective: Objective, batch: Batch) -> Check:
-    """Loss and gradient of the logits on a slice of the batch against the specification in float64."""
-    batch = batch.first(CHECKED_PAIRS)
+    Args:
+        model: as it will be called.
+        inputs: what it will be called with. The float64 logits of all sequences would be the largest tensor of the
+            demo, so that the first of either half are taken: of CPO's batch, a pair.
+    """
+    preference = inputs["preference"]
+    rows = [0, len(inputs["input_ids"]) // 2]
     with torch.no_grad():
-        logits = model.lm_head(hidden_states(model, batch))
-    inputs, packing = objective.inputs(batch), {"cu_seqlens": batch.cu_seqlens}
-    truth = logits.double().requires_grad_()
-    true_loss = objective.specification(truth, *inputs, **objective.keywords() | packing).loss
-    (true_gradient,) = torch.autograd.grad(true_loss, truth)
-    # A copy, because evaluating BCO with gradients moves its shift.
-    loss = copy.deepcopy(objective.loss)(logits.requires_grad_(), *inputs, **packing).loss
-    (gradient,) = torch.autograd.grad(loss, logits)
-    return Check(
-        abs(loss.item() - true_loss.item()) / max(1.0, abs(true_loss.item())),
-        ((gradient.double() - true_gradient).norm() / true_gradient.norm()).item(),
-    )
+        states = model.model(inputs["input_ids"][rows], inputs["attention_mask"][rows]).last_hidden_state
+    labels, *others = (tensor[rows] for tensor in preference.tensors)
+    scored = (labels != -100).any(0).nonzero()
+    span = slice(int(scored[0]) - 1, int(scored[-1]) + 1)  # a state scores the token after it
+
+    def differentiate(loss: Callable[..., Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        hidden = states[:, span].to(dtype).requires_grad_()
+        # A copy, because BCO's shift gathers what it sees.
+        keywords = copy.deepcopy(preference.keywords)
+        value = loss(hidden, model.lm_head.weight.to(dtype), labels[:, span], *others, **keywords).loss
+        return value.detach(), torch.autograd.grad(value, hidden)[0]
+
+    value, gradient = differentiate(preference.loss, torch.float32)
+    truth, true_gradient = differentiate(getattr(fp.reference, preference.loss.__name__), torch.float64)
+    loss_error = (value - truth).abs() / truth.abs().clamp_min(1)
+    return Check(loss_error.item(), ((gradient - true_gradient).norm() / true_gradient.norm()).item())
 
 
 def _accuracy(difference: Tensor) -> float:
     """Share of differences above 0, a tie counting as half."""
-    return ((difference > TIE).double() + (difference.abs() <= TIE).double() / 2).mean().item()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate: a short warm-up, then down in a straight line."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (1 - 0.9 * step / steps)
+    return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()

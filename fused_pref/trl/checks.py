@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import ProcessorMixin
 
 from fused_pref import validate
 from fused_pref.output_head import find_head
@@ -60,7 +61,8 @@ def check_tokenizer(processing_class: Any) -> None:
     Raises:
         ValueError: it has none.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    # A tokenizer may have a `tokenizer` too, which is another library's.
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
         raise ValueError(
             "processing_class must have a pad token; set processing_class.pad_token, often to its eos_token"
