@@ -5,6 +5,20 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+class _Beside:
+    """A tuple with attributes beside its items, which copies, pickles and ``_replace`` keep."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), tuple(self), vars(self))  # type: ignore[arg-type]
+
+    def _replace(self, **changes: Any) -> Any:
+        return _rebuilt(type(self), super()._replace(**changes), vars(self))  # type: ignore[misc]
+
+
+def _rebuilt(kind: Any, items: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
+    return kind(*items, **attributes)
+
+
 class _PairFields(NamedTuple):
     loss: Tensor
     nll_loss: Tensor
@@ -16,7 +30,7 @@ class _PairFields(NamedTuple):
     rejected_logits_mean: Tensor | None
 
 
-class PairOutput(_PairFields):
+class PairOutput(_Beside, _PairFields):
     """Result of a pairwise objective over B pairs; fp32, or fp64 for fp64 inputs.
 
     Attributes:
@@ -67,7 +81,7 @@ class _BCOFields(NamedTuple):
     rejected_count: Tensor
 
 
-class BCOOutput(_BCOFields):
+class BCOOutput(_Beside, _BCOFields):
     """Result of the BCO objective over S sequences; fp32, or fp64 for fp64 inputs.
 
     Attributes:
@@ -91,12 +105,6 @@ class BCOOutput(_BCOFields):
         self.desirable, self.dropped_mass = desirable, dropped_mass
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _bco_output, (tuple(self), self.desirable)
-
-    def _replace(self, **changes: Any) -> "BCOOutput":
-        return _bco_output(super()._replace(**changes), self.desirable)
-
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised.
 
@@ -119,7 +127,3 @@ class BCOOutput(_BCOFields):
             means[f"count/{side}"] = count
         means["rewards/margins"] = (means["rewards/chosen"] - means["rewards/rejected"]).where(both, 0)
         return means
-
-
-def _bco_output(fields: tuple[Any, ...], desirable: Tensor) -> BCOOutput:
-    return BCOOutput(*fields, desirable=desirable)

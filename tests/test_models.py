@@ -428,15 +428,17 @@ def test_a_softcap_that_is_not_the_model_s_is_seen() -> None:
         models.attach(model)
 
 
-def test_outputs_can_be_copied() -> None:
-    """As wrappers do."""
+@pytest.mark.parametrize("loss", [fp.LinearBCOLoss(skip_mass=0.1), fp.LinearCPOLoss(skip_mass=0.1)])
+def test_outputs_can_be_copied(loss: Any) -> None:
+    """As wrappers do, with what they have beside their items."""
     model, given = llama(), batch()
     extra = {"desirable": torch.tensor([True, False, True, False]), "ref_logps": torch.zeros(4)}
     with torch.no_grad():
-        output = models.preference_forward(model, {**given, **extra}, fp.LinearBCOLoss())
+        output = models.preference_forward(model, {**given, **(extra if "BCO" in repr(loss) else {})}, loss)
     for twin in (copy.copy(output), copy.deepcopy(output), pickle.loads(pickle.dumps(output)), output._replace()):
-        assert type(twin) is fp.BCOOutput
-        assert torch.equal(twin.desirable, output.desirable)
+        assert type(twin) is type(output)
+        assert vars(twin).keys() == vars(output).keys()
+        assert all(torch.equal(value, vars(output)[name]) for name, value in vars(twin).items())
         assert twin.metrics().keys() == output.metrics().keys()
     assert output._replace(loss=torch.ones(())).loss == 1
 
