@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +25,15 @@ from fused_pref.models import Preference
 # w12 marks what is rejected, on held-out prompts too.
 ROWS = [{"prompt": f"w{i % 4}", "chosen": " w10 w11", "rejected": " w10 w12 w12"} for i in range(8)]
 HELDOUT = [{"prompt": f"w{20 + i} w1", "chosen": " w10 w11", "rejected": " w10 w12"} for i in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where cores are shared, threads that wait for each other make these small products slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Rows and batches.
@@ -151,7 +160,7 @@ def bco_inputs(shift: fp.RewardShift) -> dict[str, Any]:
     return forward_inputs(fp.linear_bco_loss, torch.arange(6) < 3, torch.full((6,), -9.0), delta=shift)
 
 
-def test_check_sees_a_wrong_loss_and_a_wrong_gradient() -> None:
+def test_check_sees_a_wrong_loss() -> None:
     model = build(66, 0)
 
     def linear_cpo_loss(*tensors: Any, **keywords: Any) -> Any:
@@ -167,18 +176,16 @@ def test_check_sees_a_wrong_loss_and_a_wrong_gradient() -> None:
     assert not Check(0.0, 1e-3).holds
 
 
-@pytest.mark.parametrize("part", ["hidden", "weight"])
-def test_check_sees_either_gradient(part: str) -> None:
-    """One gradient is a thousandth too large."""
+def test_check_sees_a_wrong_gradient_of_the_right_loss() -> None:
+    """It is a thousandth too large."""
 
-    def linear_cpo_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **keywords: Any) -> Any:
-        given = {"hidden": hidden, "weight": weight}
-        given[part] = given[part] * 1.001 - given[part].detach() * 0.001
-        return fp.linear_cpo_loss(given["hidden"], given["weight"], labels, **keywords)
+    def linear_cpo_loss(hidden: torch.Tensor, *tensors: torch.Tensor, **keywords: Any) -> Any:
+        return fp.linear_cpo_loss(hidden * 1.001 - hidden.detach() * 0.001, *tensors, **keywords)
 
     check = check_step(build(66, 0), forward_inputs(linear_cpo_loss))
     assert check.loss_error < 1e-5
     assert check.gradient_error == pytest.approx(1e-3, rel=0.01)
+    assert not check.holds
 
 
 def test_check_leaves_the_shift_alone() -> None:

@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Check:
-    """Errors of the first step against the reference in float64, relative to max(1, |loss|) and to the gradients."""
+    """Errors of the first step against the reference in float64, relative to max(1, |loss|) and to the gradient."""
 
     loss_error: float
     gradient_error: float

@@ -135,12 +135,12 @@ class Watcher(TrainerCallback):
 
 
 def check_step(model: LlamaForCausalLM, inputs: dict[str, Any]) -> Check:
-    """Loss and gradients at the head against the specification in float64, on two sequences of a trainer's batch.
+    """Loss and gradient of the last hidden states against the specification in float64, on two sequences of a batch.
 
     Args:
-        model: as it will be called.
+        model: about to be called by a trainer.
         inputs: what it will be called with. The float64 logits of all sequences would be the largest tensor of the
-            demo, so that the first of either half are taken: of CPO's batch, a pair.
+            demo, so the first of either half are taken; of CPO's batch that is a pair.
     """
     preference = inputs["preference"]
     rows = [0, len(inputs["input_ids"]) // 2]
