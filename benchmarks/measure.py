@@ -84,6 +84,19 @@ def check(device: str, rounds: int) -> None:
         raise UsageError("--device cuda needs a GPU; PyTorch finds none")
 
 
+def folder(out: Path | None) -> None:
+    """Make the folder of ``--out``.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out must be a directory that can be written; got {out} ({error})") from error
+
+
 def progress(items: Iterable[T], description: str) -> Iterable[T]:
     """A bar on a terminal, where tqdm is installed."""
     try:

@@ -17,7 +17,7 @@ import fused_pref as fp
 from benchmarks import launches
 from benchmarks.compare.problems import BETA, BOTH, Problem, Sizes, Work
 from benchmarks.compare.tables import line
-from benchmarks.measure import alternate, check, default_device, describe, environment, write
+from benchmarks.measure import alternate, check, default_device, describe, environment, folder, write
 
 GRADIENTS = {"cpo": BOTH, "frozen": ("hidden",), "logps": ()}
 # (N, D, V) of each axis: by device, and small ones to see that it runs.
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a table for each kind of work and axis."""
     check(args.device, args.rounds)
+    folder(args.out)
     if args.device == "cpu":
         # For the launches, which are counted and not run.
         os.environ.setdefault("TRITON_INTERPRET", "1")

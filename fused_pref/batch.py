@@ -160,7 +160,9 @@ class LinearBatch(Batch):
         held, vocabulary = None, weight.shape[0]
         if spec.tp_group is not None:
             wanted = wanted_gradients(hidden, weight, bias)
-            agreed = (spec.ignore_index, wanted, pairs, bias is None, spec.constants[1:], spec.memory_budget)
+            sizes = (spec.memory_budget, spec.max_valid_tokens, spec.logits_mean, spec.tp_partial)
+            kinds = (str(dtype), str(weight.dtype), bias is None, cu_seqlens is None, pairs, means)
+            agreed = (spec.ignore_index, wanted, spec.constants[1:], sizes, kinds)
             held = shard(spec.tp_group, weight, hidden, labels, agreed, spec.tp_partial)
             vocabulary = held.vocabulary
         _check_labels(labels, vocabulary, spec)

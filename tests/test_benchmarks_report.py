@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -210,3 +211,30 @@ def test_defaults_of_the_report() -> None:
     args = parser.parse_args(["--out", "x"])
     assert args.minutes == 9
     assert args.sections == list(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["compare", "--preset", "tiny", "--out", "FILE"], "--out must be a directory that can be written"),
+        (["scaling", "--small", "--out", "FILE"], "--out must be a directory that can be written"),
+        (["compare", "--preset", "tiny", "--seconds", "-5"], "--seconds must be above 0; got -5"),
+        (["compare", "--preset", "tiny", "--seconds", "nan"], "--seconds must be above 0; got nan"),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").touch()
+    options = [str(tmp_path / "FILE") if option == "FILE" else option for option in options]
+    assert main(options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_numbers_that_are_none_are_text_in_json() -> None:
+    from benchmarks.compare import tables
+
+    row = {"error": math.nan, "ms": math.inf, "peak": 1.5, "status": "ok", "of_floor": None}
+    assert tables._plain(row) == row | {"error": "nan", "ms": "inf"}

@@ -417,11 +417,15 @@ def disagree(rank: int, kind: str) -> str:
         elif kind == "N":
             labels[0, 5] = -100
         elif kind == "labels":
+            labels[0, 5] += 1
+        elif kind == "positions":
             hidden, labels = hidden[:, :8], labels[:, :8]
         elif kind == "gradients":
             hidden = hidden.requires_grad_()
         elif kind == "softcap":
             keywords["softcap"] = 3.0
+        elif kind == "bound":
+            keywords["max_valid_tokens"] = 30
     if kind == "overlap":
         weight = given["weight"]
     with pytest.raises(ValueError, match="rank") as caught:
@@ -433,7 +437,9 @@ DISAGREEMENTS = {
     "D": "ranks of tp_group must agree on D; got 24 on rank 0, 20 on rank 1",
     "dtype": "must agree on dtype; got torch.float32 on rank 0, torch.bfloat16 on rank 1",
     "N": "must agree on N; got 21 on rank 0, 20 on rank 1",
-    "labels": "must agree on the shape of labels; got (4, 9) on rank 0, (4, 8) on rank 1",
+    "labels": "must agree on the labels; got labels of checksum",
+    "bound": "must agree on what else the call asks for",
+    "positions": "must agree on the shape of labels; got (4, 9) on rank 0, (4, 8) on rank 1",
     "gradients": "must agree on which gradients are wanted; got [] on rank 0, ['hidden'] on rank 1",
     "softcap": "must agree on what else the call asks for",
     "overlap": "ranks 0 and 1 of tp_group must hold different rows of weight",

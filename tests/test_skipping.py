@@ -351,3 +351,21 @@ def test_where_sizes_cannot_be_left_to_the_device_nothing_is_skipped(monkeypatch
     monkeypatch.setattr(skipping, "can_skip", lambda head: False)
     output = fp.linear_cpo_loss(batch.hidden.requires_grad_(), batch.weight, batch.labels, skip_mass=0.4)
     assert not output.dropped_mass.any()
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16])
+def test_the_certificate_does_not_depend_on_the_default_dtype(default: torch.dtype) -> None:
+    batch = spiky("cpu")
+    batch.hidden.requires_grad_()
+
+    def certificate() -> torch.Tensor:
+        return fp.linear_cpo_loss(batch.hidden, batch.weight, batch.labels, skip_mass=0.3).dropped_mass
+
+    want = certificate()
+    torch.set_default_dtype(default)
+    try:
+        got = certificate()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert want.any()
+    assert torch.equal(got, want)

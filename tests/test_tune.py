@@ -258,3 +258,16 @@ def test_head_step(plan: str, kernels: set[str], kernel_device: str) -> None:
     assert len(timings) == 3 * len(kernels)
     assert tune._known[timings[0].key] == timings[2].config
     assert timings[2].config.rows == 32
+
+
+def test_a_cpu_is_not_timed_and_a_user_without_a_home_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FUSED_PREF_TUNE", "1")
+    monkeypatch.setenv("FUSED_PREF_CACHE", "~no_such_user/x")
+    assert tune.cache_path() == Path("~no_such_user/x/tune.json")
+    monkeypatch.chdir(tmp_path)
+    logits = torch.randn(2, 4, 33, requires_grad=True)
+    fp.cpo_loss(logits, torch.zeros(2, 4, dtype=torch.int64), backend="triton").loss.backward()
+    assert logits.grad is not None
+    assert list(tmp_path.iterdir()) == []

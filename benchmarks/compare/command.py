@@ -14,7 +14,7 @@ from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import DEFAULT, DTYPES, PRESETS, Preset
 from benchmarks.compare.problems import LOGITS, WORKS, Sizes
 from benchmarks.compare.run import FAILS, GATES, RAISED, measure
-from benchmarks.measure import check, default_device, describe, environment
+from benchmarks.measure import check, default_device, describe, environment, folder
 from fused_pref.usage import UsageError
 
 
@@ -41,6 +41,9 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(listing(args.device)))
         return 0
     presets = chosen_presets(args)
+    if args.seconds is not None and not args.seconds > 0:
+        raise UsageError(f"--seconds must be above 0; got {args.seconds:g}")
+    folder(args.out)
     start, machine, rows = time.monotonic(), environment(args.device), []
     deadline = None if args.seconds is None else start + args.seconds
     print(describe(args.device))
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             draw(rows, args.out / "plots")
         except ImportError as error:
             print(f"no plots: {error}")
-    ours = [row for row in rows if row["implementation"] == "fused_pref"]
+    ours = [row for row in rows if row["implementation"].startswith("fused_pref")]
     return int(any(row["status"] in (FAILS, RAISED) for row in ours))
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +24,12 @@ HEADER = (
 )  # fmt: skip
 
 
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no NaN and no infinity: those are text."""
+    odd = {name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return row | odd
+
+
 def save(rows: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> None:
     """Write ``compare.csv``, ``compare.json`` and ``compare.md``, each as a whole."""
     text = io.StringIO()
@@ -30,7 +37,9 @@ def save(rows: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> None
     table.writeheader()
     table.writerows(row | machine for row in rows)
     write(out / "compare.csv", text.getvalue())
-    write(out / "compare.json", json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    write(
+        out / "compare.json", json.dumps({"machine": machine, "rows": [_plain(row) for row in rows]}, indent=1) + "\n"
+    )
     write(out / "compare.md", "\n".join(markdown(rows, machine)) + "\n")
 
 

@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.measure import ROOT, check, default_device, describe, progress, write
+from benchmarks.measure import ROOT, check, default_device, describe, folder, progress, write
 from benchmarks.report.sections import SECTIONS, Command, Context
 from fused_pref.usage import UsageError
 
@@ -37,10 +37,7 @@ def run(args: argparse.Namespace) -> int:
     check(args.device, 1)
     if not args.minutes > 0:
         raise UsageError(f"--minutes must be above 0; got {args.minutes:g}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out must be a directory that can be written; got {args.out} ({error})") from error
+    folder(args.out)
     report = Report(Context(args.device, args.out.resolve()), time.monotonic() + 60 * args.minutes)
     names = [name for name in SECTIONS if name in args.sections]
     for number, name in enumerate(progress(names, "report")):
@@ -78,7 +75,7 @@ class Report:
     def run(self, command: Command, seconds: float) -> str:
         """Run a command for at most so long; what became of it."""
         log, start = self.context.out / f"{command.name}.log", time.monotonic()
-        argv = [part.format(seconds=f"{PLANNED * seconds:.0f}") for part in command.argv]
+        argv = [part.replace("{seconds}", f"{PLANNED * seconds:.0f}") for part in command.argv]
         with log.open("w") as file:
             # A group of its own, so that what it starts ends with it.
             process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     from benchmarks.static import gpus, head, kernels, logits, plans
 
+    plans.load(args.measured)
     print("# Predictions from compiled code, not measured\n")
     print(f"Written by `python -m benchmarks static`, compiled by Triton {triton.__version__}. Assumed of the GPUs:\n")
     print(gpus.assumptions())

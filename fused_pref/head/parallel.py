@@ -17,7 +17,15 @@ from fused_pref import validate
 from fused_pref.head.slab import OTHERS, TOP, TOTAL
 
 # What ranks must agree on, in the order in which it is exchanged after the rows of the weight.
-AGREED = ("D", "dtype", "the shape of labels", "N", "which gradients are wanted", "what else the call asks for")
+AGREED = (
+    "D",
+    "dtype",
+    "the shape of labels",
+    "N",
+    "the labels",
+    "which gradients are wanted",
+    "what else the call asks for",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,10 @@ def _compare(
     row = weight.detach()[0].double()
     places = torch.arange(1, row.numel() + 1, dtype=row.dtype, device=row.device)
     mark = (row.sum().item(), (row * places).sum().item(), row.abs().max().item())
-    mine = (weight.shape[1], str(hidden.dtype), shape, scored, sorted(wanted), tuple(others))
+    # A sum that other labels, or another order, would hardly give.
+    flat = labels.flatten().long()
+    words = f"labels of checksum {int((flat * torch.arange(1, flat.numel() + 1, device=flat.device)).sum())}"
+    mine = (weight.shape[1], str(hidden.dtype), shape, scored, words, sorted(wanted), tuple(others))
     reports: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(reports, (weight.shape[0], mine, mark), group=group)
     for number, name in enumerate(AGREED):

@@ -90,7 +90,8 @@ def dropped(mass: Tensor, targets: Tensor, columns: int, skip_mass: float) -> Sk
     lost = values.cumsum(0)
     light = lost <= int(skip_mass * UNITS)
     live = torch.empty_like(light).scatter_(0, order, ~light)
-    return Skipped(live, (lost.masked_fill_(~light, 0).amax(0) / UNITS).to(mass.dtype))
+    # In float64, which holds the units exactly: the quotient of integers has the default dtype, whatever that is.
+    return Skipped(live, (lost.masked_fill_(~light, 0).amax(0).double() / UNITS).to(mass.dtype))
 
 
 def backward(

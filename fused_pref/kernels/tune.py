@@ -7,6 +7,7 @@ here is read. What was found is kept in ``tune.json`` in the folder that ``FUSED
 one step and gives every time. Kernels that cannot be launched twice on the same memory keep their defaults.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -27,6 +28,8 @@ VERSION = 1
 AnyConfig = TypeVar("AnyConfig", Config, Tile)
 # A launch → milliseconds.
 Timer = Callable[[Callable[[], object]], Any]
+# Triton's, which needs a GPU: interpreted kernels have no time.
+DO_BENCH = triton.testing.do_bench
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def tuned(
         candidates: what is timed beside it.
         launch: launches it; may be called any number of times.
     """
-    if not enabled() or device.type == "meta":
+    if not enabled() or device.type == "meta" or (device.type == "cpu" and _timer() is DO_BENCH):
         return default
     key, choices = key_of(kernel, device, dtype, size), [default, *(c for c in candidates if c != default)]
     searched = _search is not None and key in {timing.key for timing in _search.timings}
@@ -122,13 +125,17 @@ def search(step: Callable[[], object], *, timer: Timer | None = None) -> list[Ti
 
 
 def _fastest(key: str, choices: list[AnyConfig], launch: Callable[[AnyConfig], object]) -> AnyConfig:
-    timer = triton.testing.do_bench if _search is None else _search.timer
+    timer = _timer()
     timings = [Timing(key, config, _time(timer, launch, config)) for config in choices]
     if _search is not None:
         _search.timings.extend(timings)
     best = min(range(len(choices)), key=lambda i: timings[i].milliseconds)
     store(key, choices[best])
     return choices[best]
+
+
+def _timer() -> Timer:
+    return triton.testing.do_bench if _search is None else _search.timer
 
 
 def _time(timer: Timer, launch: Callable[[AnyConfig], object], config: AnyConfig) -> float:
@@ -143,7 +150,9 @@ def cache_path() -> Path:
     folder = os.environ.get("FUSED_PREF_CACHE")
     if not folder:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "fused_pref")
-    return Path(folder).expanduser() / "tune.json"
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        folder = Path(folder).expanduser()
+    return Path(folder) / "tune.json"
 
 
 def load() -> dict[str, Any]:
