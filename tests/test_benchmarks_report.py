@@ -218,8 +218,8 @@ def test_defaults_of_the_report() -> None:
     [
         (["compare", "--preset", "tiny", "--out", "FILE"], "--out must be a directory that can be written"),
         (["scaling", "--small", "--out", "FILE"], "--out must be a directory that can be written"),
-        (["compare", "--preset", "tiny", "--seconds", "-5"], "--seconds must be above 0; got -5"),
-        (["compare", "--preset", "tiny", "--seconds", "nan"], "--seconds must be above 0; got nan"),
+        (["compare", "--preset", "tiny", "--seconds", "-5"], "--seconds must be at least 0; got -5"),
+        (["compare", "--preset", "tiny", "--seconds", "nan"], "--seconds must be at least 0; got nan"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(
