@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fused_pref.head import linear, skipping
 from fused_pref.head.call import HeadCall
+from fused_pref.head.gradients import Gradients
 from fused_pref.head.grouped import Slope, grouped
-from fused_pref.head.linear import Gradients
 from fused_pref.head.logits import OnceDifferentiableFunction
 from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
@@ -83,16 +83,17 @@ class KnownGradientsFunction(torch.autograd.Function):
         """Scale the gradients, in place where they are not needed again."""
         hidden, weight, bias, *known = ctx.saved_tensors
         with torch.no_grad():
+            dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
             if ctx.shard is not None and known[0] is not None:
-                known[0] = ctx.shard.reduce(scale(known[0], grads[0], known[0].dtype, ctx.backend)).to(hidden.dtype)
+                dtypes[0] = known[0].dtype  # rounded once, after the sum over the ranks
             scaled = Gradients(
                 *(
-                    gradient
-                    if gradient is None or tensor is None or (tensor is hidden and ctx.shard is not None)
-                    else scale(gradient, grads[0], tensor.dtype, ctx.backend)
-                    for gradient, tensor in zip(known, (hidden, weight, bias), strict=True)
+                    None if gradient is None or dtype is None else scale(gradient, grads[0], dtype, ctx.backend)
+                    for gradient, dtype in zip(known, dtypes, strict=True)
                 )
             )
+            if ctx.shard is not None and scaled.hidden is not None:
+                scaled = scaled._replace(hidden=ctx.shard.reduce(scaled.hidden).to(hidden.dtype))
         return (*_once(scaled, hidden, weight, bias), None, None, None, None, None, None)
 
 

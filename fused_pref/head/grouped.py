@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.linear import Gradients, Head, late_dtype, scaled_rows
+from fused_pref.head.gradients import Gradients
+from fused_pref.head.linear import Head, late_dtype, scaled_rows
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, product_dtype
 from fused_pref.head.rows import ValidRows

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
+from fused_pref.head.gradients import Gradients, Sums
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
@@ -20,14 +21,6 @@ from fused_pref.head.products import add_product, overlay, project, slab_dtype, 
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.spec import Transform
 from fused_pref.head.streaming import Rows, block_rows, ranges
-
-
-class Gradients(NamedTuple):
-    """Gradients of hidden states, weight and bias in their dtypes and shapes; None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 def late_dtype(tensor: Tensor) -> torch.dtype:
@@ -330,10 +323,8 @@ def vocab_major_bwd(
     """Gradients from a = ``grad_logp`` (N,); the kept slices are used up, the others computed again."""
     _, miss = head.finish(statistics, rows.targets)
     factor = grad_logp * miss * head.transform.slope
-    h, device = head.take(rows), head.hidden.device
-    dw = head.weight.new_empty(head.weight.shape) if "weight" in wanted else None
-    db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
-    sums = torch.empty(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
+    h, sums = head.take(rows), Sums.of(head, rows, wanted)
+    dw, db, hidden = sums
     label_q = torch.zeros_like(factor)
     x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
     memory = None
@@ -353,16 +344,11 @@ def vocab_major_bwd(
             add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
         if db is not None:
             db[columns] = head.bias_gradient(q, factor)
-        if sums is not None:
+        if hidden is not None:
             label_q += torch_slab.take_targets(q, rows.targets, columns.start)
-            add_product(sums, q, head.w[columns], fresh=number == 0)
+            add_product(hidden, q, head.w[columns], fresh=number == 0)
     kept.clear()
-    dh = None
-    if sums is not None:
-        dh = head.new_hidden_gradient()
-        head.place(dh, rows, sums, -factor, label_q)
-        dh = head.reduced(dh)
-    return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
+    return sums.gradients(head, rows, factor, label_q)
 
 
 def keeping_nothing(plan: Plan) -> Plan:

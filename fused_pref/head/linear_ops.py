@@ -12,7 +12,8 @@ from torch import Tensor
 from fused_pref.head import linear
 from fused_pref.head.call import NAMES, HeadCall
 from fused_pref.head.functions import known_gradients
-from fused_pref.head.linear import Gradients, late_dtype
+from fused_pref.head.gradients import Gradients
+from fused_pref.head.linear import late_dtype
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.spec import LinearSpec, Transform
 

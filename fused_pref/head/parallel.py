@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.head.slab import OTHERS, TOP, TOTAL
+from fused_pref.head.slab import TOTAL, merged
 
 # What ranks must agree on, in the order in which it is exchanged after the rows of the weight.
 AGREED = (
@@ -61,12 +61,8 @@ class Shard:
         """Make the statistics (4, n) of this rank's columns those of the whole rows, in place."""
         if statistics.numel() == 0:
             return
-        parts = self._gathered(statistics if total else statistics[:TOTAL])
-        top = parts[:, TOP].amax(0)
-        merged = parts.sum(0)  # of the targets' logits, 0 but on one rank, and of Σ z
-        merged[TOP] = top
-        merged[OTHERS] = (parts[:, OTHERS] * (parts[:, TOP] - top).exp_()).sum(0)
-        statistics[: merged.shape[0]] = merged
+        known = statistics if total else statistics[:TOTAL]
+        known.copy_(merged(self._gathered(known)))
 
     def sum_exactly(self, values: Tensor) -> Tensor:
         """Sum over the ranks, the same to the bit on all of them."""

@@ -14,17 +14,16 @@ So the gradients are wrong by at most
 beyond what rounding costs every plan. The loss is that of every other plan: nothing is dropped from it.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fused_pref.head import slab as torch_slab
-from fused_pref.head.linear import Forward, Gradients, Head, Skipped, padded, scaled_rows
+from fused_pref.head.gradients import Gradients, Sums
+from fused_pref.head.linear import Forward, Head, Skipped, padded, scaled_rows
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, product_dtype
 from fused_pref.head.rows import ValidRows
-from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
+from fused_pref.head.slab import OTHERS, TOP
 from fused_pref.head.streaming import ranges
 
 # Masses are counted in units of this, rounded up: sums of integers are exact in any order.
@@ -47,7 +46,7 @@ def forward(head: Head, rows: ValidRows, plan: Plan, skip_mass: float, *, total:
         )
     else:
         parts = tile_statistics(head, rows, plan, total=total)
-        statistics = merged(parts)
+        statistics = torch_slab.merged(parts)
     _, miss = head.finish(statistics, rows.targets)
     # A row has others of at least 1, or of 0 with all of its parts.
     share = miss / statistics[OTHERS].clamp(min=0.5)
@@ -64,14 +63,6 @@ def tile_statistics(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> 
         z = head.project(memory, h, columns)
         head.kernels.absorb(part, z, rows.targets, columns.start, head.transform, total=total)
     return parts
-
-
-def merged(parts: Tensor) -> Tensor:
-    """Statistics (4, N) of whole rows from those of their tiles (K, 4, N)."""
-    top = parts[:, TOP].amax(0)
-    others = (parts[:, OTHERS] * (parts[:, TOP] - top).exp_()).sum(0)
-    # Only its own tile has a row's target.
-    return torch.stack([top, others, parts[:, LABEL].sum(0), parts[:, TOTAL].sum(0)])
 
 
 def dropped(mass: Tensor, targets: Tensor, columns: int, skip_mass: float) -> Skipped:
@@ -106,29 +97,15 @@ def backward(
     """Gradients from a = ``grad_logp`` (N,) and the rows that need each tile, ``live`` (K, N)."""
     _, miss = head.finish(statistics, rows.targets)
     factor = grad_logp * miss * head.transform.slope
-    h, device = head.take(rows), head.hidden.device
-    dw = head.weight.new_empty(head.weight.shape) if "weight" in wanted else None
-    db = head.weight.new_empty(head.columns, dtype=head.accumulator) if "bias" in wanted else None
-    sums = torch.zeros(h.shape, dtype=head.accumulator, device=device) if "hidden" in wanted else None
-    into = Sums(dw, db, sums)
+    h, into = head.take(rows), Sums.of(head, rows, wanted)
+    if into.hidden is not None:
+        into.hidden.zero_()  # added to: no tile has all rows
     if plan.fused and rows.number:
         label_q = None
         add_on_device(head, rows, plan, statistics, live, h, factor, into)
     else:
         label_q = add_on_host(head, rows, plan, statistics, live, h, factor, into)
-    dh = None
-    if sums is not None:
-        dh = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
-        head.place(dh, rows, sums, -factor, label_q)
-    return Gradients(dh, dw, None if db is None or head.bias is None else db.to(head.bias.dtype))
-
-
-class Sums(NamedTuple):
-    """Where a backward leaves what it finds; None where not wanted."""
-
-    dw: Tensor | None  # (V, D)
-    db: Tensor | None  # (V,)
-    hidden: Tensor | None  # (N, D), 0 at first: Q W, to be multiplied by −factor
+    return into.gradients(head, rows, factor, label_q)
 
 
 def add_on_host(

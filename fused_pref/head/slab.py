@@ -27,6 +27,14 @@ def new_statistics(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     return statistics
 
 
+def merged(parts: Tensor) -> Tensor:
+    """Statistics of whole rows from those of K parts of the vocabulary, (K, 4, n) → (4, n); or both without Σ z."""
+    top = parts[:, TOP].amax(0)
+    others = (parts[:, OTHERS] * (parts[:, TOP] - top).exp_()).sum(0)
+    # Only its own part has a row's target.
+    return torch.stack([top, others, *(parts[:, row].sum(0) for row in range(LABEL, parts.shape[1]))])
+
+
 def absorb(
     statistics: Tensor,
     slab: Tensor,
