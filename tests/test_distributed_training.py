@@ -6,23 +6,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from trl_models import llama, pairs, tokenizer, unpaired
+from trl_models import TRAINING, llama, pairs, tokenizer, unpaired
 
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")
-OPTIONS = {
-    "max_steps": 3,
-    "logging_steps": 1,
-    "learning_rate": 0.05,
-    "optim": "sgd",
-    "max_length": 32,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-}
+OPTIONS = {**TRAINING, "max_steps": 3, "learning_rate": 0.05, "optim": "sgd"}
 
 
 def _train(kind: str, folder: str, **changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import set_seed
-from trl_models import llama, mixtral, pairs, tokenizer, unpaired
+from trl_models import TRAINING, llama, mixtral, pairs, tokenizer, unpaired
 
 import fused_pref as fp
 from fused_pref.trl import BCOConfig, BCOTrainer
@@ -20,22 +20,8 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj",
 
 
 def config(folder: Path, **changes: Any) -> BCOConfig:
-    options = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "max_length": 32,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return BCOConfig(str(folder), **options)
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2}
+    return BCOConfig(str(folder), **{**TRAINING, **sizes, **changes})
 
 
 def made(

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import set_seed
-from trl_models import bart, llama, mixtral, pairs, t5, tokenizer
+from trl_models import TRAINING, bart, llama, mixtral, pairs, t5, tokenizer
 
 from benchmarks.measure import peak_bytes
 from fused_pref.trl import CPOConfig, CPOTrainer
@@ -24,21 +24,14 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj",
 
 def config(folder: Path, kind: type = StockCPOConfig, **changes: Any) -> Any:
     options = {
+        **TRAINING,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "max_steps": 4,
-        "logging_steps": 1,
         "learning_rate": 0.05,
         "optim": "sgd",  # Adam makes steps of the rounding where a gradient is 0
-        "max_length": 32,
-        "report_to": "none",
-        "save_strategy": "no",
         "eval_strategy": "steps",
         "eval_steps": 2,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
         **changes,
     }
     return kind(str(folder), **options)

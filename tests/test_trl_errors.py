@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainingArguments
-from trl_models import llama, pairs, t5, tokenizer, unpaired
+from trl_models import TRAINING, llama, pairs, t5, tokenizer, unpaired
 
 import fused_pref.trl
 from fused_pref.trl import BCOConfig, BCOTrainer, CPOTrainer
@@ -18,7 +18,7 @@ from fused_pref.trl.stock import StockCPOConfig
 
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")
-OPTIONS = {"report_to": "none", "use_cpu": True, "bf16": False, "max_length": 32, "max_steps": 1, "disable_tqdm": True}
+OPTIONS = {**TRAINING, "max_steps": 1}
 
 
 class Kind:

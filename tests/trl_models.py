@@ -21,6 +21,17 @@ WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 BART_LAYERS = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
 SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+# Of every trainer: on the CPU, in float32, a number logged each step, nothing shown or saved.
+TRAINING = {
+    "logging_steps": 1,
+    "max_length": 32,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {{ eos_token }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
