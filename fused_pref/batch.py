@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,12 @@ from torch.autograd.function import once_differentiable
 from fused_pref import backend, validate
 from fused_pref.bound import Objective, encode
 from fused_pref.head import linear_ops
+from fused_pref.head.agreement import agree, shared, telling
 from fused_pref.head.call import HeadCall, product_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
 from fused_pref.head.logits import TokenLogpsFunction
 from fused_pref.head.ops import accumulator_dtype
-from fused_pref.head.parallel import Shard, shard
+from fused_pref.head.parallel import Shard
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
 from fused_pref.ranks import local_head, sum_over_ranks
 from fused_pref.reductions import Scores, sequence_scores
@@ -140,33 +142,39 @@ class LinearBatch(Batch):
         *,
         pairs: bool = False,
         means: bool = True,
+        beside: Mapping[str, Any] = MappingProxyType({}),
     ) -> "LinearBatch":
-        """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
+        """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed.
+
+        ``beside``: what else the ranks of a vocab-parallel head must have the same.
+        """
         spec = LinearSpec.of(keywords)
         hidden, weight, bias, group = local_head(hidden, weight, keywords["bias"], spec.tp_group)
         spec = replace(spec, tp_group=group)
-        hidden = _positions("hidden", hidden, "D", keywords)
-        device, features = hidden.device, hidden.shape[-1]
-        dtype = product_dtype(hidden)
-        # Autocast casts what enters a product; elsewhere the two must agree.
-        casts = dtype != torch.float64 and torch.is_autocast_enabled(device.type)
-        dtypes = tuple(dict.fromkeys((hidden.dtype, dtype, torch.float32))) if casts else (hidden.dtype,)
-        weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
-        if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
-            raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)
-        if bias is not None:
-            bias = validate.tensor("bias", bias, "(V,)", tuple(weight.shape[:1]), dtypes, device)
-        labels, cu_seqlens, sequences = _labels(labels, hidden, keywords, spec, pairs=pairs)
+        with telling(group, hidden, weight, labels):
+            hidden = _positions("hidden", hidden, "D", keywords)
+            dtype = product_dtype(hidden)
+            weight, bias = _head(weight, bias, hidden, dtype)
+            labels, cu_seqlens, sequences = _labels(labels, hidden, keywords, spec, pairs=pairs)
         held, vocabulary = None, weight.shape[0]
-        if spec.tp_group is not None:
-            wanted = wanted_gradients(hidden, weight, bias)
-            sizes = (spec.memory_budget, spec.max_valid_tokens, spec.logits_mean, spec.tp_partial)
-            kinds = (str(dtype), str(weight.dtype), bias is None, cu_seqlens is None, pairs, means)
-            agreed = (spec.ignore_index, wanted, spec.constants[1:], sizes, kinds)
-            held = shard(spec.tp_group, weight, hidden, labels, agreed, spec.tp_partial)
+        if group is not None:
+            asked = {
+                "D": weight.shape[1],
+                "dtype": hidden.dtype,
+                "the dtype of products": dtype,
+                "the dtype of weight": weight.dtype,
+                "which gradients are wanted": sorted(wanted_gradients(hidden, weight, bias)),
+                "the shape of labels": tuple(labels.shape),
+                "bias": "None" if bias is None else "given",
+                **shared(keywords),
+                **beside,
+                "labels": labels,
+            }
+            sizes = agree(group, weight, asked, labels != spec.ignore_index)
+            held = Shard(group, sizes, spec.tp_partial)
             vocabulary = held.vocabulary
         _check_labels(labels, vocabulary, spec)
-        spec = _resolved(spec, keywords, dtype, device, means=means)
+        spec = _resolved(spec, keywords, dtype, hidden.device, means=means)
         return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias, held)
 
     def call(self, unit: int = 0) -> HeadCall:
@@ -232,6 +240,20 @@ def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) ->
     if value.dim() != (2 if packed else 3) or value.shape[-1] == 0:
         raise validate.fail(name, f"{symbol} with {size} >= 1", value)
     return value
+
+
+def _head(weight: Any, bias: Any, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Validate weight and bias; ``dtype`` is that of the products."""
+    device, features = hidden.device, hidden.shape[-1]
+    # Autocast casts what enters a product; elsewhere the two must agree.
+    casts = dtype != torch.float64 and torch.is_autocast_enabled(device.type)
+    dtypes = tuple(dict.fromkeys((hidden.dtype, dtype, torch.float32))) if casts else (hidden.dtype,)
+    weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
+    if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
+        raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)
+    if bias is not None:
+        bias = validate.tensor("bias", bias, "(V,)", tuple(weight.shape[:1]), dtypes, device)
+    return weight, bias
 
 
 def _labels(

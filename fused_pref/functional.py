@@ -246,7 +246,8 @@ def linear_bco_loss(
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
     spec = BCOSpec.bco(keywords)
-    return _bco_loss(LinearBatch.of(hidden, weight, labels, keywords), spec, keywords, desirable, ref_logps)
+    batch = LinearBatch.of(hidden, weight, labels, keywords, beside={"desirable": desirable})
+    return _bco_loss(batch, spec, keywords, desirable, ref_logps)
 
 
 def _token_logps(batch: Batch) -> Tensor:

@@ -54,6 +54,14 @@ def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
     return SumOverRanksFunction.apply(values, group)  # type: ignore[return-value]
 
 
+def gathered(values: Tensor, group: Any) -> Tensor:
+    """(ranks, ...): what every rank holds, which has one shape on all of them."""
+    values = values.contiguous()
+    parts = values.new_empty(dist.get_world_size(group), *values.shape)
+    dist.all_gather(list(parts.unbind(0)), values, group=group)
+    return parts
+
+
 def local_head(hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, Any, Any, Any]:
     """Hidden states, weight and bias as plain tensors, and the group of a vocab-parallel head.
 
@@ -73,11 +81,13 @@ def local_head(hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, An
         )
     if rows and group is not None:
         raise ValueError("tp_group must be None with a sharded DTensor weight, whose mesh says it")
-    for name, value, placed in (("hidden", hidden, False), ("bias", bias, bool(rows))):
-        if _is_dtensor(value) and any(p.is_partial() or (p.is_shard() and not placed) for p in value.placements):
-            raise ValueError(
-                f"{name} must be {'placed like weight' if placed else 'replicated'}; got {value.placements}"
-            )
+    if _is_dtensor(hidden) and not all(placement.is_replicate() for placement in hidden.placements):
+        raise ValueError(f"hidden must be replicated; got {hidden.placements}")
+    if _is_dtensor(bias) and (bias.device_mesh, bias.placements) != (weight.device_mesh, weight.placements):
+        raise ValueError(
+            f"bias must be placed like weight, {weight.placements} on {weight.device_mesh}; got {bias.placements} on "
+            f"{bias.device_mesh}"
+        )
     if rows:
         group = weight.device_mesh.get_group(rows[0])
     return *(value.to_local() if _is_dtensor(value) else value for value in (hidden, weight, bias)), group

@@ -134,7 +134,7 @@ INTERPRETED = ("cpo", "cpo in groups", "cpo, softcap and bias", "no gradient", "
 def everything(rank: int) -> dict[str, Any]:
     """What two or three ranks are asked in these tests, in one go: starting them takes most of the time."""
     found: dict[str, Any] = {}
-    if dist.get_world_size() == 2:  # first: a shape that is known is not compared again
+    if dist.get_world_size() == 2:  # first: rows of a head that is known are not compared again
         found["refused"] = {kind: disagree(rank, kind) for kind in DISAGREEMENTS}
     found |= {str(dtype): evaluate_all(rank, dtype) for dtype in (torch.float32, torch.bfloat16)}
     part = parts_of(dist.get_world_size())[rank]
@@ -143,7 +143,9 @@ def everything(rank: int) -> dict[str, Any]:
     }
     if dist.get_world_size() == 3:
         return {**found, "plans": note_plans(rank)}
-    found |= {work.__name__: work(rank) for work in (count_collectives, partial_gradients, dtensors, context_parallel)}
+    works = (count_collectives, partial_gradients, dtensors, context_parallel)
+    works += (disagree_again, heads_that_share_a_shape, rows_that_are_alike)
+    found |= {work.__name__: work(rank) for work in works}
     found["refused"] |= {work.__name__: work(rank) for work in (checked_again, not_a_member, no_shift)}
     return found
 
@@ -207,7 +209,7 @@ def partial_gradients(rank: int) -> tuple[Tensor, Tensor]:
 # Meshes and DTensors.
 
 
-def two_by_two(rank: int) -> dict[str, Tensor]:
+def two_by_two(rank: int) -> dict[str, Any]:
     """Pairs over one dimension, the vocabulary over the other; the gradient of a global mean over pairs."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     data, head = mesh.get_coordinate()
@@ -223,7 +225,24 @@ def two_by_two(rank: int) -> dict[str, Tensor]:
     dist.all_reduce(weight.grad, group=mesh.get_group("dp"))
     loss = output.loss.detach().clone()
     dist.all_reduce(loss, group=mesh.get_group("dp"))
-    return {"loss": loss, "dhidden": hidden.grad, "dweight": weight.grad}
+    return {"loss": loss, "dhidden": hidden.grad, "dweight": weight.grad, "placements": placements(rank)}
+
+
+def placements(rank: int) -> list[str]:
+    """What is said of a bias sharded over another mesh dimension than the weight, and of a shard without rows."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import Shard as Rows
+
+    given, messages = tensors(), []
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    weight = distribute_tensor(given["weight"][:100], mesh, [Replicate(), Rows(0)])
+    bias = distribute_tensor(given["bias"][:100], mesh, [Rows(0), Replicate()])
+    small = distribute_tensor(given["weight"][:5], dist.init_device_mesh("cpu", (4,)), [Rows(0)])
+    for head, shift in ((weight, bias), (small, None)):
+        with pytest.raises(ValueError, match="weight") as caught:
+            fp.linear_cpo_loss(given["hidden"], head, given["labels"].clamp(max=4), bias=shift)
+        messages.append(str(caught.value))
+    return messages
 
 
 def dtensors(rank: int) -> dict[str, Any]:
@@ -296,9 +315,23 @@ CONTEXT = [
 
 
 def disagree(rank: int, kind: str) -> str:
+    """What both ranks raise where rank 1, or both, ask for something else than the first call's."""
     given = tensors()
     hidden, labels, weight = given["hidden"], given["labels"].clone(), given["weight"][parts_of(2)[rank]]
+    function, extra = fp.linear_cpo_loss, ()
     keywords: dict[str, Any] = {}
+    if kind in ("desirable", "class counts"):
+        function, extra = fp.linear_bco_loss, (given["desirable"], given["ref_logps"])
+        keywords = {"reduction": "class_mean", "class_normalizer": (2, torch.tensor(2.0))}
+    elif kind == "boundaries":
+        hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        keywords["cu_seqlens"] = torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32)
+    elif kind == "the same head":
+        weight = given["weight"]
+    elif kind == "overlap":
+        weight = given["weight"][(slice(0, 60), slice(50, V))[rank]]
+    elif kind == "overlap, the other way":
+        weight = given["weight"][(slice(40, V), slice(0, 50))[rank]]
     if rank == 1:
         if kind == "D":
             hidden, weight = hidden[..., :20], weight[:, :20]
@@ -308,44 +341,110 @@ def disagree(rank: int, kind: str) -> str:
             labels[0, 5] = -100
         elif kind == "labels":
             labels[0, 5] += 1
+        elif kind == "two labels":
+            labels[0, 5] += 2
+            labels[0, 6] -= 1
         elif kind == "positions":
             hidden, labels = hidden[:, :8], labels[:, :8]
         elif kind == "gradients":
             hidden = hidden.requires_grad_()
-        elif kind == "softcap":
-            keywords["softcap"] = 3.0
-        elif kind == "bound":
-            keywords["max_valid_tokens"] = 30
-    if kind == "overlap":
-        weight = given["weight"]
-    with pytest.raises(ValueError, match="rank") as caught:
-        fp.linear_cpo_loss(hidden, weight, labels, tp_group=dist.group.WORLD, **keywords)
+        elif kind == "function":
+            function, extra = fp.linear_dpo_loss, (given["ref_logps"],)
+        elif kind == "desirable":
+            extra = (~given["desirable"], given["ref_logps"])
+        elif kind == "class counts":
+            keywords["class_normalizer"] = (2, torch.tensor(3.0))
+        elif kind == "boundaries":
+            keywords["cu_seqlens"] = torch.tensor([0, 9, 19, 27, 36], dtype=torch.int32)
+        elif kind == "dtype of weight":
+            weight = weight.bfloat16()
+        elif kind == "no rows":
+            weight = weight[:0]
+        elif kind in KEYWORDS:
+            keywords = {kind: KEYWORDS[kind]}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        function(hidden, weight, labels, *extra, tp_group=dist.group.WORLD, **keywords)
     return str(caught.value)
 
 
-DISAGREEMENTS = {
+KEYWORDS: dict[str, Any] = {
+    "softcap": 3.0,
+    "max_valid_tokens": 30,
+    "loss_type": "simpo",
+    "cpo_alpha": 0.5,
+    "pair_normalizer": 4,
+}
+# kind: what both ranks say; where it is two, what each says
+DISAGREEMENTS: dict[str, str | tuple[str, str]] = {
     "D": "ranks of tp_group must agree on D; got 24 on rank 0, 20 on rank 1",
     "dtype": "must agree on dtype; got torch.float32 on rank 0, torch.bfloat16 on rank 1",
     "N": "must agree on N; got 21 on rank 0, 20 on rank 1",
-    "labels": "must agree on the labels; got labels of checksum",
-    "bound": "must agree on what else the call asks for",
+    "labels": "must agree on labels; got a int64 tensor of shape (4, 9) of checksum",
+    "two labels": "must agree on labels; got",
     "positions": "must agree on the shape of labels; got (4, 9) on rank 0, (4, 8) on rank 1",
     "gradients": "must agree on which gradients are wanted; got [] on rank 0, ['hidden'] on rank 1",
-    "softcap": "must agree on what else the call asks for",
-    "overlap": "ranks 0 and 1 of tp_group must hold different rows of weight",
+    "softcap": "must agree on softcap; got None on rank 0, 3.0 on rank 1",
+    "max_valid_tokens": "must agree on max_valid_tokens; got None on rank 0, 30 on rank 1",
+    "loss_type": "must agree on loss_type; got 'sigmoid' on rank 0, 'simpo' on rank 1",
+    "cpo_alpha": "must agree on cpo_alpha; got 1.0 on rank 0, 0.5 on rank 1",
+    "pair_normalizer": "must agree on pair_normalizer; got None on rank 0, 4 on rank 1",
+    "function": "must agree on cpo_alpha; got 1.0 on rank 0, no such argument on rank 1",
+    "desirable": "must agree on desirable; got a bool tensor of shape (4,) of checksum",
+    "class counts": "must agree on class_normalizer[1]; got a float32 tensor of shape () of checksum",
+    "boundaries": "must agree on cu_seqlens; got a int32 tensor of shape (5,) of checksum",
+    "the same head": "rows 0 to 100 of rank 0 are rows 0 to 100 of rank 1",
+    "overlap": "rows 50 to 59 of rank 0 are rows 0 to 9 of rank 1",
+    "overlap, the other way": "rows 0 to 9 of rank 0 are rows 40 to 49 of rank 1",
+    "dtype of weight": (
+        "rank 1 of tp_group refuses its arguments: TypeError: weight must be a float32 tensor (V, D=24)",
+        "weight must be a float32 tensor (V, D=24); got a bfloat16 tensor",
+    ),
+    "no rows": (
+        "rank 1 of tp_group refuses its arguments: ValueError: weight must be (V, D=24) with V >= 1",
+        "weight must be (V, D=24) with V >= 1",
+    ),
 }
 
 
-def checked_again(rank: int) -> str:
-    """A shape that is known is not compared again, but for ``fp.checks()``."""
+def disagree_again(rank: int) -> dict[str, str]:
+    """The same, of a head that is known: labels and keywords are compared on every call."""
+    return {kind: disagree(rank, kind) for kind in ("N", "two labels", "cpo_alpha", "function", "no rows")}
+
+
+def heads_that_share_a_shape(rank: int) -> list[float]:
+    """V = 101 as 51 + 50, then 102 as 51 + 51: only rank 1 sees another shape; the losses in float64 come second."""
+    found = []
+    for sizes in ((51, 50), (51, 51), (51, 50)):
+        weight = torch.randn(sum(sizes), D, generator=torch.Generator().manual_seed(1))
+        given, own = tensors(), weight.split(list(sizes))[rank]
+        output = fp.linear_cpo_loss(given["hidden"], own, given["labels"], tp_group=dist.group.WORLD)
+        exact = fp.reference.linear_cpo_loss(given["hidden"].double(), weight.double(), given["labels"])
+        found += [output.loss.item(), exact.loss.item()]
+    return found
+
+
+def rows_that_are_alike(rank: int) -> float:
+    """A weight of equal rows, and slices with one row in common, are heads as others are."""
     given = tensors()
-    weight = given["weight"][parts_of(2)[rank]]
-    labels = given["labels"].clone()
-    fp.linear_cpo_loss(given["hidden"], weight, labels, tp_group=dist.group.WORLD)
+    constant = torch.ones(V, D)[parts_of(2)[rank]]
+    output = fp.linear_cpo_loss(given["hidden"], constant, given["labels"], tp_group=dist.group.WORLD)
+    own = given["weight"][parts_of(2)[rank]].clone()
+    own[-1] = 7
+    with fp.checks():
+        fp.linear_cpo_loss(given["hidden"], own, given["labels"], tp_group=dist.group.WORLD)
+    return output.loss.item()
+
+
+def checked_again(rank: int) -> str:
+    """The rows of a known head are not compared again, but for ``fp.checks()``."""
+    given = tensors()
+    weight = given["weight"][parts_of(2)[rank]].clone()
+    fp.linear_cpo_loss(given["hidden"], weight, given["labels"], tp_group=dist.group.WORLD)
     if rank == 1:
-        labels[0, 5] = -100
-    with fp.checks(), pytest.raises(ValueError, match="must agree on N"):
-        fp.linear_cpo_loss(given["hidden"], weight, labels, tp_group=dist.group.WORLD)
+        weight[:50] = given["weight"][:50]
+    fp.linear_cpo_loss(given["hidden"], weight, given["labels"], tp_group=dist.group.WORLD)
+    with fp.checks(), pytest.raises(ValueError, match="must hold different rows of weight"):
+        fp.linear_cpo_loss(given["hidden"], weight, given["labels"], tp_group=dist.group.WORLD)
     return "refused"
 
 

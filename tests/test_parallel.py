@@ -13,6 +13,7 @@ from parallel_work import (
     D,
     S,
     T,
+    V,
     evaluate,
     on_ranks,
     parts_of,
@@ -73,16 +74,17 @@ def test_several_groups_and_slices_were_taken() -> None:
 
 
 def test_collectives() -> None:
-    """One exchange of three floats a token for each group, one of the means' D + 1, and one of dh in the backward."""
+    """Four integers, three floats a token for each group, the means' D + 1; and dh in the backward."""
     counts = on_ranks(2)[0]["count_collectives"]
-    scored, means, dh = 3 * 21, D + 1, S * T * D
-    assert counts["cpo"] == [("gather", scored), ("gather", means), ("reduce", dh)]
+    words, scored, means, dh = ("gather", 4), ("gather", 3 * 21), ("gather", D + 1), ("reduce", S * T * D)
+    assert counts["cpo"] == [words, scored, means, dh]
     groups = counts["cpo in groups"]
-    assert [kind for kind, _ in groups] == ["gather", "gather", "reduce"]
-    assert sum(size for kind, size in groups if kind == "gather") == scored
+    assert [kind for kind, _ in groups] == ["gather", "gather", "gather", "reduce"]
+    assert groups[0] == words
+    assert groups[1][1] + groups[2][1] == 3 * 21
     assert counts["bco"] == counts["frozen head"] == counts["cpo"]
-    assert counts["no gradient"] == counts["cpo"][:2]
-    assert counts["tokens"] == [("gather", scored), ("reduce", dh)]
+    assert counts["no gradient"] == counts["cpo"][:3]
+    assert counts["tokens"] == [words, scored, dh]
 
 
 def test_gradients_left_partial_are_parts_of_the_sum() -> None:
@@ -101,6 +103,11 @@ def test_two_by_two_ranks() -> None:
         assert (got["dhidden"] - want).norm() <= 1e-4 * want.norm()
         want = exact["dweight"][parts_of(2)[head]] / 0.7
         assert (got["dweight"] - want).norm() <= 1e-4 * want.norm()
+        bias, small = got["placements"]
+        assert bias.startswith("bias must be placed like weight, (Replicate(), Shard(dim=0)) on ")
+        empty = "weight must be (V, D=24) with V >= 1"
+        assert empty in small
+        assert rank == 3 or small.startswith("rank 3 of tp_group refuses its arguments: ")
 
 
 def test_dtensor_weights() -> None:
@@ -137,9 +144,24 @@ def test_context_parallel_is_one_process() -> None:
 
 @pytest.mark.parametrize("kind", DISAGREEMENTS)
 def test_ranks_that_disagree(kind: str) -> None:
-    first, second = (found["refused"][kind] for found in on_ranks(2))
-    assert first == second
-    assert DISAGREEMENTS[kind] in first
+    for told in ("refused", "disagree_again"):
+        said, expected = [found[told].get(kind) for found in on_ranks(2)], DISAGREEMENTS[kind]
+        if told == "refused" or said[0] is not None:
+            for message, want in zip(said, (expected,) * 2 if isinstance(expected, str) else expected, strict=True):
+                assert want in message
+            assert isinstance(expected, tuple) or said[0] == said[1]
+
+
+def test_heads_that_share_a_shape_on_one_rank() -> None:
+    for found in on_ranks(2):
+        losses = found["heads_that_share_a_shape"]
+        assert losses[::2] == pytest.approx(losses[1::2], rel=1e-5)
+
+
+def test_rows_that_are_alike() -> None:
+    given = tensors()
+    exact = fp.reference.linear_cpo_loss(given["hidden"].double(), torch.ones(V, D).double(), given["labels"])
+    assert [found["rows_that_are_alike"] for found in on_ranks(2)] == pytest.approx([exact.loss.item()] * 2, rel=1e-5)
 
 
 def test_a_rank_that_raises_ends_the_others() -> None:

@@ -1,0 +1,156 @@
+"""What the ranks of a vocab-parallel head tell each other at the start of every call.
+
+Four integers of each rank are gathered: its number of rows, whether it wants a comparison in full, and two checksums of
+everything that must be the same on all ranks. Only where those differ, or somebody wants it, do the ranks exchange
+more: then all of them raise the same error, or look once whether their rows are different ones.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_pref import validate
+from fused_pref.ranks import gathered
+
+# In place of its number of rows, what a rank sends whose arguments are refused.
+REFUSED = -1
+# Odd numbers that spread their factors over 64 bits, as multiplicative hashes use them.
+SPREAD = (-7046029254386353131, -4658895280553007687)
+# Keywords that each rank has its own of.
+OWN = ("bias", "backend", "tp_group", "cp_group")
+# Columns of a row of the weight by which it is told from others.
+COLUMNS = 16
+
+# Heads whose rows have been compared, by this rank's part. Ranks need not agree on it: one that asks is joined by all.
+_compared: set[tuple[str, torch.Size, torch.dtype]] = set()
+
+
+def agree(group: Any, weight: Tensor, asked: Mapping[str, Any], scored: Tensor) -> tuple[int, ...]:
+    """Rows of each rank.
+
+    Args:
+        group: the process group.
+        weight: (V of this rank, D).
+        asked: what must be the same on all ranks, by name: integer or 0-d tensors by their values, others by dtype and
+            shape, anything else by its ``repr``.
+        scored: (S, T) or (N_total,), which labels count; N is named before labels that differ.
+
+    Raises:
+        ValueError: on every rank, if they ask for different things, one of them refuses its arguments, or two of them
+            hold the same rows.
+    """
+    head = (group.group_name, weight.shape, weight.dtype)
+    wants = validate.checking() or head not in _compared
+    texts = {name: _text(value) for name, value in asked.items()}
+    digest = hashlib.blake2b(repr(texts).encode(), digest_size=8).digest()
+    sums = {name: checksum(value.flatten()).to(weight.device) for name, value in asked.items() if _is_exact(value)}
+    words = torch.tensor([weight.shape[0], wants, int.from_bytes(digest, "big", signed=True), 0], device=weight.device)
+    words[3] = checksum(torch.stack(list(sums.values())))
+    ranks = gathered(words, group).tolist()
+    if any(rank[1] or rank[2:] != ranks[0][2:] for rank in ranks):
+        exact = {name: f"{texts.pop(name)} of checksum {value.item()}" for name, value in sums.items()}
+        _compare(_exchanged({**texts, "N": str(int(scored.sum())), **exact}, group))
+        _check_rows(weight, [rank[0] for rank in ranks], group)
+        _compared.add(head)
+    return tuple(rank[0] for rank in ranks)
+
+
+def shared(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keywords of a call that must be the same on all ranks, pairs taken apart."""
+    result = {}
+    for name, value in keywords.items():
+        if isinstance(value, tuple | list):
+            result |= {f"{name}[{number}]": part for number, part in enumerate(value)}
+        elif name not in OWN:
+            result[name] = value
+    return result
+
+
+@contextlib.contextmanager
+def telling(group: Any, *arguments: Any) -> Iterator[None]:
+    """Let the other ranks, which wait in :func:`agree`, know of arguments that are refused in here."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+            with contextlib.suppress(RuntimeError):  # what is refused says more than ranks that do not answer
+                gathered(torch.tensor([REFUSED, 1, 0, 0], device=tensors[0].device if tensors else None), group)
+                _exchanged(f"{type(error).__name__}: {error}", group)
+        raise
+
+
+def checksum(values: Tensor) -> Tensor:
+    """A number that other values, or another order, would hardly give, for each row of (..., n); int64 (...,)."""
+    bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
+    mixed = torch.arange(values.shape[-1], device=values.device) * SPREAD[0] + bits
+    mixed = mixed * SPREAD[1]
+    return ((mixed ^ (mixed >> 32)) * SPREAD[0]).sum(-1)
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether a tensor must be the same to the bit; floats of a sequence may differ by how a rank rounds."""
+    return isinstance(value, Tensor) and (value.dim() == 0 or not value.is_floating_point())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return validate.describe(value.detach()).removesuffix(f" on {value.device}")
+    return repr(value)
+
+
+def _exchanged(report: Any, group: Any) -> list[Any]:
+    reports: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reports, report, group=group)
+    return reports
+
+
+def _compare(reports: list[Any]) -> None:
+    for rank, report in enumerate(reports):
+        if isinstance(report, str):
+            raise ValueError(f"rank {rank} of tp_group refuses its arguments: {report}")
+    for name in dict.fromkeys(name for report in reports for name in report):
+        values = [report.get(name, "no such argument") for report in reports]
+        if any(value != values[0] for value in values):
+            shown = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            raise ValueError(f"ranks of tp_group must agree on {name}; got {shown}")
+
+
+def _check_rows(weight: Tensor, sizes: list[int], group: Any) -> None:
+    """Refuse slices that overlap: a number for each row is gathered, once for a head."""
+    marks = torch.zeros(max(sizes), dtype=torch.int64, device=weight.device)
+    marks[: weight.shape[0]] = checksum(weight.detach()[:, :COLUMNS])
+    slices = [part[:size].cpu() for part, size in zip(gathered(marks, group), sizes, strict=True)]
+    starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
+    for rank, later in enumerate(slices):
+        for other, earlier in enumerate(slices[:rank]):
+            shared = overlap(earlier, later)
+            if shared is not None:
+                mine, theirs = shared
+                raise ValueError(
+                    f"ranks {other} and {rank} of tp_group must hold different rows of weight; rows {mine.start} to "
+                    f"{mine.stop - 1} of rank {other} are rows {theirs.start} to {theirs.stop - 1} of rank {rank}: a "
+                    f"rank passes its own slice, whose first row here is row {starts[rank]} of the head"
+                )
+
+
+def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
+    """Where two slices of marks, one a row, hold the same rows, as slices of one sequence would: at an end, or all.
+
+    Rows that are the same by themselves, as those of unused tokens, are no overlap: it takes at least two rows, of
+    which one stands once in each slice.
+    """
+    once = [part[counts == 1] for part, counts in (part.unique(return_counts=True) for part in (first, second))]
+    shared = once[0][torch.isin(once[0], once[1])]
+    if shared.numel() == 0:
+        return None
+    places = [(part[None] == shared[:64, None]).int().argmax(1) for part in (first, second)]
+    shift = int((places[0] - places[1]).mode().values)
+    start, stop = max(0, shift), min(first.numel(), shift + second.numel())
+    mine, theirs = slice(start, stop), slice(start - shift, stop - shift)
+    return (mine, theirs) if stop - start > 1 and torch.equal(first[mine], second[theirs]) else None
