@@ -8,7 +8,7 @@ from probes import launches
 from test_linear import only
 
 import fused_pref as fp
-from fused_pref.head import call, plan
+from fused_pref.head import call, plan, streaming
 
 
 @pytest.mark.usefixtures("poison")
@@ -37,4 +37,23 @@ def test_a_bound_on_the_rows_spares_every_wait(
         waits = ["aten._local_scalar_dense.default"] if kernel_device == "cpu" else []
         assert recorder.synchronising == waits
         found.append(recorder.names)
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("name", "wanted"), [("grouped", "hw"), ("vocab_major", "hw"), ("frozen_head", "h")])
+def test_elementwise_work_is_not_launched_block_by_block(
+    name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states of one and of several blocks of elementwise work: kernels take them in one launch."""
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16, epilogue=0.0))
+    for block in ("CPU_BLOCK", "DEVICE_BLOCK"):
+        monkeypatch.setattr(streaming, block, 20 * 16)
+    found = []
+    for sequences in (2, 12):
+        batch = make_hidden(sequences, 9, 16, 70, device=kernel_device)
+        h, w = batch.hidden.requires_grad_(), batch.weight.requires_grad_("w" in wanted)
+        with pytest.MonkeyPatch.context() as own, only(own, name, fused=True), launches() as recorder:
+            fp.linear_cpo_loss(h, w, batch.labels, backend="triton", logits_mean=None).loss.backward()
+        found.append(len(recorder.names))
     assert found[0] == found[1]

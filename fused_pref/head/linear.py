@@ -177,12 +177,6 @@ class Head:
         labels = targets if self.shard is None else targets + self.shard.first
         return torch_slab.finish(statistics, labels, self.vocabulary, self.ignore_index)
 
-    def with_targets(self, sums: Tensor, targets: Tensor, label_q: Tensor) -> Tensor:
-        """Rows of a product plus each target's entry of Q times the target's weight; see :func:`slab.take_targets`."""
-        valid = (targets >= 0) & (targets < self.columns)
-        own = self.w.index_select(0, targets.long().where(valid, 0)).to(label_q.dtype)
-        return own.mul_(label_q[:, None]).add_(sums.to(label_q.dtype))
-
     def new_hidden_gradient(self) -> Tensor:
         """Zeros shaped like the hidden states, contiguous."""
         return torch.zeros_like(self.hidden, dtype=self.hidden_dtype, memory_format=torch.contiguous_format)
@@ -193,16 +187,8 @@ class Head:
 
     def place(self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, label_q: Tensor | None) -> None:
         """Rows of ``sums``, with their targets', times ``factor`` to their places of ``dh``, contiguous and else 0."""
-        flat = dh.view(-1, dh.shape[-1])
-        for part in ranges(sums.shape[0], block_rows(dh)):
-            block = sums[part]
-            if label_q is not None:
-                block = self.with_targets(block, rows.targets[part], label_q[part])
-            block = (block * factor[part, None]).to(dh.dtype)
-            if rows.places is None:
-                flat[part] = block
-            else:
-                flat.index_copy_(0, rows.places[part], block)
+        label = None if label_q is None else torch_slab.Label(rows.targets, label_q, self.w)
+        self.kernels.place_rows(dh.view(-1, dh.shape[-1]), sums, factor, rows.places, label)
 
     def bias_gradient(self, q: Tensor, factor: Tensor) -> Tensor:
         """−qᵀ factor, (v,) in the dtype of the token math."""
@@ -276,10 +262,8 @@ def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tupl
         add_product(u[group], q, head.w, fresh=True)
         _, miss = head.finish(statistics[:, group], targets)
         miss = miss if multiple is None else miss / multiple
-        for part in ranges(group.stop - group.start, block_rows(u)):
-            rest = u[group][part]
-            rest.copy_(head.with_targets(rest, targets[part], label_q[part]))
-            rest *= (-head.transform.slope * miss[part])[:, None]
+        label = torch_slab.Label(targets, label_q, head.w)
+        head.kernels.place_rows(u[group], u[group], -head.transform.slope * miss, label=label)
     return statistics, u
 
 
@@ -364,16 +348,14 @@ def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor |
     if upcast(h):
         return h * -factor[:, None], None
     if head.dtype != torch.float16:
-        return _narrow(h, -factor), None
+        return _narrow(head, h, -factor), None
     largest = factor.abs().amax() if factor.numel() else factor.new_zeros(())
     unit = torch.where(largest > 0, factor / largest, factor)
-    return _narrow(h, -unit), torch.where(largest > 0, largest, 1)
+    return _narrow(head, h, -unit), torch.where(largest > 0, largest, 1)
 
 
-def _narrow(h: Tensor, factor: Tensor) -> Tensor:
+def _narrow(head: Head, h: Tensor, factor: Tensor) -> Tensor:
     """H · factor, multiplied in the dtype of the factor and rounded once; contiguous."""
     result = torch.empty_like(h, memory_format=torch.contiguous_format)
-    for part in ranges(h.shape[0], block_rows(h)):
-        # Operands of one dtype: a product of two is slow on a CPU.
-        torch.mul(h[part].to(factor.dtype), factor[part, None], out=result[part])
+    head.kernels.place_rows(result, h, factor)
     return result

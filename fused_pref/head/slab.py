@@ -1,4 +1,4 @@
-"""A slab of logits in PyTorch: the statistics of its rows, and their gradient written over it.
+"""A slab of logits in PyTorch: the statistics of its rows, their gradient written over it, and rows of its products.
 
 A slab (n, v) holds a slice of the vocabulary, columns ``first`` to ``first + v``, of n rows. With q the softmax over
 the entries *other than the target*, ∂logp/∂z = (1 − p_y)(onehot − q): nothing cancels where the target has nearly
@@ -8,12 +8,13 @@ rows of what the slab is multiplied with.
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_pref.head.spec import Transform
-from fused_pref.head.streaming import block_rows
+from fused_pref.head.streaming import block_rows, ranges
 
 # Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
 # Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
@@ -110,6 +111,40 @@ def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
     found = q.gather(1, column[:, None])[:, 0]
     _put(q, column, found.masked_fill(here, 0))
     return found.masked_fill_(~here, 0).to(torch.promote_types(q.dtype, torch.float32))
+
+
+class Label(NamedTuple):
+    """What rows of Q W lack: each target's entry of Q, from :func:`take_targets`, times the target's weight."""
+
+    targets: Tensor  # (n,)
+    q: Tensor  # (n,), 0 where the target is no column of the weight
+    weight: Tensor  # (v, D)
+
+
+def place_rows(
+    sink: Tensor, source: Tensor, factor: Tensor, places: Tensor | None = None, label: Label | None = None
+) -> None:
+    """Write (source + label) · factor to rows of ``sink``, in the dtype of the factor and rounded once.
+
+    Args:
+        sink: (P, D) contiguous; may be the source.
+        source: (n, D).
+        factor: (n,) contiguous, in the dtype of the token math.
+        places: (n,) rows of the sink; None: the first n.
+        label: what is added to the source.
+    """
+    for part in ranges(source.shape[0], block_rows(source)):
+        # Operands of one dtype: a product of two is slow on a CPU.
+        block = source[part].to(factor.dtype)
+        if label is not None:
+            targets = label.targets[part].long()
+            valid = (targets >= 0) & (targets < label.weight.shape[0])
+            own = label.weight.index_select(0, targets.where(valid, 0)).to(factor.dtype)
+            block = own.mul_(label.q[part, None]).add_(block)
+        if places is None:
+            torch.mul(block, factor[part, None], out=sink[part])
+        else:
+            sink.index_copy_(0, places[part], (block * factor[part, None]).to(sink.dtype))
 
 
 def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.head.linear import padded
+from fused_pref.head.slab import Label
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import dlogits, gemm, linear, logprob, objective, picked, scale, sequences, slab
 
@@ -136,6 +137,17 @@ def picked_products(dtype: torch.dtype, features: int = 4096, columns: int = 409
     picked.bias_product(meta(columns), q, meta(8192), places, count)
 
 
+def placed_rows(dtype: torch.dtype, features: int = 4096, label: bool = True) -> None:
+    """Launch rows of a product and their targets to their places among the hidden states, or rows alone to new ones."""
+    number = meta(8192, dtype=torch.int64)
+    if label:
+        own = Label(number, meta(8192), meta(VOCABULARY, features, dtype=dtype))
+        slab.place_rows(meta(16384, features, dtype=dtype), meta(8192, features), meta(8192), number, own)
+    else:
+        rows = meta(8192, features, dtype=dtype)
+        slab.place_rows(rows, rows, meta(8192))
+
+
 def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:
     """Launch with products of float32 that may be rounded."""
     settings = torch.backends.cuda.matmul
@@ -233,6 +245,9 @@ CASES = [
         "16-bit over float32, softcap", partial(slab_gradient, sink=torch.float16, transform=SOFTCAP), (torch.float32,)
     ),
     Case("odd vocabulary", partial(slab_gradient, **ODD), (torch.float32,)),
+    Case("by index, with targets", placed_rows),
+    Case("rows alone", partial(placed_rows, label=False)),
+    Case("odd depth", partial(placed_rows, features=2305), (torch.bfloat16,)),
     Case("by index", linear_statistics),
     Case("dense, bias", partial(linear_statistics, by_index=False, bias=True)),
     Case("sums, softcap", partial(linear_statistics, total=True, transform=SOFTCAP)),

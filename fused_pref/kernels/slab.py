@@ -1,15 +1,17 @@
-"""A slab of logits on a device: the statistics of its rows, and their gradient written over it.
+"""A slab of logits on a device: the statistics of its rows, their gradient written over it, and rows of its products.
 
 The device twins of :mod:`fused_pref.head.slab`, under the same names. One program walks a row from left to right.
 """
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_pref.head.slab import Label
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
 from fused_pref.kernels.helpers import chain, exp, transform
@@ -84,6 +86,40 @@ def _slab_gradient_kernel(
         tl.store(out + cols, q.to(sink.dtype.element_ty), mask=cols < end)
 
 
+@triton.jit
+def _place_rows_kernel(
+    source,  # [n, D]
+    factor,  # [n]
+    places,  # [n], read if BY_INDEX
+    targets, label_q,  # [n], read if LABEL
+    weight,  # [v, D], read if LABEL
+    sink,  # [P, D], may be the source
+    features, columns, source_row, source_column, targets_stride, weight_row, weight_column, sink_stride,
+    BY_INDEX: tl.constexpr, LABEL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = row
+    if BY_INDEX:
+        place = tl.load(places + row)
+    a = tl.load(factor + row)
+    WIDTH: tl.constexpr = 128 // sink.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    base = source + tl.multiple_of(row * source_row, WIDTH)
+    out = sink + tl.multiple_of(place * sink_stride, WIDTH)
+    end = features // WIDTH * WIDTH
+    if LABEL:
+        y = tl.load(targets + row * targets_stride).to(tl.int64)
+        here = (y >= 0) & (y < columns)
+        q = tl.load(label_q + row)
+        own = weight + tl.multiple_of(tl.where(here, y, 0) * weight_row, WIDTH)
+        last = tl.where(here, end, 0)
+    for start in range(0, features, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(base + cols.to(tl.int64) * source_column, mask=cols < end, other=0.0).to(tl.float32)
+        if LABEL:
+            x += q * tl.load(own + cols.to(tl.int64) * weight_column, mask=cols < last, other=0.0).to(tl.float32)
+        tl.store(out + cols, (x * a).to(sink.dtype.element_ty), mask=cols < end)
+
+
 def absorb(
     statistics: Tensor,
     slab: Tensor,
@@ -117,4 +153,20 @@ def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, fi
         slab, targets, statistics, sink, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
         sink.stride(0), **factors(constants), ALIGNED=aligned(slab) and aligned(sink), BLOCK=config.block,
         **config.options,
+    )  # fmt: skip
+
+
+def place_rows(
+    sink: Tensor, source: Tensor, factor: Tensor, places: Tensor | None = None, label: Label | None = None
+) -> None:
+    """See :func:`fused_pref.head.slab.place_rows`. One launch."""
+    rows, features = source.shape
+    if rows == 0:
+        return
+    targets, label_q, weight = (factor, factor, source) if label is None else label
+    config = configs.choose(configs.BACKWARD, sink.device, sink.dtype, features)
+    _place_rows_kernel[rows,](
+        source, factor, places, targets, label_q, weight, sink, features, weight.shape[0], *source.stride(),
+        targets.stride(0), *weight.stride(), sink.stride(0), BY_INDEX=places is not None, LABEL=label is not None,
+        ALIGNED=aligned(source) and aligned(weight) and aligned(sink), BLOCK=config.block, **config.options,
     )  # fmt: skip

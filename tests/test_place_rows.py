@@ -1,0 +1,56 @@
+"""Rows of a product and their targets, scaled and brought to their places, against float64."""
+
+import pytest
+import torch
+
+from fused_pref.head import slab
+from fused_pref.head.slab import Label
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("features", [64, 70])
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_place_rows(
+    dtype: torch.dtype, labelled: bool, placed: bool, features: int, backend: str, kernel_device: str
+) -> None:
+    """Also with a source and a weight that are stored by columns; rows of the sink that are not written stay."""
+    module = slab
+    if backend == "triton":
+        from fused_pref.kernels import slab as module
+    generator = torch.Generator().manual_seed(features)
+    rows, columns, positions = 9, 5, 20
+    source = torch.randn(features, rows, generator=generator).to(dtype).to(kernel_device).T
+    weight = torch.randn(features, columns, generator=generator).to(dtype).to(kernel_device).T
+    factor, q = torch.randn(2, rows, generator=generator).to(kernel_device)
+    targets = torch.tensor([0, 4, -1, 5, 2, 2, -100, 3, 1], device=kernel_device)
+    here = (targets >= 0) & (targets < columns)
+    q = q * here
+    places = torch.randperm(positions, generator=generator)[:rows].to(kernel_device) if placed else None
+    for by_columns in (True, False):
+        given, own = (source, weight) if by_columns else (source.contiguous(), weight.contiguous())
+        sink = torch.full((positions, features), 7.0, dtype=dtype, device=kernel_device)
+        module.place_rows(sink, given, factor, places, Label(targets, q, own) if labelled else None)
+
+        truth = source.double()
+        if labelled:
+            truth = truth + q.double()[:, None] * weight.double()[targets.where(here, 0)]
+        expected = torch.full((positions, features), 7.0, dtype=torch.float64, device=kernel_device)
+        expected[torch.arange(rows, device=kernel_device) if places is None else places] = truth * factor[:, None]
+        torch.testing.assert_close(sink.double(), expected, rtol=2 * ROUNDING[dtype], atol=1e-6)
+
+
+@pytest.mark.usefixtures("poison")
+def test_rows_are_scaled_where_they_are(kernel_device: str) -> None:
+    from fused_pref.kernels import slab as device_slab
+
+    for module in (slab, device_slab):
+        rows = torch.randn(6, 40, device=kernel_device)
+        factor = torch.linspace(-1, 1, 6, device=kernel_device)
+        expected = rows * factor[:, None]
+        module.place_rows(rows, rows, factor)
+        torch.testing.assert_close(rows, expected)
