@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import fused_pref as fp
-from benchmarks.compare.peers import bare_products
-from benchmarks.compare.problems import BETA, BOTH, Problem, Work
 from benchmarks.measure import finish, seconds_of
+from fused_pref.testing.peers import bare_products
+from fused_pref.testing.problems import BETA, BOTH, Problem, Work
 
 ROUNDS = 5
 # Gradients that are wanted: none (log-probs only), of the hidden states (a frozen head), of both.

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.compare.problems import Problem, Sizes
 from benchmarks.logits import OPERATIONS, Batch, Shape, implementations
 from benchmarks.measure import default_device, describe, environment
+from fused_pref.testing.problems import Problem, Sizes
 
 SHAPES = {"cpu": "8x64x32768", "cuda": "16x512x128256"}
 FEATURES = {"cpu": 256, "cuda": 4096}

@@ -47,7 +47,7 @@ def without_gpu(step: Callable[[], object], architecture: str = "sm_90") -> int:
 
 @contextmanager
 def _counting(architecture: str) -> Iterator[Operations]:
-    from fused_pref.head import call, plan, streaming
+    from fused_pref.head import call, devices, streaming
     from fused_pref.kernels import logprob
 
     operations = Operations()
@@ -56,7 +56,7 @@ def _counting(architecture: str) -> Iterator[Operations]:
         operations.count += 1
 
     kind = type(logprob._token_logps_fwd_kernel)
-    planned = mock.patch.object(call, "device_of", return_value=plan.GPUS[architecture])
+    planned = mock.patch.object(call, "device_of", return_value=devices.GPUS[architecture])
     blocks = mock.patch.object(streaming, "CPU_BLOCK", streaming.DEVICE_BLOCK)
     with planned, blocks, mock.patch.object(kind, "run", run), operations:
         yield operations

@@ -15,9 +15,9 @@ import torch
 
 import fused_pref as fp
 from benchmarks import launches
-from benchmarks.compare.problems import BETA, BOTH, Problem, Sizes, Work
 from benchmarks.compare.tables import line
 from benchmarks.measure import alternate, check, default_device, describe, environment, folder, write
+from fused_pref.testing.problems import BETA, BOTH, Problem, Sizes, Work
 
 GRADIENTS = {"cpo": BOTH, "frozen": ("hidden",), "logps": ()}
 # (N, D, V) of each axis: by device, and small ones to see that it runs.

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from fused_pref import backend, validate
-from fused_pref.head.plan import CPU, DEFAULT_BUDGET, GPUS, Device, Plan, Problem, candidates, choose, device_of
+from fused_pref.head.devices import CPU, GPUS, Device, device_of
+from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, candidates, choose
 from fused_pref.usage import UsageError
 
 # Public shapes of language models: (D, V).

@@ -15,10 +15,10 @@ from torch import Tensor
 import fused_pref as fp
 from benchmarks.__main__ import main
 from benchmarks.compare import run, tables
-from benchmarks.compare.peers import PEERS, Peer, bare_products, by_position, eager
 from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import PRESETS
-from benchmarks.compare.problems import BETA, GAMMA, WORKS, Problem, Sizes, error, truth
+from fused_pref.testing.peers import PEERS, Peer, bare_products, by_position, eager
+from fused_pref.testing.problems import BETA, GAMMA, WORKS, Problem, Sizes, error, truth
 
 SIZES = Sizes(4, 6, 8, 33, 0.25)
 # Those that compile first are left to the command itself.
@@ -56,7 +56,7 @@ def reference(name: str, p: Problem) -> Tensor:
 @pytest.mark.parametrize("logits", ["random", "peaked"])
 @pytest.mark.parametrize("name", ["cpo", "simpo", "dpo", "bco", "cross_entropy", "logps"])
 def test_truth_is_the_reference_in_float64(name: str, logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.compare.problems.BLOCK", 4 * 33)
+    monkeypatch.setattr("fused_pref.testing.problems.BLOCK", 4 * 33)
     single = problem(logits=logits)
     double = replace(single, hidden=single.hidden.double(), weight=single.weight.double()).of(WORKS["cpo"])
     value, true = reference(name, double), truth(name, single)

@@ -12,7 +12,7 @@ from probes import Memory, memory
 from test_linear import only, parity
 
 import fused_pref as fp
-from fused_pref.head import call, plan, slab
+from fused_pref.head import call, devices, plan, slab
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, gemm, linear
 
@@ -60,7 +60,7 @@ def test_plans(
     batch = make_hidden(6, 7, depth, 70, dtype=dtype, device=kernel_device, bias=True, mask="empty")
     batch.wanted = wanted
     # Slices narrow enough that some can be kept.
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16))
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16))
     with only(monkeypatch, name, small=small, fused=True) as taken:
         parity(objective, batch, device=kernel_device, backend="triton", **keywords)
     assert taken[0].fused
@@ -355,7 +355,7 @@ def test_vocabulary_splits() -> None:
 def problem_of(**changes: Any) -> plan.Problem:
     sizes = {"tokens": 8192, "positions": 8192, "hidden": 4096, "vocabulary": 128256, "itemsize": 2, "budget": 2**40}
     rest = {"weight_itemsize": 2, "gradients": frozenset({"hidden", "weight"}), "local": False, "units": ()}
-    return plan.Problem(**{**sizes, **rest, "device": plan.GPU, "fused": True, "indexed": True, **changes})
+    return plan.Problem(**{**sizes, **rest, "device": devices.GPU, "fused": True, "indexed": True, **changes})
 
 
 @pytest.mark.parametrize("hidden", [1024, 4096])
@@ -364,16 +364,16 @@ def test_fused_where_the_model_says_so(hidden: int) -> None:
     for wanted in (frozenset(), frozenset({"hidden"}), frozenset({"hidden", "weight"})):
         sizes = {"hidden": hidden, "gradients": wanted, "budget": 2**30}
         assert plan.choose(problem_of(**sizes)).fused
-        for other in ({"fused": False}, {"itemsize": 4, "weight_itemsize": 4}, {"device": plan.CPU}):
+        for other in ({"fused": False}, {"itemsize": 4, "weight_itemsize": 4}, {"device": devices.CPU}):
             assert not plan.choose(problem_of(**sizes, **other)).fused
 
 
 def test_log_probs_need_no_slab() -> None:
     fused = plan.choose(problem_of(gradients=frozenset()))
-    assert fused.workspace == plan.GPU.scratch
+    assert fused.workspace == devices.GPU.scratch
     assert (fused.rows, fused.columns) == (8192, 128256)
     copied = plan.choose(problem_of(gradients=frozenset(), indexed=False))
-    assert copied.workspace == plan.GPU.scratch + 8192 * 4096 * 2
+    assert copied.workspace == devices.GPU.scratch + 8192 * 4096 * 2
 
 
 def test_a_slab_of_q_is_half_a_slab_of_logits() -> None:

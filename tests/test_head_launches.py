@@ -8,7 +8,7 @@ from probes import launches
 from test_linear import only
 
 import fused_pref as fp
-from fused_pref.head import call, plan, streaming
+from fused_pref.head import call, devices, streaming
 
 
 @pytest.mark.usefixtures("poison")
@@ -20,7 +20,7 @@ def test_a_bound_on_the_rows_spares_every_wait(
     name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two numbers of rows that elementwise work goes through in one block, with slices of the same width."""
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
     found = []
     for sequences in (2, 6):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device, bias=True)
@@ -46,7 +46,7 @@ def test_elementwise_work_is_not_launched_block_by_block(
     name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hidden states of one and of several blocks of elementwise work: kernels take them in one launch."""
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
     for block in ("CPU_BLOCK", "DEVICE_BLOCK"):
         monkeypatch.setattr(streaming, block, 20 * 16)
     found = []

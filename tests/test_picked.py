@@ -11,7 +11,7 @@ from harness import make_hidden, reference_logps
 from probes import Memory, launches, memory
 from torch import Tensor
 
-from fused_pref.head import call, plan, skipping
+from fused_pref.head import call, devices, skipping
 from fused_pref.head.call import HeadCall
 from fused_pref.head.spec import LinearSpec, Transform
 from fused_pref.kernels import gemm, linear, picked
@@ -97,7 +97,7 @@ def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four for each tile, three without a bias; what elementwise work goes through is one block here."""
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
     keywords = {name: keyword.default for name, (_, keyword) in table(LinearKeywords).items()}
     spec = replace(LinearSpec.of({**keywords, "skip_mass": 0.3, "max_valid_tokens": 50}), backend="triton")
     request = HeadCall(spec, torch.float32, frozenset({"hidden", "weight", "bias"}))

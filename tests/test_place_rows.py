@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_pref.head import slab
+from fused_pref.head import slab, streaming
 from fused_pref.head.slab import Label
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -54,3 +54,33 @@ def test_rows_are_scaled_where_they_are(kernel_device: str) -> None:
         expected = rows * factor[:, None]
         module.place_rows(rows, rows, factor)
         torch.testing.assert_close(rows, expected)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_add_labels(
+    dtype: torch.dtype, wide: bool, backend: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets that occur once, often, and not in this slice; sums are rounded once, though a block ends among them."""
+    module = slab
+    if backend == "triton":
+        from fused_pref.kernels import slab as module
+    monkeypatch.setattr(streaming, "CPU_BLOCK", 4 * 40)
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, features = 30, 6, 40
+    before = torch.randn(columns, features, generator=generator).to(torch.float32 if wide else dtype)
+    h = torch.randn(features, rows, generator=generator).to(dtype).T
+    targets = torch.randint(-1, columns + 1, (rows,), generator=generator)
+    targets[:9] = 2
+    here = (targets >= 0) & (targets < columns)
+    factor = torch.randn(rows, generator=generator) * here
+    truth = before.double()
+    truth.index_add_(0, targets.where(here, 0), h.double() * factor.double()[:, None])
+
+    dw, *given = (each.to(kernel_device) for each in (before.clone(), h, factor, targets))
+    module.add_labels(dw, *given)
+    # Triton's interpreter truncates where a GPU rounds to bfloat16.
+    rounding = ROUNDING[dw.dtype] * (2 if backend == "triton" else 1)
+    torch.testing.assert_close(dw.cpu().double(), truth, rtol=rounding, atol=3e-6)

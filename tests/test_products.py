@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_pref.head.plan import CPU
+from fused_pref.head.devices import CPU
 from fused_pref.head.products import BAND, add_product, turned
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}

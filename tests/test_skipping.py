@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_pref as fp
-from fused_pref.head import call, plan, skipping
+from fused_pref.head import call, devices, plan, skipping
 from fused_pref.head.spec import LinearSpec
 from fused_pref.keywords import LinearKeywords, table
 from fused_pref.validate import describe
@@ -31,7 +31,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
         taken.append(plan.choose(problem))
         return taken[-1]
 
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(plan.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
     monkeypatch.setattr(call, "choose", choose)
     return taken
 

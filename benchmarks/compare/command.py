@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from benchmarks.compare import tables
-from benchmarks.compare.peers import PEERS
 from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import DEFAULT, DTYPES, PRESETS, Preset
-from benchmarks.compare.problems import LOGITS, WORKS, Sizes
 from benchmarks.compare.run import FAILS, GATES, RAISED, measure
 from benchmarks.measure import check, default_device, describe, environment, folder
+from fused_pref.testing.peers import PEERS
+from fused_pref.testing.problems import LOGITS, WORKS, Sizes
 from fused_pref.usage import UsageError
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.compare.problems import Sizes
+from fused_pref.testing.problems import Sizes
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compare.peers import Peer, bare_products
-from benchmarks.compare.problems import WORKS, Problem, Sizes, Work, error, truth
 from benchmarks.measure import alternate, peak_bytes, progress, quantile
+from fused_pref.testing.peers import Peer, bare_products
+from fused_pref.testing.problems import WORKS, Problem, Sizes, Work, error, truth
 
 FLOOR = "bare products"
 OK, ABSENT, RAISED, FAILS = "ok", "absent", "raised", "fails the gate"

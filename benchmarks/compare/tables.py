@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.problems import WORKS, Sizes
 from benchmarks.measure import write
+from fused_pref.testing.problems import WORKS, Sizes
 
 KEYS = (
     "preset", "work", "implementation", "status", "dtype", "sequences", "length", "features", "vocabulary", "masked",

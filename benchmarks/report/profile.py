@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare.peers import PEERS
 from benchmarks.compare.presets import PRESETS
-from benchmarks.compare.problems import WORKS, Problem
 from benchmarks.compare.run import step_of
 from benchmarks.measure import default_device, finish, write
+from fused_pref.testing.peers import PEERS
+from fused_pref.testing.problems import WORKS, Problem
 
 SIZES = {"cuda": "qwen3-8b", "cpu": "tiny"}
 # Kernels that ncu looks at, of those that take the most time.

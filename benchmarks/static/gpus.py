@@ -6,7 +6,7 @@ from typing import Any
 
 import triton
 
-from fused_pref.head import plan
+from fused_pref.head import devices
 from fused_pref.kernels import compile
 
 # Seconds of latency of memory under load, typical.
@@ -18,7 +18,7 @@ LOAD = r"LDG|(global|buffer)_load"
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU can do; rates of products and of memory are those of :data:`fused_pref.head.plan.GPUS`.
+    """What a GPU can do; rates of products and of memory are those of :data:`fused_pref.head.devices.GPUS`.
 
     Attributes:
         name: of the GPU.
@@ -59,7 +59,7 @@ def assumptions() -> str:
         f"- {GPUS[target].name} ({target}): {device.rates[2] / 1e12:g} TFLOP/s, {device.bandwidth / 1e12:g} TB/s, "
         f"figures of {device.measured}; {GPUS[target].processors} processors at {GPUS[target].clock / 1e9:g} GHz that "
         f"issue to {GPUS[target].issue[0]} lanes a cycle, {GPUS[target].issue[1]} of which evaluate exponentials"
-        for target, device in plan.GPUS.items()
+        for target, device in devices.GPUS.items()
     )
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from benchmarks.static.gpus import GPUS, LATENCY, MATRIX, SPECIAL, Listing, lanes_of, table
-from fused_pref.head import plan
+from fused_pref.head import devices
 from fused_pref.kernels import cases, compile
 from fused_pref.kernels.compile import Launch
 
@@ -48,7 +48,7 @@ def code_of(launch: Launch, compiled: triton.compiler.CompiledKernel) -> Code:
 
 def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator[list[str]]:
     """Rows of the table."""
-    gpu, rate, bandwidth = GPUS[target], plan.GPUS[target].rates[2], plan.GPUS[target].bandwidth
+    gpu, rate, bandwidth = GPUS[target], devices.GPUS[target].rates[2], devices.GPUS[target].bandwidth
     for features, vocabulary in SHAPES:
         launches = compile.record(
             partial(launcher, torch.bfloat16, features=features, vocabulary=vocabulary), target, gpu.processors

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.static.gpus import GPUS, LATENCY, LOAD, SPECIAL, Listing, lanes_of, table
-from fused_pref.head import plan
+from fused_pref.head import devices
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import cases, compile
 
@@ -65,7 +65,7 @@ def work_of(listing: Listing, passes: float) -> Work:
 
 def predict(name: str, target: str) -> list[str]:
     """A row of the table."""
-    gpu, bandwidth = GPUS[target], plan.GPUS[target].bandwidth
+    gpu, bandwidth = GPUS[target], devices.GPUS[target].bandwidth
     (launch,) = compile.record(lambda: LAUNCHES[name](torch.bfloat16), target)
     compiled = compile.compile_launch(launch, target)
     used = compile.resources(launch, compiled, target)

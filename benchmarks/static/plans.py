@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import fused_pref as fp
-from benchmarks.compare.problems import WORKS
 from benchmarks.compare.run import OK
 from benchmarks.static.gpus import GPUS, table
+from fused_pref.testing.problems import WORKS
 from fused_pref.usage import UsageError
 
 TOKENS, SEQUENCES = 8192, 16

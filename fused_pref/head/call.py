@@ -8,9 +8,10 @@ from torch import Tensor
 from fused_pref.backend import architecture
 from fused_pref.head import linear, skipping
 from fused_pref.head import slab as torch_slab
+from fused_pref.head.devices import device_of
 from fused_pref.head.linear import Forward, Head
 from fused_pref.head.parallel import Shard
-from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose, device_of
+from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose
 from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
 from fused_pref.head.streaming import Rows, block_rows, ranges

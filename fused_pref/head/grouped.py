@@ -68,15 +68,22 @@ class _Sums:
 
     def add(self, group: ValidRows, h: Tensor, q: Tensor, factor: Tensor) -> None:
         """A group's rows h (n, D), their Q (n, V) and −∂loss/∂z = factor · Q."""
-        head = self.head
+        head, label_q = self.head, None
+        apart = self.dw is not None and head.labels_apart
+        if self.db is not None:
+            self.db += head.bias_gradient(q, factor)
+        if apart:
+            label_q = torch_slab.take_targets(q, group.targets, 0)
         if self.dw is not None:
             x, scale = scaled_rows(head, h, factor)
             add_product(self.dw, q.t(), x, fresh=self.fresh, scale=scale)
-        if self.db is not None:
-            self.db += head.bias_gradient(q, factor)
+            del x
+            if label_q is not None:
+                head.kernels.add_labels(self.dw, h, -factor * label_q, group.targets)
         if self.dh is not None:
             left = torch.empty(h.shape, dtype=product_dtype(h), device=h.device)
-            label_q = torch_slab.take_targets(q, group.targets, 0)
+            if label_q is None:
+                label_q = torch_slab.take_targets(q, group.targets, 0)
             add_product(left, q, head.w, fresh=True)
             head.place(self.dh, group, left, -factor, label_q)
         self.fresh = False

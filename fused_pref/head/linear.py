@@ -74,6 +74,14 @@ class Head:
         return accumulator_dtype(self.dtype)
 
     @property
+    def labels_apart(self) -> bool:
+        """Whether the targets' part of dW is added by itself, which a 16-bit product would round beforehand.
+
+        PyTorch has no sum of rows on a GPU that is the same every time and waits for nothing.
+        """
+        return self.dtype.itemsize == 2 and (self.backend == "triton" or self.hidden.device.type == "cpu")
+
+    @property
     def columns(self) -> int:
         """V; of a shard its rows."""
         return self.weight.shape[0]
@@ -308,8 +316,25 @@ def vocab_major_bwd(
     _, miss = head.finish(statistics, rows.targets)
     factor = grad_logp * miss * head.transform.slope
     h, sums = head.take(rows), Sums.of(head, rows, wanted)
-    dw, db, hidden = sums
-    label_q = torch.zeros_like(factor)
+    label_q = _add_slices(head, rows, plan, statistics, kept, h, factor, sums)
+    if sums.dw is not None and head.labels_apart:
+        head.kernels.add_labels(sums.dw, h, -factor * label_q, rows.targets)
+    return sums.gradients(head, rows, factor, label_q)
+
+
+def _add_slices(
+    head: Head,
+    rows: ValidRows,
+    plan: Plan,
+    statistics: Tensor,
+    kept: list[Tensor],
+    h: Tensor,
+    factor: Tensor,
+    into: Sums,
+) -> Tensor:
+    """Products of every slice; gives the targets' entries of Q, (N,), which are not in the sums."""
+    dw, db, hidden = into
+    label_q, apart = torch.zeros_like(factor), dw is not None and head.labels_apart
     x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
     memory = None
     for number, columns in enumerate(ranges(head.columns, plan.columns)):
@@ -324,15 +349,18 @@ def vocab_major_bwd(
             z = kept[number] if memory is None else head.project(memory, h, columns)
             q = overlay(z, head.dtype)
             head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
-        if dw is not None and x is not None:
-            add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
         if db is not None:
             db[columns] = head.bias_gradient(q, factor)
-        if hidden is not None:
+        if apart:
             label_q += torch_slab.take_targets(q, rows.targets, columns.start)
+        if dw is not None and x is not None:
+            add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
+        if hidden is not None:
+            if not apart:
+                label_q += torch_slab.take_targets(q, rows.targets, columns.start)
             add_product(hidden, q, head.w[columns], fresh=number == 0)
     kept.clear()
-    return sums.gradients(head, rows, factor, label_q)
+    return label_q
 
 
 def keeping_nothing(plan: Plan) -> Plan:

@@ -19,66 +19,16 @@ of raw logits is written; it pays where passes over memory cost more than the ke
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+
+from fused_pref.head.devices import Device
 
 DEFAULT_BUDGET = 2**28
 # Plans within this factor of the cheapest are alike: the smallest of them is taken.
 ALIKE = 1.02
 # Slices and groups are multiples of this, so that only the last tile of a product is cut.
 TILE = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Device:
-    """What products cost on a kind of device.
-
-    Attributes:
-        rates: operations per second by bytes of an entry.
-        bandwidth: bytes per second.
-        outputs: entries that a product must have to keep the device busy; smaller ones take as long.
-        columns: least vocabulary columns of a slice.
-        mixed: whether products of 16-bit entries come out in float32.
-        scratch: bytes of the block that elementwise work goes through.
-        measured: where the figures are from.
-        epilogue: seconds that a fused product spends on a logit beyond multiplying: what the slowest of them is
-            predicted to take above the floor at D=4096 (``benchmarks/static.md``), not measured. Infinite where
-            kernels run for tests alone.
-    """
-
-    name: str
-    rates: dict[int, float]
-    bandwidth: float
-    outputs: int
-    columns: int
-    mixed: bool
-    scratch: int
-    measured: str
-    epilogue: float = math.inf
-
-
-def _gpu(name: str, measured: str, half: float, single: float, bandwidth: float, tiles: int, epilogue: float) -> Device:
-    rates = {2: half, 4: single, 8: single / 10}
-    # Two waves of tiles.
-    return Device(name, rates, bandwidth, 2 * tiles * 128 * 256, 4096, True, 2**25, measured, epilogue)
-
-
-CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, 768 * 1024, 2048, False, 2**20, "2 cores with AMX")
-# By architecture. Where nothing was measured: 0.8 (0.6 on an MI300X) of the data sheet's operations and 0.9 of its
-# bandwidth.
-GPUS = {
-    "sm_80": _gpu("gpu", "0.8 of an A100's data sheet", 2.5e14, 1.2e14, 1.75e12, 54, 2.2e-12),
-    "sm_90": _gpu("gpu", "an H200", 7.9e14, 3.0e14, 4.3e12, 132, 1.1e-12),
-    "sm_100": _gpu("gpu", "0.8 of a B200's data sheet", 1.8e15, 8.0e14, 7.2e12, 148, 1.1e-12),
-    "gfx942": _gpu("gpu", "0.6 of an MI300X's data sheet", 7.8e14, 1.0e14, 4.7e12, 304, 1.6e-12),
-}
-GPU = GPUS["sm_90"]
-
-
-def device_of(kind: str, architecture: str = "sm_90") -> Device:
-    """Constants of a ``torch.device.type``; of a GPU those of its architecture."""
-    return CPU if kind == "cpu" else GPUS[architecture]
 
 
 @dataclass(frozen=True)
@@ -133,11 +83,14 @@ class Problem:
         return max(self.itemsize, 4) if self.device.mixed else self.itemsize
 
     @property
+    def narrow(self) -> bool:
+        """Whether products of 16-bit entries come out in 16 bits, too."""
+        return self.itemsize == 2 and not self.device.mixed
+
+    @property
     def partial(self) -> int:
         """Bytes of an entry of a product that is then added in float32 (0: it is added in place)."""
-        if self.device.mixed or self.itemsize > 2:
-            return 0
-        return 4 if self.late_scale else self.itemsize
+        return (4 if self.late_scale else self.itemsize) if self.narrow else 0
 
     @property
     def scaled_itemsize(self) -> int:
@@ -146,16 +99,18 @@ class Problem:
 
     def upcast(self, rows: int, features: int) -> int:
         """Bytes of a block of operands that is made float32 for a product (float16 where there is no mixed one)."""
-        if not self.late_scale or self.device.mixed:
-            return 0
         block = min(self.device.columns, rows) + features
-        return 4 * block * min(self.device.columns, self.vocabulary)
+        return 4 * block * min(self.device.columns, self.vocabulary) if self.late_scale and not self.device.mixed else 0
 
     def turned(self, rows: int, columns: int) -> int:
         """Bytes of a block of logits that is copied into rows of the vocabulary for dW (bfloat16 on a CPU)."""
-        if self.device.mixed or self.itemsize != 2 or self.late_scale or "weight" not in self.gradients:
-            return 0
-        return rows * min(columns, self.device.columns) * self.itemsize
+        turns = self.narrow and not self.late_scale and "weight" in self.gradients
+        return rows * min(columns, self.device.columns) * self.itemsize if turns else 0
+
+    def labels(self, rows: int, itemsize: int) -> int:
+        """Bytes of the sums of the targets' parts of a dW of this itemsize, which is rounded after they are added."""
+        apart = self.narrow and itemsize == 2 and "weight" in self.gradients
+        return 4 * min(rows, self.vocabulary) * self.hidden if apart else 0
 
     def copied(self, rows: int) -> int:
         """Bytes of gathered rows."""
@@ -319,6 +274,7 @@ def _grouped(p: Problem) -> Iterator[Plan]:
             workspace += 0 if direct else 4 * p.vocabulary * p.hidden
             partial = 0 if single and direct else p.partial * min(p.vocabulary, p.device.columns) * p.hidden
             weight = rows * p.hidden * p.scaled_itemsize + partial + p.turned(rows, p.vocabulary)
+            weight = max(weight, p.labels(rows, p.weight_itemsize if direct else 4))
         if "hidden" in p.gradients:
             # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
             workspace += 4 * p.positions * p.hidden if p.late_scale else 0
@@ -375,6 +331,7 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
             if fused and not again:
                 continue
             workspace = fixed + kept * slab + backward + (p.tokens * columns * p.sink_itemsize(fused) if again else 0)
+            workspace = max(workspace, fixed + sums + p.labels(p.tokens, p.weight_itemsize))
             time = kept * seconds + again * twice
             products = 1 + len(gradients) + again / count
             yield Plan("vocab_major", p.tokens, columns, products, workspace, time, kept=kept, fused=fused)

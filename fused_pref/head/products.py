@@ -7,7 +7,7 @@ once; where several of them are summed, partial results are added in float32.
 import torch
 from torch import Tensor
 
-from fused_pref.head.plan import device_of
+from fused_pref.head.devices import device_of
 from fused_pref.head.streaming import ranges
 
 # Columns that are copied into rows at a time: what they touch stays in a cache.

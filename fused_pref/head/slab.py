@@ -147,6 +147,31 @@ def place_rows(
             sink.index_copy_(0, places[part], (block * factor[part, None]).to(sink.dtype))
 
 
+def add_labels(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
+    """Add factor_n h_n to the row of ``dw`` that is row n's target; those of one target are summed, and rounded once.
+
+    A target's part of dW outweighs the rest: by itself it is not rounded before it is added.
+
+    Args:
+        dw: (v, D), updated.
+        h: (n, D).
+        factor: (n,) in the dtype of the token math; 0 where the target is no row of ``dw``.
+        targets: (n,).
+    """
+    valid = (targets >= 0) & (targets < dw.shape[0])
+    places, runs = targets.long().where(valid, 0), None
+    sums = dw
+    if dw.dtype != factor.dtype:
+        places, runs = places.unique(return_inverse=True)
+        sums = factor.new_zeros(places.shape[0], dw.shape[1])
+    for part in ranges(h.shape[0], block_rows(h)):
+        own = h[part].to(factor.dtype) * factor[part, None]
+        sums.index_add_(0, places[part] if runs is None else runs[part], own)
+    if runs is not None:
+        for part in ranges(places.shape[0], block_rows(dw)):
+            dw[places[part]] = sums[part].add_(dw[places[part]]).to(dw.dtype)
+
+
 def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(logp, 1 − p_y) of rows: (0, 0) where nothing is scored, NaN for a label outside the vocabulary."""
     top, others, label, _ = statistics

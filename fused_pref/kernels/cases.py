@@ -148,6 +148,12 @@ def placed_rows(dtype: torch.dtype, features: int = 4096, label: bool = True) ->
         slab.place_rows(rows, rows, meta(8192))
 
 
+def added_labels(dtype: torch.dtype, features: int = 4096) -> None:
+    """Launch the targets' parts of dW."""
+    dw, h = meta(VOCABULARY, features, dtype=dtype), meta(8192, features, dtype=dtype)
+    slab.add_labels(dw, h, meta(8192), meta(8192, dtype=torch.int64))
+
+
 def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:
     """Launch with products of float32 that may be rounded."""
     settings = torch.backends.cuda.matmul
@@ -245,6 +251,8 @@ CASES = [
         "16-bit over float32, softcap", partial(slab_gradient, sink=torch.float16, transform=SOFTCAP), (torch.float32,)
     ),
     Case("odd vocabulary", partial(slab_gradient, **ODD), (torch.float32,)),
+    Case("targets of dW", added_labels),
+    Case("odd depth", partial(added_labels, features=2305), (torch.bfloat16,)),
     Case("by index, with targets", placed_rows),
     Case("rows alone", partial(placed_rows, label=False)),
     Case("odd depth", partial(placed_rows, features=2305), (torch.bfloat16,)),

@@ -7,6 +7,7 @@ The device twins of :mod:`fused_pref.head.slab`, under the same names. One progr
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,6 +121,30 @@ def _place_rows_kernel(
         tl.store(out + cols, (x * a).to(sink.dtype.element_ty), mask=cols < end)
 
 
+@triton.jit
+def _add_labels_kernel(
+    dw,  # [v, D], updated
+    h,  # [n, D]
+    factor,  # [n]
+    targets, ends, order,  # [n]: targets in rising order, where the run of each ends, and which rows they are of
+    features, columns, dw_stride, h_row, h_column,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + first).to(tl.int64)
+    before = tl.load(targets + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    # The first row of a target adds those of all.
+    if (y != before) & (y >= 0) & (y < columns):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        out = dw + y * dw_stride + cols
+        total = tl.load(out, mask=cols < features, other=0.0).to(tl.float32)
+        for place in range(first, tl.load(ends + first)):
+            row = tl.load(order + place)
+            source = h + row * h_row + cols.to(tl.int64) * h_column
+            total += tl.load(factor + row) * tl.load(source, mask=cols < features, other=0.0).to(tl.float32)
+        tl.store(out, total.to(dw.dtype.element_ty), mask=cols < features)
+
+
 def absorb(
     statistics: Tensor,
     slab: Tensor,
@@ -169,4 +194,18 @@ def place_rows(
         source, factor, places, targets, label_q, weight, sink, features, weight.shape[0], *source.stride(),
         targets.stride(0), *weight.stride(), sink.stride(0), BY_INDEX=places is not None, LABEL=label is not None,
         ALIGNED=aligned(source) and aligned(weight) and aligned(sink), BLOCK=config.block, **config.options,
+    )  # fmt: skip
+
+
+def add_labels(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
+    """See :func:`fused_pref.head.slab.add_labels`. One launch after a sort; sums are in the order of the rows."""
+    rows, features = h.shape
+    if rows == 0:
+        return
+    ordered, order = targets.sort(stable=True)
+    ends = torch.searchsorted(ordered, ordered, right=True)
+    config = configs.choose(configs.BACKWARD, dw.device, dw.dtype, features)
+    _add_labels_kernel[rows, triton.cdiv(features, config.block)](
+        dw, h, factor, ordered, ends, order, features, dw.shape[0], dw.stride(0), *h.stride(), BLOCK=config.block,
+        **config.options,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_pref as fp
-from benchmarks.compare.problems import BETA, GAMMA, WORKS, Problem, objective
+from fused_pref.testing.problems import BETA, GAMMA, WORKS, Problem, objective
 
 # A value, by the work's objective, of a problem.
 Loss = Callable[[Problem], Tensor]
@@ -60,9 +60,9 @@ class Peer:
         return (not self.works or work in self.works) and self.device in (None, device)
 
 
-def ours(memory_budget: int | None = None) -> Callable[[str], Loss]:
-    """This library, in the backend and by the plan that it chooses within so many bytes."""
-    common: dict[str, Any] = {"shift": False, "memory_budget": memory_budget}
+def ours(**common: Any) -> Callable[[str], Loss]:
+    """This library; ``common``: keywords of every call, as ``memory_budget`` and ``backend``."""
+    common = {"shift": False, **common}
 
     def bco(p: Problem) -> Tensor:
         shift = fp.RewardShift().to(p.hidden.device)
@@ -84,6 +84,33 @@ def ours(memory_budget: int | None = None) -> Callable[[str], Loss]:
         "logps": lambda p: fp.linear_sequence_logps(p.hidden, p.weight, p.labels, **common),
     }
     return calls.__getitem__
+
+
+def ours_of_logits(**common: Any) -> Callable[[str], Loss]:
+    """This library's losses of logits that PyTorch has made; ``common`` as in :func:`ours`."""
+    common = {"shift": False, **common}
+
+    def bco(p: Problem, z: Tensor) -> Tensor:
+        shift = fp.RewardShift().to(z.device)
+        return fp.bco_loss(z, p.labels, p.desirable, p.ref_logps, delta=shift, beta=BETA, **common).loss
+
+    def simpo(p: Problem, z: Tensor) -> Tensor:
+        options = {"loss_type": "simpo", "simpo_gamma": GAMMA, "cpo_alpha": 0.0}
+        return fp.cpo_loss(z, p.labels, beta=BETA, **options, **common).loss
+
+    calls: dict[str, Callable[[Problem, Tensor], Tensor]] = {
+        "cpo": lambda p, z: fp.cpo_loss(z, p.labels, beta=BETA, **common).loss,
+        "simpo": simpo,
+        "dpo": lambda p, z: fp.dpo_loss(z, p.labels, p.ref_logps, beta=BETA, **common).loss,
+        "bco": bco,
+        "cross_entropy": lambda p, z: -fp.token_logps(z, p.labels, **common).sum() / p.sizes.tokens,
+        "logps": lambda p, z: fp.sequence_logps(z, p.labels, **common),
+    }
+
+    def load(name: str) -> Loss:
+        return lambda p: calls[name](p, p.hidden @ p.weight.t())
+
+    return load
 
 
 def by_position(token_logps: TokenLogps) -> Callable[[str], Loss]:
@@ -191,9 +218,11 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("fused_pref", ours()),
-        Peer("fused_pref_3g", ours(3 << 30), ("cpo",), note="memory_budget of 3 GiB", device="cuda"),
-        Peer("fused_pref_1g", ours(1 << 30), ("cpo",), note="memory_budget of 1 GiB", device="cuda"),
-        Peer("fused_pref_512m", ours(512 << 20), ("cpo",), note="memory_budget of 512 MiB", device="cuda"),
+        Peer("fused_pref_3g", ours(memory_budget=3 << 30), ("cpo",), note="memory_budget of 3 GiB", device="cuda"),
+        Peer("fused_pref_1g", ours(memory_budget=1 << 30), ("cpo",), note="memory_budget of 1 GiB", device="cuda"),
+        Peer(
+            "fused_pref_512m", ours(memory_budget=512 << 20), ("cpo",), note="memory_budget of 512 MiB", device="cuda"
+        ),
         Peer("eager", by_position(eager)),
         Peer("torch.compile", load_compiled, TRAINED, note="of eager"),
         Peer("trl_chunked", load_trl, package="trl", note="TRL's log-prob head, PyTorch's objective"),

@@ -11,10 +11,12 @@ from torch import Tensor
 import fused_pref as fp
 
 BETA, GAMMA = 0.1, 0.5
-LOGITS = ("random", "peaked")
+LOGITS = ("random", "peaked", "flat", "large", "adversarial")
 # Peaked: the log-odds of a target against all the others together are normal with this mean and deviation, so that
 # half of the targets have at least 0.98 of the probability.
 PEAK, SPREAD = 4.0, 3.0
+# Flat: of standard normal logits. Large: of the largest |z|. Adversarial: mean log-odds of the targets.
+FLATNESS, LARGEST, DEPTH = 1e-3, 1e4, -60.0
 # Entries of a block of float64 logits.
 BLOCK = 2**27
 
@@ -29,7 +31,8 @@ class Sizes:
         features: D.
         vocabulary: V.
         masked: share of each sequence that is not scored.
-        logits: ``"random"``, standard normal rows; or ``"peaked"``, see :data:`PEAK`.
+        logits: ``"random"``, standard normal; ``"peaked"``, targets that have most of the probability; ``"flat"``,
+            nearly the same for all words; ``"large"``, of up to 10⁴; ``"adversarial"``, targets far below the others.
     """
 
     sequences: int
@@ -113,17 +116,23 @@ class Problem:
     ref_logps: Tensor  # (S,)
 
     @classmethod
-    def make(cls, sizes: Sizes, dtype: torch.dtype, device: str) -> "Problem":
-        """Random, always the same."""
+    def make(cls, sizes: Sizes, dtype: torch.dtype, device: str, seed: int = 0) -> "Problem":
+        """Random, the same for the same seed."""
         S, T, D, V = sizes.sequences, sizes.length, sizes.features, sizes.vocabulary
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(device).manual_seed(seed)
         weight = torch.randn(V, D, generator=generator, device=device, dtype=torch.float32).mul_(D**-0.5)
         labels = torch.randint(0, V, (S, T), generator=generator, device=device)
         hidden = torch.randn(S, T, D, generator=generator, device=device)
-        if sizes.logits == "peaked":
+        if sizes.logits in ("peaked", "adversarial"):
             target = weight[labels]
-            odds = PEAK + SPREAD * torch.randn(S, T, 1, generator=generator, device=device)
+            odds = (PEAK if sizes.logits == "peaked" else DEPTH) + SPREAD * torch.randn(
+                S, T, 1, generator=generator, device=device
+            )
             hidden = target * (math.log(V) + odds) / target.square().sum(-1, keepdim=True)
+        elif sizes.logits == "flat":
+            hidden *= FLATNESS
+        elif sizes.logits == "large":
+            hidden *= LARGEST / (hidden @ weight.t()).abs().amax(-1, keepdim=True)
         labels[:, : T - sizes.scored] = -100
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         with torch.no_grad():

@@ -1,0 +1,218 @@
+"""Errors of losses and their gradients against float64, beside those of their peers, and who passes.
+
+An error passes if it is what float32 arithmetic gives, or at most 1.05 of the best peer's; each is the median over
+seeds of the norm of the difference over that of the truth (for a value below 1, the difference itself).
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_pref import validate
+from fused_pref.testing.problems import LOGITS, Problem, Sizes, Work, error
+
+# What passes whatever the peers do.
+BOUNDS = {"value": 2e-5, "hidden": 1e-4, "weight": 1e-4}
+MARGIN = 1.05
+SEEDS = 5
+TITLES = {"value": "value", "hidden": "dh", "weight": "dW"}
+# Of the tensors that losses get: (hidden (S, T, D), weight (V, D), labels (S, T)) → 0-d.
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Problem], Tensor]
+Truth = Callable[[Problem], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """An implementation on one kind of logits.
+
+    Attributes:
+        work: what is computed.
+        dtype: of the tensors.
+        logits: their kind, see :data:`fused_pref.testing.problems.LOGITS`.
+        name: of the implementation.
+        errors: medians over seeds, of ``"value"``, ``"hidden"`` and ``"weight"``.
+        best: by the same keys the least error of a peer, and whose it is; empty without peers.
+    """
+
+    work: str
+    dtype: str
+    logits: str
+    name: str
+    errors: dict[str, float]
+    best: dict[str, tuple[float, str]]
+
+    def passes(self, key: str) -> bool:
+        """Whether this error is small enough; NaN is not."""
+        least = self.best[key][0] if key in self.best else 0.0
+        return self.errors[key] <= max(BOUNDS[key], MARGIN * least)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all errors are."""
+        return all(map(self.passes, self.errors))
+
+    def cells(self) -> list[str]:
+        """Of a table."""
+        cells = [self.work, self.dtype, self.logits, self.name]
+        for key in BOUNDS:
+            if key not in self.errors:
+                cells += ["", ""]
+                continue
+            found = f"{self.errors[key]:.1e}"
+            cells.append(found if self.passes(key) else f"**{found}**")
+            cells.append("{:.1e} {}".format(*self.best[key]) if key in self.best else "")
+        return [*cells, "ok" if self.ok else "**worse**"]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Lines of a comparison; its text is a Markdown table."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every line passes."""
+        return all(line.ok for line in self.lines)
+
+    def __str__(self) -> str:
+        titles = [title for key in BOUNDS for title in (TITLES[key], "best peer")]
+        header = ["", "dtype", "logits", "implementation", *titles, ""]
+        rows = [header, ["---"] * len(header), *(line.cells() for line in self.lines)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def compare(
+    name: str,
+    gradients: tuple[str, ...],
+    candidates: Mapping[str, Loss],
+    peers: Mapping[str, Loss],
+    truth: Truth,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: str,
+    seeds: int,
+) -> list[Line]:
+    """A line for each candidate on problems of one size and kind of logits.
+
+    Args:
+        name: of the work.
+        gradients: which are compared, of ``"hidden"`` and ``"weight"``.
+        candidates: implementations to judge.
+        peers: those they are held against.
+        truth: float64 values by the keys of the errors.
+        sizes: of the problems.
+        dtype: of the tensors.
+        device: where.
+        seeds: number of problems.
+    """
+    found: dict[str, list[dict[str, float]]] = {key: [] for key in (*candidates, *peers)}
+    for seed in range(seeds):
+        problem = Problem.make(sizes, dtype, device, seed).of(Work("", gradients, ""))
+        true = truth(problem)
+        for key, loss in {**candidates, **peers}.items():
+            found[key].append({part: error(value, true[part]) for part, value in evaluate(loss, problem).items()})
+    medians = {
+        key: {part: statistics.median(each[part] for each in errors) for part in errors[0]}
+        for key, errors in found.items()
+    }
+    parts = ("value", *gradients)
+    best = {part: min((medians[peer][part], peer) for peer in peers) for part in parts} if peers else {}
+    kind = str(dtype).removeprefix("torch.")
+    return [Line(name, kind, sizes.logits, key, medians[key], best) for key in candidates]
+
+
+def evaluate(loss: Loss, problem: Problem) -> dict[str, Tensor]:
+    """The value of a loss, and its gradients by name; of a tensor that it does not use they are 0."""
+    leaves = problem.leaves
+    with torch.set_grad_enabled(bool(leaves)):
+        value = loss(problem)
+    gradients = torch.autograd.grad(value, tuple(leaves.values()), allow_unused=True) if leaves else ()
+    named = zip(leaves.items(), gradients, strict=True)
+    return {"value": value.detach()} | {
+        key: torch.zeros_like(leaf) if gradient is None else gradient for (key, leaf), gradient in named
+    }
+
+
+def check_parity(
+    loss: Function,
+    reference: Function,
+    *,
+    peers: Mapping[str, Function] | None = None,
+    shape: tuple[int, int, int, int] = (4, 12, 64, 1031),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    logits: Sequence[str] = LOGITS,
+    device: str = "cpu",
+    seeds: int = SEEDS,
+    raise_exception: bool = True,
+) -> Parity:
+    """Hold a loss, and its gradients of the hidden states and the weight, against a reference in float64.
+
+    The loss passes where its errors are those of float32 arithmetic (2e-5 of the value, 1e-4 of a gradient), or at
+    most 1.05 of those of the best peer. One of the peers is the reference itself in the dtype of the inputs.
+
+    Args:
+        loss: (hidden (S, T, D), weight (V, D), labels (S, T)) → 0-d loss, differentiable. The first quarter of the
+            labels of each sequence is -100.
+        reference: the same in plain PyTorch; it is called in float64, too.
+        peers: other implementations, by name.
+        shape: (S, T, D, V), S even.
+        dtypes: of hidden states and weight.
+        logits: kinds of logits, of ``"random"``, ``"peaked"``, ``"flat"``, ``"large"`` and ``"adversarial"``.
+        device: where.
+        seeds: problems over which the median is taken.
+        raise_exception: whether to raise if a line does not pass, as in :func:`torch.autograd.gradcheck`.
+
+    Returns:
+        The comparison; ``print`` shows its table.
+
+    Raises:
+        AssertionError: a line does not pass; the message is the table.
+        ValueError, TypeError: a malformed argument.
+    """
+    unknown = [kind for kind in logits if kind not in LOGITS]
+    if unknown:
+        raise validate.fail("logits", f"of {LOGITS}", unknown[0])
+    if len(shape) != 4 or any(validate.integer("shape", size) < 1 for size in shape) or shape[0] % 2:
+        raise validate.fail("shape", "(S, T, D, V), each >= 1 and S even", shape)
+    validate.at_least("seeds", seeds, 1)
+    others = {"reference": reference, **(peers or {})}
+    lines = []
+    for dtype in dtypes:
+        if dtype not in validate.FLOATS:
+            raise validate.fail("dtypes", f"of {validate.FLOATS}", dtype)
+        for kind in logits:
+            lines += compare(
+                "loss",
+                ("hidden", "weight"),
+                {"loss": _of(loss)},
+                {name: _of(function) for name, function in others.items()},
+                lambda problem: evaluate(_of(reference), _wide(problem)),
+                Sizes(*shape, masked=0.25, logits=kind),
+                dtype,
+                device,
+                seeds,
+            )
+    parity = Parity(tuple(lines))
+    if raise_exception and not parity.ok:
+        raise AssertionError(f"the loss is less exact than it must be:\n{parity}")
+    return parity
+
+
+def _of(function: Function) -> Loss:
+    def loss(problem: Problem) -> Tensor:
+        value = function(problem.hidden, problem.weight, problem.labels)
+        if not isinstance(value, Tensor) or value.dim():
+            raise validate.fail("loss", "a function whose result is a 0-d tensor", value, TypeError)
+        return value
+
+    return loss
+
+
+def _wide(problem: Problem) -> Problem:
+    leaves = {name: getattr(problem, name).detach().double().requires_grad_() for name in ("hidden", "weight")}
+    return replace(problem, **leaves)
