@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from types import MappingProxyType
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from fused_pref import backend, validate
 from fused_pref.bound import Objective, encode
 from fused_pref.head import linear_ops
-from fused_pref.head.agreement import agree, shared, telling
+from fused_pref.head.agreement import Agreement
 from fused_pref.head.call import HeadCall, product_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
 from fused_pref.head.logits import TokenLogpsFunction
@@ -130,7 +129,6 @@ class LinearBatch(Batch):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    shard: Shard | None
 
     @classmethod
     def of(
@@ -142,45 +140,43 @@ class LinearBatch(Batch):
         *,
         pairs: bool = False,
         means: bool = True,
-        beside: Mapping[str, Any] = MappingProxyType({}),
     ) -> "LinearBatch":
-        """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed.
-
-        ``beside``: what else the ranks of a vocab-parallel head must have the same.
-        """
+        """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
         spec = LinearSpec.of(keywords)
-        hidden, weight, bias, group = local_head(hidden, weight, keywords["bias"], spec.tp_group)
-        spec = replace(spec, tp_group=group)
-        with telling(group, hidden, weight, labels):
-            hidden = _positions("hidden", hidden, "D", keywords)
-            dtype = product_dtype(hidden)
-            weight, bias = _head(weight, bias, hidden, dtype)
-            labels, cu_seqlens, sequences = _labels(labels, hidden, keywords, spec, pairs=pairs)
-        held, vocabulary = None, weight.shape[0]
-        if group is not None:
-            asked = {
-                "D": weight.shape[1],
-                "dtype": hidden.dtype,
-                "the dtype of products": dtype,
-                "the dtype of weight": weight.dtype,
-                "which gradients are wanted": sorted(wanted_gradients(hidden, weight, bias)),
-                "the shape of labels": tuple(labels.shape),
-                "bias": "None" if bias is None else "given",
-                **shared(keywords),
-                **beside,
-                "labels": labels,
-            }
-            sizes = agree(group, weight, asked, labels != spec.ignore_index)
-            held = Shard(group, sizes, spec.tp_partial)
-            vocabulary = held.vocabulary
-        _check_labels(labels, vocabulary, spec)
+        hidden, weight, bias = local_head(hidden, weight, keywords["bias"])
+        hidden = _positions("hidden", hidden, "D", keywords)
+        dtype = product_dtype(hidden)
+        weight, bias = _head(weight, bias, hidden, dtype)
+        labels, cu_seqlens, sequences = _labels(labels, hidden, keywords, spec, pairs=pairs)
+        if spec.tp_group is None:
+            _check_labels(labels, weight.shape[0], spec)
         spec = _resolved(spec, keywords, dtype, hidden.device, means=means)
-        return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias, held)
+        return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias)
+
+    @cached_property
+    def shard(self) -> Shard | None:
+        """What this rank holds of a vocab-parallel head: the ranks meet where all arguments have been validated."""
+        agreement: Agreement | None = self.spec.tp_group
+        if agreement is None:
+            return None
+        asked = {
+            "D": self.weight.shape[1],
+            "dtype": self.hidden.dtype,
+            "the dtype of products": product_dtype(self.hidden),
+            "the dtype of weight": self.weight.dtype,
+            "the shape of labels": tuple(self.labels.shape),
+            "which gradients are wanted": sorted(wanted_gradients(self.hidden, self.weight, self.bias)),
+            "labels": self.labels,
+        }
+        sizes = agreement.rows(self.weight, asked, self.labels != self.spec.ignore_index)
+        _check_labels(self.labels, sum(sizes), self.spec)
+        return Shard(agreement.group, sizes, self.spec.tp_partial)
 
     def call(self, unit: int = 0) -> HeadCall:
         """What the head is asked for; ``unit`` as in :class:`Local`, 0 where coefficients are not known."""
         wanted = wanted_gradients(self.hidden, self.weight, self.bias)
-        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit, self.shard)
+        shard = None if self.spec.tp_group is None else self.shard
+        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit, shard)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """See :class:`Batch`."""

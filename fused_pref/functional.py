@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from fused_pref import validate
 from fused_pref.batch import Batch, LinearBatch, Local, LogitsBatch
 from fused_pref.bound import BCOObjective, PairObjective
+from fused_pref.head.agreement import across_ranks
 from fused_pref.keywords import (
     BCOLinearKeywords,
     BCOLogitsKeywords,
@@ -134,6 +135,7 @@ def bco_loss(
 
 
 @takes(LinearKeywords)
+@across_ranks
 def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[LinearKeywords]) -> Tensor:
     """:func:`token_logps` of the logits hidden · weightᵀ + bias, which are never made.
 
@@ -152,6 +154,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keyword
 
 
 @takes(SequenceLinearKeywords)
+@across_ranks
 def linear_sequence_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
 ) -> Tensor:
@@ -173,6 +176,7 @@ def linear_sequence_logps(
 
 
 @takes(CPOLinearKeywords)
+@across_ranks
 def linear_cpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
 ) -> PairOutput:
@@ -197,6 +201,7 @@ def linear_cpo_loss(
 
 
 @takes(DPOLinearKeywords)
+@across_ranks
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
 ) -> PairOutput:
@@ -219,6 +224,7 @@ def linear_dpo_loss(
 
 
 @takes(BCOLinearKeywords)
+@across_ranks
 def linear_bco_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -246,8 +252,7 @@ def linear_bco_loss(
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
     spec = BCOSpec.bco(keywords)
-    batch = LinearBatch.of(hidden, weight, labels, keywords, beside={"desirable": desirable})
-    return _bco_loss(batch, spec, keywords, desirable, ref_logps)
+    return _bco_loss(LinearBatch.of(hidden, weight, labels, keywords), spec, keywords, desirable, ref_logps)
 
 
 def _token_logps(batch: Batch) -> Tensor:

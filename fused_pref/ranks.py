@@ -62,17 +62,15 @@ def gathered(values: Tensor, group: Any) -> Tensor:
     return parts
 
 
-def local_head(hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, Any, Any, Any]:
-    """Hidden states, weight and bias as plain tensors, and the group of a vocab-parallel head.
-
-    A DTensor weight whose rows are sharded over one dimension of its mesh is vocab-parallel over that dimension; its
-    gradient comes back as a DTensor. What is replicated is taken as it is.
+def head_group(weight: Any, tp_group: Any) -> Any:
+    """The group of a vocab-parallel head: ``tp_group``, or of a DTensor weight that of the mesh that holds its rows.
 
     Raises:
-        ValueError: another placement, or ``tp_group`` beside a sharded weight.
+        TypeError, ValueError: no group that this rank is in, a weight that is placed otherwise, or both.
     """
+    group = group_of("tp_group", tp_group)
     if not _is_dtensor(weight):
-        return hidden, weight, bias, group
+        return group
     rows = [number for number, placement in enumerate(weight.placements) if placement.is_shard(0)]
     whole = sum(placement.is_replicate() for placement in weight.placements)
     if len(rows) > 1 or len(rows) + whole < len(weight.placements):
@@ -81,6 +79,19 @@ def local_head(hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, An
         )
     if rows and group is not None:
         raise ValueError("tp_group must be None with a sharded DTensor weight, whose mesh says it")
+    return weight.device_mesh.get_group(rows[0]) if rows else group
+
+
+def local_head(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
+    """Hidden states, weight and bias as plain tensors; what is replicated is taken as it is.
+
+    Gradients come back as DTensors.
+
+    Raises:
+        ValueError: placements that do not go with that of the weight.
+    """
+    if not _is_dtensor(weight):
+        return hidden, weight, bias
     if _is_dtensor(hidden) and not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(f"hidden must be replicated; got {hidden.placements}")
     if _is_dtensor(bias) and (bias.device_mesh, bias.placements) != (weight.device_mesh, weight.placements):
@@ -88,9 +99,8 @@ def local_head(hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, An
             f"bias must be placed like weight, {weight.placements} on {weight.device_mesh}; got {bias.placements} on "
             f"{bias.device_mesh}"
         )
-    if rows:
-        group = weight.device_mesh.get_group(rows[0])
-    return *(value.to_local() if _is_dtensor(value) else value for value in (hidden, weight, bias)), group
+    hidden, weight, bias = (value.to_local() if _is_dtensor(value) else value for value in (hidden, weight, bias))
+    return hidden, weight, bias
 
 
 def _is_dtensor(value: Any) -> bool:

@@ -320,8 +320,11 @@ def disagree(rank: int, kind: str) -> str:
     hidden, labels, weight = given["hidden"], given["labels"].clone(), given["weight"][parts_of(2)[rank]]
     function, extra = fp.linear_cpo_loss, ()
     keywords: dict[str, Any] = {}
-    if kind in ("desirable", "class counts"):
+    if kind in ("desirable", "class counts", "sequences", "mode"):
         function, extra = fp.linear_bco_loss, (given["desirable"], given["ref_logps"])
+    if kind == "mode":
+        keywords["delta"] = fp.RewardShift().train(rank == 0)
+    elif kind == "class counts":
         keywords = {"reduction": "class_mean", "class_normalizer": (2, torch.tensor(2.0))}
     elif kind == "boundaries":
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
@@ -330,8 +333,8 @@ def disagree(rank: int, kind: str) -> str:
         weight = given["weight"]
     elif kind == "overlap":
         weight = given["weight"][(slice(0, 60), slice(50, V))[rank]]
-    elif kind == "overlap, the other way":
-        weight = given["weight"][(slice(40, V), slice(0, 50))[rank]]
+    elif kind == "one within another":
+        weight = given["weight"][(slice(40, 50), slice(0, V))[rank]]
     if rank == 1:
         if kind == "D":
             hidden, weight = hidden[..., :20], weight[:, :20]
@@ -360,6 +363,10 @@ def disagree(rank: int, kind: str) -> str:
             weight = weight.bfloat16()
         elif kind == "no rows":
             weight = weight[:0]
+        elif kind == "value":
+            keywords["beta"] = -1.0
+        elif kind == "sequences":
+            extra = (given["desirable"], given["ref_logps"][:3])
         elif kind in KEYWORDS:
             keywords = {kind: KEYWORDS[kind]}
     with pytest.raises((TypeError, ValueError)) as caught:
@@ -383,21 +390,30 @@ DISAGREEMENTS: dict[str, str | tuple[str, str]] = {
     "two labels": "must agree on labels; got",
     "positions": "must agree on the shape of labels; got (4, 9) on rank 0, (4, 8) on rank 1",
     "gradients": "must agree on which gradients are wanted; got [] on rank 0, ['hidden'] on rank 1",
-    "softcap": "must agree on softcap; got None on rank 0, 3.0 on rank 1",
+    "softcap": "must agree on softcap; got None on rank 0, 3 on rank 1",
     "max_valid_tokens": "must agree on max_valid_tokens; got None on rank 0, 30 on rank 1",
     "loss_type": "must agree on loss_type; got 'sigmoid' on rank 0, 'simpo' on rank 1",
-    "cpo_alpha": "must agree on cpo_alpha; got 1.0 on rank 0, 0.5 on rank 1",
+    "cpo_alpha": "must agree on cpo_alpha; got 1 on rank 0, 0.5 on rank 1",
     "pair_normalizer": "must agree on pair_normalizer; got None on rank 0, 4 on rank 1",
-    "function": "must agree on cpo_alpha; got 1.0 on rank 0, no such argument on rank 1",
+    "function": "must agree on the function; got 'linear_cpo_loss' on rank 0, 'linear_dpo_loss' on rank 1",
     "desirable": "must agree on desirable; got a bool tensor of shape (4,) of checksum",
-    "class counts": "must agree on class_normalizer[1]; got a float32 tensor of shape () of checksum",
+    "class counts": "must agree on class_normalizer[1]; got 2.0 on rank 0, 3.0 on rank 1",
     "boundaries": "must agree on cu_seqlens; got a int32 tensor of shape (5,) of checksum",
     "the same head": "rows 0 to 100 of rank 0 are rows 0 to 100 of rank 1",
     "overlap": "rows 50 to 59 of rank 0 are rows 0 to 9 of rank 1",
-    "overlap, the other way": "rows 0 to 9 of rank 0 are rows 40 to 49 of rank 1",
+    "one within another": "rows 0 to 9 of rank 0 are rows 40 to 49 of rank 1",
     "dtype of weight": (
         "rank 1 of tp_group refuses its arguments: TypeError: weight must be a float32 tensor (V, D=24)",
         "weight must be a float32 tensor (V, D=24); got a bfloat16 tensor",
+    ),
+    "mode": "must agree on delta; got RewardShift('running_mean', update='forward') in training on rank 0",
+    "value": (
+        "rank 1 of tp_group refuses its arguments: ValueError: beta must be a finite number > 0; got -1.0",
+        "beta must be a finite number > 0; got -1.0",
+    ),
+    "sequences": (
+        "rank 1 of tp_group refuses its arguments: ValueError: ref_logps must be (S,) = (4,); got",
+        "ref_logps must be (S,) = (4,); got",
     ),
     "no rows": (
         "rank 1 of tp_group refuses its arguments: ValueError: weight must be (V, D=24) with V >= 1",
@@ -408,7 +424,10 @@ DISAGREEMENTS: dict[str, str | tuple[str, str]] = {
 
 def disagree_again(rank: int) -> dict[str, str]:
     """The same, of a head that is known: labels and keywords are compared on every call."""
-    return {kind: disagree(rank, kind) for kind in ("N", "two labels", "cpo_alpha", "function", "no rows")}
+    return {
+        kind: disagree(rank, kind)
+        for kind in ("N", "two labels", "cpo_alpha", "function", "no rows", "value", "sequences")
+    }
 
 
 def heads_that_share_a_shape(rank: int) -> list[float]:
@@ -424,14 +443,17 @@ def heads_that_share_a_shape(rank: int) -> list[float]:
 
 
 def rows_that_are_alike(rank: int) -> float:
-    """A weight of equal rows, and slices with one row in common, are heads as others are."""
+    """Heads as others are: of equal rows; with one row in common; whose last words copy the first; alike in columns."""
     given = tensors()
     constant = torch.ones(V, D)[parts_of(2)[rank]]
     output = fp.linear_cpo_loss(given["hidden"], constant, given["labels"], tp_group=dist.group.WORLD)
-    own = given["weight"][parts_of(2)[rank]].clone()
-    own[-1] = 7
-    with fp.checks():
-        fp.linear_cpo_loss(given["hidden"], own, given["labels"], tp_group=dist.group.WORLD)
+    one, copied, columns = (given["weight"].clone() for _ in range(3))
+    one[[49, 100]] = 7
+    copied[-2:] = copied[:2]
+    columns[50:100, :16] = columns[:50, :16]
+    for weight in (one, copied, columns):
+        with fp.checks():
+            fp.linear_cpo_loss(given["hidden"], weight[parts_of(2)[rank]], given["labels"], tp_group=dist.group.WORLD)
     return output.loss.item()
 
 

@@ -6,83 +6,124 @@ more: then all of them raise the same error, or look once whether their rows are
 """
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.ranks import gathered
+from fused_pref.ranks import gathered, head_group
 
 # In place of its number of rows, what a rank sends whose arguments are refused.
 REFUSED = -1
 # Odd numbers that spread their factors over 64 bits, as multiplicative hashes use them.
 SPREAD = (-7046029254386353131, -4658895280553007687)
-# Keywords that each rank has its own of.
-OWN = ("bias", "backend", "tp_group", "cp_group")
-# Columns of a row of the weight by which it is told from others.
-COLUMNS = 16
+# Keywords that each rank may have its own of.
+OWN = ("backend", "tp_group", "cp_group")
+# Entries of the weight that are looked at at a time.
+BLOCK = 2**20
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Heads whose rows have been compared, by this rank's part. Ranks need not agree on it: one that asks is joined by all.
 _compared: set[tuple[str, torch.Size, torch.dtype]] = set()
 
 
-def agree(group: Any, weight: Tensor, asked: Mapping[str, Any], scored: Tensor) -> tuple[int, ...]:
-    """Rows of each rank.
+class Agreement:
+    """One call of the ranks of a group.
 
-    Args:
-        group: the process group.
-        weight: (V of this rank, D).
-        asked: what must be the same on all ranks, by name: integer or 0-d tensors by their values, others by dtype and
-            shape, anything else by its ``repr``.
-        scored: (S, T) or (N_total,), which labels count; N is named before labels that differ.
-
-    Raises:
-        ValueError: on every rank, if they ask for different things, one of them refuses its arguments, or two of them
-            hold the same rows.
+    As a context it lets the others, which wait in :meth:`rows`, know of arguments that are refused on this rank.
     """
-    head = (group.group_name, weight.shape, weight.dtype)
-    wants = validate.checking() or head not in _compared
-    texts = {name: _text(value) for name, value in asked.items()}
-    digest = hashlib.blake2b(repr(texts).encode(), digest_size=8).digest()
-    sums = {name: checksum(value.flatten()).to(weight.device) for name, value in asked.items() if _is_exact(value)}
-    words = torch.tensor([weight.shape[0], wants, int.from_bytes(digest, "big", signed=True), 0], device=weight.device)
-    words[3] = checksum(torch.stack(list(sums.values())))
-    ranks = gathered(words, group).tolist()
-    if any(rank[1] or rank[2:] != ranks[0][2:] for rank in ranks):
-        exact = {name: f"{texts.pop(name)} of checksum {value.item()}" for name, value in sums.items()}
-        _compare(_exchanged({**texts, "N": str(int(scored.sum())), **exact}, group))
-        _check_rows(weight, [rank[0] for rank in ranks], group)
-        _compared.add(head)
-    return tuple(rank[0] for rank in ranks)
+
+    def __init__(self, group: Any, asked: Mapping[str, Any], *arguments: Any) -> None:
+        """Args:
+        group: the process group.
+        asked: what must be the same on all ranks, by name: integer or 0-d tensors by their values, others by dtype and
+            shape, numbers by their values, anything else by its ``repr``.
+        arguments: those that tell the device.
+        """
+        self.group, self.asked, self.met = group, dict(asked), False
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self.device = tensors[0].device if tensors else None
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TypeError | ValueError) and not self.met:
+            with contextlib.suppress(RuntimeError):  # what is refused says more than ranks that do not answer
+                gathered(torch.tensor([REFUSED, 1, 0, 0], device=self.device), self.group)
+                _exchanged(f"{type(error).__name__}: {error}", self.group)
+
+    def rows(self, weight: Tensor, asked: Mapping[str, Any], scored: Tensor) -> tuple[int, ...]:
+        """Rows of each rank.
+
+        Args:
+            weight: (V of this rank, D).
+            asked: more of what must be the same.
+            scored: (S, T) or (N_total,), which labels count; N is named before labels that differ.
+
+        Raises:
+            ValueError: on every rank, if they ask for different things, one of them refuses its arguments, or two of
+                them hold the same rows.
+        """
+        self.met = True
+        asked, group = {**self.asked, **asked}, self.group
+        head = (group.group_name, weight.shape, weight.dtype)
+        wants = validate.checking() or head not in _compared
+        texts = {name: _text(value) for name, value in asked.items()}
+        digest = int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=8).digest(), "big", signed=True)
+        exact = {name: value for name, value in asked.items() if _is_exact(value)}
+        sums = {name: checksum(value.flatten()).to(weight.device) for name, value in exact.items()}
+        words = torch.tensor([weight.shape[0], wants, digest, 0], device=weight.device)
+        words[3] = checksum(torch.stack(list(sums.values())))
+        ranks = gathered(words, group).tolist()
+        if any(rank[1] or rank[2:] != ranks[0][2:] for rank in ranks):
+            shown = {
+                name: f"{value.item()}" if value.dim() == 0 else f"{texts[name]} of checksum {sums[name].item()}"
+                for name, value in exact.items()
+            }
+            others = {name: text for name, text in texts.items() if name not in shown}
+            _compare(_exchanged({**others, "N": f"{int(scored.sum())}", **shown}, group))
+            _check_rows(weight, [rank[0] for rank in ranks], group)
+            _compared.add(head)
+        return tuple(rank[0] for rank in ranks)
 
 
-def shared(keywords: Mapping[str, Any]) -> dict[str, Any]:
+def across_ranks(function: Function) -> Function:
+    """Decorate a function of (hidden, weight, labels, ...) and all keywords: an error on one rank reaches all.
+
+    In place of the group, ``tp_group`` is then the :class:`Agreement` of this call.
+    """
+    names = list(inspect.signature(function).parameters)[3:-1]
+
+    @functools.wraps(function)
+    def call(hidden: Any, weight: Any, labels: Any, *others: Any, **keywords: Any) -> Any:
+        group = head_group(weight, keywords["tp_group"])
+        if group is None:
+            return function(hidden, weight, labels, *others, **keywords)
+        asked = {"the function": function.__name__, **dict(zip(names, others, strict=False)), **_shared(keywords)}
+        with Agreement(group, asked, hidden, weight, labels) as agreement:
+            return function(hidden, weight, labels, *others, **{**keywords, "tp_group": agreement})
+
+    return cast(Function, call)
+
+
+def _shared(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Those keywords of a call that must be the same on all ranks, pairs taken apart."""
-    result = {}
+    result: dict[str, Any] = {}
     for name, value in keywords.items():
         if isinstance(value, tuple | list):
             result |= {f"{name}[{number}]": part for number, part in enumerate(value)}
+        elif name == "bias":
+            result[name] = value is not None
         elif name not in OWN:
             result[name] = value
     return result
-
-
-@contextlib.contextmanager
-def telling(group: Any, *arguments: Any) -> Iterator[None]:
-    """Let the other ranks, which wait in :func:`agree`, know of arguments that are refused in here."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if group is not None:
-            tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-            with contextlib.suppress(RuntimeError):  # what is refused says more than ranks that do not answer
-                gathered(torch.tensor([REFUSED, 1, 0, 0], device=tensors[0].device if tensors else None), group)
-                _exchanged(f"{type(error).__name__}: {error}", group)
-        raise
 
 
 def checksum(values: Tensor) -> Tensor:
@@ -101,6 +142,10 @@ def _is_exact(value: Any) -> bool:
 def _text(value: Any) -> str:
     if isinstance(value, Tensor):
         return validate.describe(value.detach()).removesuffix(f" on {value.device}")
+    if isinstance(value, torch.nn.Module):
+        return f"{value!r} in {'training' if value.training else 'evaluation'}"
+    if isinstance(value, float):
+        return repr(int(value) if value.is_integer() else float(value))
     return repr(value)
 
 
@@ -124,9 +169,9 @@ def _compare(reports: list[Any]) -> None:
 def _check_rows(weight: Tensor, sizes: list[int], group: Any) -> None:
     """Refuse slices that overlap: a number for each row is gathered, once for a head."""
     marks = torch.zeros(max(sizes), dtype=torch.int64, device=weight.device)
-    marks[: weight.shape[0]] = checksum(weight.detach()[:, :COLUMNS])
+    parts = weight.detach().split(max(1, BLOCK // weight.shape[1]))
+    marks[: weight.shape[0]] = torch.cat([checksum(part) for part in parts])
     slices = [part[:size].cpu() for part, size in zip(gathered(marks, group), sizes, strict=True)]
-    starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
     for rank, later in enumerate(slices):
         for other, earlier in enumerate(slices[:rank]):
             shared = overlap(earlier, later)
@@ -135,15 +180,15 @@ def _check_rows(weight: Tensor, sizes: list[int], group: Any) -> None:
                 raise ValueError(
                     f"ranks {other} and {rank} of tp_group must hold different rows of weight; rows {mine.start} to "
                     f"{mine.stop - 1} of rank {other} are rows {theirs.start} to {theirs.stop - 1} of rank {rank}: a "
-                    f"rank passes its own slice, whose first row here is row {starts[rank]} of the head"
+                    f"rank passes its own slice, whose first row here is row {sum(sizes[:rank])} of the head"
                 )
 
 
 def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
-    """Where two slices of marks, one a row, hold the same rows, as slices of one sequence would: at an end, or all.
+    """Where two slices of marks, one a row, hold the same rows, as slices of one sequence would.
 
-    Rows that are the same by themselves, as those of unused tokens, are no overlap: it takes at least two rows, of
-    which one stands once in each slice.
+    The first then ends with what the second begins with, or one is within the other. Rows that are the same by
+    themselves, as those of unused words, are no overlap: it takes at least two rows, of which one stands once in each.
     """
     once = [part[counts == 1] for part, counts in (part.unique(return_counts=True) for part in (first, second))]
     shared = once[0][torch.isin(once[0], once[1])]
@@ -153,4 +198,5 @@ def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
     shift = int((places[0] - places[1]).mode().values)
     start, stop = max(0, shift), min(first.numel(), shift + second.numel())
     mine, theirs = slice(start, stop), slice(start - shift, stop - shift)
-    return (mine, theirs) if stop - start > 1 and torch.equal(first[mine], second[theirs]) else None
+    turned = shift < 0 and stop - start < min(first.numel(), second.numel())
+    return (mine, theirs) if stop - start > 1 and not turned and torch.equal(first[mine], second[theirs]) else None

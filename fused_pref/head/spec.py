@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fused_pref import validate
+from fused_pref.head.agreement import Agreement
 from fused_pref.keywords import TokenKeywords, choices
 from fused_pref.ranks import group_of
 
@@ -131,10 +132,10 @@ class LinearSpec(TokenSpec):
         """See :class:`fused_pref.keywords.LinearKeywords`."""
         bounds = {"memory_budget": 1, "max_valid_tokens": 0}
         sizes = {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
-        skip_mass = keywords["skip_mass"]
+        skip_mass, group = keywords["skip_mass"], keywords["tp_group"]
         return {
             **sizes,
             "skip_mass": None if skip_mass is None else validate.within("skip_mass", skip_mass, 0, 1),
-            "tp_group": group_of("tp_group", keywords["tp_group"]),
+            "tp_group": group if isinstance(group, Agreement) else group_of("tp_group", group),
             "tp_partial": validate.flag("tp_partial", keywords["tp_partial"]),
         }
