@@ -23,7 +23,7 @@ GRADIENTS = {"cpo": BOTH, "frozen": ("hidden",), "logps": ()}
 # (N, D, V) of each axis: by device, and small ones to see that it runs.
 AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
     "cpu": {
-        "N": [(n, 512, 8192) for n in (512, 1024, 2048, 4096, 8192, 16384)],
+        "N": [(n, 1024, 16384) for n in (512, 1024, 2048, 4096, 8192, 16384)],
         "V": [(1024, 512, v) for v in (8192, 16384, 32768, 65536)],
         "D": [(1024, d, 8192) for d in (512, 1024, 2048, 4096)],
     },

@@ -333,6 +333,8 @@ def disagree(rank: int, kind: str) -> str:
         weight = given["weight"]
     elif kind == "overlap":
         weight = given["weight"][(slice(0, 60), slice(50, V))[rank]]
+    elif kind == "overlap, the other way":
+        weight = given["weight"][(slice(40, V), slice(0, 50))[rank]]
     elif kind == "one within another":
         weight = given["weight"][(slice(40, 50), slice(0, V))[rank]]
     if rank == 1:
@@ -401,6 +403,7 @@ DISAGREEMENTS: dict[str, str | tuple[str, str]] = {
     "boundaries": "must agree on cu_seqlens; got a int32 tensor of shape (5,) of checksum",
     "the same head": "rows 0 to 100 of rank 0 are rows 0 to 100 of rank 1",
     "overlap": "rows 50 to 59 of rank 0 are rows 0 to 9 of rank 1",
+    "overlap, the other way": "rows 0 to 9 of rank 0 are rows 40 to 49 of rank 1",
     "one within another": "rows 0 to 9 of rank 0 are rows 40 to 49 of rank 1",
     "dtype of weight": (
         "rank 1 of tp_group refuses its arguments: TypeError: weight must be a float32 tensor (V, D=24)",

@@ -25,6 +25,8 @@ REFUSED = -1
 SPREAD = (-7046029254386353131, -4658895280553007687)
 # Keywords that each rank may have its own of.
 OWN = ("backend", "tp_group", "cp_group")
+# Rows at the end of a head that are also those at its beginning: so many are no copies any more.
+COPIED = 8
 # Entries of the weight that are looked at at a time.
 BLOCK = 2**20
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -187,8 +189,9 @@ def _check_rows(weight: Tensor, sizes: list[int], group: Any) -> None:
 def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
     """Where two slices of marks, one a row, hold the same rows, as slices of one sequence would.
 
-    The first then ends with what the second begins with, or one is within the other. Rows that are the same by
-    themselves, as those of unused words, are no overlap: it takes at least two rows, of which one stands once in each.
+    The first then ends with what the second begins with, or one is within the other; or the other way about, if they
+    stand in the wrong order. Rows that are the same by themselves, as those of unused words, are no overlap: it takes at
+    least two rows, of which one stands once in each, and more than a few last words that copy the first.
     """
     once = [part[counts == 1] for part, counts in (part.unique(return_counts=True) for part in (first, second))]
     shared = once[0][torch.isin(once[0], once[1])]
@@ -199,4 +202,5 @@ def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
     start, stop = max(0, shift), min(first.numel(), shift + second.numel())
     mine, theirs = slice(start, stop), slice(start - shift, stop - shift)
     turned = shift < 0 and stop - start < min(first.numel(), second.numel())
-    return (mine, theirs) if stop - start > 1 and not turned and torch.equal(first[mine], second[theirs]) else None
+    least = COPIED if turned else 2
+    return (mine, theirs) if stop - start >= least and torch.equal(first[mine], second[theirs]) else None
