@@ -190,8 +190,8 @@ def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
     """Where two slices of marks, one a row, hold the same rows, as slices of one sequence would.
 
     The first then ends with what the second begins with, or one is within the other; or the other way about, if they
-    stand in the wrong order. Rows that are the same by themselves, as those of unused words, are no overlap: it takes at
-    least two rows, of which one stands once in each, and more than a few last words that copy the first.
+    stand in the wrong order. Rows that are the same by themselves, as those of unused words, are no overlap: it takes
+    at least two rows, of which one stands once in each, and more than a few last words that copy the first.
     """
     once = [part[counts == 1] for part, counts in (part.unique(return_counts=True) for part in (first, second))]
     shared = once[0][torch.isin(once[0], once[1])]

@@ -3,18 +3,20 @@
 import argparse
 import contextlib
 import functools
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fused_pref import backend
+from fused_pref.backend import triton_obstacle
 from fused_pref.head import call
 from fused_pref.head.plan import Plan, Problem, candidates
 from fused_pref.testing import problems
-from fused_pref.testing.parity import SEEDS, Loss, Parity, compare
+from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Loss, Parity, compare
 from fused_pref.testing.peers import PEERS, ours, ours_of_logits
 from fused_pref.testing.problems import LOGITS, WORKS, Sizes
 from fused_pref.usage import UsageError
@@ -32,6 +34,7 @@ PLANS = {
 # Peers that are this library, or the same code as another one.
 LEFT_OUT = ("fused_pref", "fused_pref_3g", "fused_pref_1g", "fused_pref_512m", "torch.compile")
 DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("torch", "triton")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), help="default: all of them")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all of them")
     parser.add_argument("--logits", nargs="+", choices=LOGITS, default=list(LOGITS), help="default: all of them")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: those that are available")
     parser.add_argument("--shape", default="4x12x64x1031", metavar="SxTxDxV", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="problems of each kind (default: %(default)s)")
@@ -53,37 +57,57 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(str(error).splitlines()[0]) from None
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1; got {args.seeds}")
+    obstacle = triton_obstacle(torch.device(args.device))
+    backends = args.backends or (BACKENDS if obstacle is None else BACKENDS[:1])
+    if "triton" in backends and obstacle is not None:
+        raise UsageError(f"--backends triton is not available: {obstacle}")
     absent = {peer.name: peer.obstacle(args.device) for peer in PEERS.values() if peer.name not in LEFT_OUT}
     print("peers: " + ", ".join(f"{name} ({why})" if why else name for name, why in absent.items()), flush=True)
-    lines = []
-    for name in args.works:
-        for dtype in args.dtypes:
-            for logits in args.logits:
-                own = Sizes(sizes.sequences, sizes.length, sizes.features, sizes.vocabulary, 0.25, logits)
-                found = table(name, own, getattr(torch, dtype), args.device, args.seeds)
-                print("\n".join(str(Parity(found)).splitlines()[0 if not lines else 2 :]), flush=True)
-                lines += found
+    lines: list[Line] = []
+    for name, dtype, logits in itertools.product(args.works, args.dtypes, args.logits):
+        own = replace(sizes, masked=0.25, logits=logits)
+        found = table(name, own, getattr(torch, dtype), args.device, args.seeds, backends)
+        print("\n".join(str(Parity(found)).splitlines()[2 if lines else 0 :]), flush=True)
+        lines += found
+    print("\n" + summary(lines))
     worse = sum(not line.ok for line in lines)
-    print(f"{len(lines)} lines, {worse} worse than the contract and the best peer")
+    print(f"\n{len(lines)} lines, {worse} worse than the contract and the best peer")
     return int(worse > 0)
 
 
-def table(name: str, sizes: Sizes, dtype: torch.dtype, device: str, seeds: int) -> tuple:
+def table(
+    name: str, sizes: Sizes, dtype: torch.dtype, device: str, seeds: int, backends: Sequence[str]
+) -> tuple[Line, ...]:
     """Lines of this library's implementations of a kind of work."""
     work = WORKS[name]
-    peers = {
-        peer.name: loaded(peer.name, work.objective) for peer in PEERS.values() if present(peer.name, name, device)
-    }
-    mine = dict(implementations(name, dtype, device))
+    peers = {peer: loaded(peer, work.objective) for peer in PEERS if judges(peer, name, dtype, device)}
+    mine = {form: loss for backend in backends for form, loss in implementations(name, backend)}
     truth = functools.partial(problems.truth, work.objective)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers' own
         return tuple(compare(name, work.gradients, mine, peers, truth, sizes, dtype, device, seeds))
 
 
-def present(peer: str, work: str, device: str) -> bool:
-    """Whether a peer does this work here."""
-    return peer not in LEFT_OUT and PEERS[peer].does(work, device) and PEERS[peer].obstacle(device) is None
+def judges(peer: str, work: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether lines of this work are held against a peer."""
+    # On a CPU it multiplies 16-bit numbers in float32, at a tenth of the speed of others.
+    slow = peer == "torch_ce" and device == "cpu" and dtype.itemsize == 2
+    return peer not in LEFT_OUT and not slow and PEERS[peer].does(work, device) and PEERS[peer].obstacle(device) is None
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """A table of the largest errors, and of the largest in units of the best peer's, by work and dtype."""
+    header = ["", "dtype", "lines", *(f"largest {TITLES[key]} | of the best peer's" for key in BOUNDS)]
+    rows = [header, ["---"] * (3 + 2 * len(BOUNDS))]
+    for (work, dtype), group in itertools.groupby(lines, key=lambda line: (line.work, line.dtype)):
+        own = list(group)
+        cells = [work, dtype, f"{len(own)}"]
+        for key in BOUNDS:
+            errors = [line.errors[key] for line in own if key in line.errors]
+            ratios = [line.errors[key] / max(line.best[key][0], 1e-12) for line in own if key in line.best]
+            cells.append(f"{max(errors):.1e} | {max(ratios):.2f}" if errors and ratios else " | ")
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @functools.cache
@@ -92,18 +116,14 @@ def loaded(peer: str, objective: str) -> Loss:
     return PEERS[peer].load(objective)
 
 
-def implementations(name: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Loss]]:
-    """By every backend that is available and every plan; and from logits."""
+def implementations(name: str, backend: str) -> Iterator[tuple[str, Loss]]:
+    """From logits, and by every plan."""
     objective = WORKS[name].objective
-    for kind in ("torch", "triton"):
-        if kind == "triton" and backend.triton_obstacle(torch.device(device)) is not None:
-            continue
-        yield f"{kind}, logits", ours_of_logits(backend=kind)(objective)
-        for plan in PLANS[name]:
-            for fused in (False, True) if kind == "triton" else (False,):
-                for small in (False, True):
-                    form = f"{kind}, {plan}{', fused' if fused else ''}{', in parts' if small else ''}"
-                    yield form, by_plan(ours(backend=kind)(objective), plan, fused=fused, small=small)
+    yield f"{backend}, logits", ours_of_logits(backend=backend)(objective)
+    for plan, fused, small in itertools.product(PLANS[name], (False, True), (False, True)):
+        if fused <= (backend == "triton"):
+            form = f"{backend}, {plan}{', fused' if fused else ''}{', in parts' if small else ''}"
+            yield form, by_plan(ours(backend=backend)(objective), plan, fused=fused, small=small)
 
 
 def by_plan(loss: Loss, name: str, *, fused: bool, small: bool) -> Loss:

@@ -1,0 +1,131 @@
+"""``check_parity`` and ``parity`` of the command line: losses are as exact as their peers, and what is not is seen."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_pref as fp
+from fused_pref.__main__ import main
+from fused_pref.testing import check_parity
+from fused_pref.testing.command import DTYPES, table
+from fused_pref.testing.problems import LOGITS, WORKS, Problem, Sizes
+
+SMALL: dict[str, Any] = {"shape": (4, 6, 16, 67), "dtypes": (torch.bfloat16,), "logits": ("random", "peaked")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("work", WORKS)
+def test_no_peer_is_more_exact(work: str, dtype: str) -> None:
+    """All plans, all kinds of logits; five seeds, medians, 1.05 (DESIGN §4)."""
+    for logits in LOGITS:
+        lines = table(work, Sizes(4, 12, 64, 1031, 0.25, logits), getattr(torch, dtype), "cpu", 5, ["torch"])
+        assert len(lines) >= 3
+        assert [line for line in lines if not line.ok] == []
+
+
+@pytest.mark.parametrize("work", ["cpo", "frozen", "logps"])
+def test_kernels_are_as_exact(work: str) -> None:
+    for logits in ("random", "peaked", "large"):
+        lines = table(work, Sizes(2, 5, 16, 67, 0.25, logits), torch.float32, "cpu", 2, ["triton"])
+        assert any("fused" in line.name for line in lines)
+        assert all(line.ok for line in lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("work", WORKS)
+def test_no_peer_is_more_exact_on_a_gpu(work: str, dtype: str) -> None:
+    for logits in LOGITS:
+        sizes = Sizes(4, 64, 256, 8192, 0.25, logits)
+        lines = table(work, sizes, getattr(torch, dtype), "cuda", 5, ["torch", "triton"])
+        assert [line for line in lines if not line.ok] == []
+
+
+def smooth(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """A loss of one's own: the squared mean log-prob of the completions."""
+    return fp.linear_sequence_logps(hidden, weight, labels, average=True).square().mean()
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return fp.reference.linear_sequence_logps(hidden, weight, labels, average=True).square().mean()
+
+
+def rough(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same by a log-softmax in the dtype of the inputs."""
+    logp = (hidden @ weight.t())[:, :-1].log_softmax(-1)
+    y = labels[:, 1:]
+    own = logp.gather(-1, y.clamp(min=0)[..., None])[..., 0] * (y != -100)
+    return (own.sum(-1) / (y != -100).sum(-1)).square().mean()
+
+
+def test_a_loss_of_ones_own() -> None:
+    parity = check_parity(smooth, plain, peers={"rough": rough}, **SMALL)
+    assert parity.ok
+    assert len(parity.lines) == 2
+    assert "| loss | bfloat16 | peaked | loss |" in str(parity)
+
+
+def test_a_rough_loss_is_seen() -> None:
+    with pytest.raises(AssertionError, match=r"less exact than it must be:\n\|.*\*\*worse\*\*") as caught:
+        check_parity(rough, plain, **SMALL)
+    assert not check_parity(rough, plain, raise_exception=False, **SMALL).ok
+    assert "reference" in str(caught.value)
+
+
+def test_a_gradient_that_is_missing_or_not_finite_is_seen() -> None:
+    for wrong in (
+        lambda h, w, y: smooth(h, w.detach(), y),
+        lambda h, w, y: smooth(h, w, y) + (h * 0).sqrt().sum() * 0,
+    ):
+        lines = check_parity(wrong, plain, raise_exception=False, **SMALL).lines
+        assert not any(line.ok for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"logits": ("steep",)}, "logits must be of"),
+        ({"shape": (3, 4, 5, 6)}, r"shape must be \(S, T, D, V\), each >= 1 and S even; got \(3, 4, 5, 6\)"),
+        ({"shape": (2, 4, 0, 6)}, "shape must be"),
+        ({"seeds": 0}, "seeds must be an integer >= 1; got 0"),
+        ({"dtypes": (torch.int64,)}, "dtypes must be of"),
+    ],
+)
+def test_what_is_refused(keywords: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_parity(smooth, plain, **{**SMALL, **keywords})
+    with pytest.raises(TypeError, match="loss must be a function whose result is a 0-d tensor"):
+        check_parity(lambda h, w, y: h, plain, **SMALL)
+
+
+def test_kinds_of_logits() -> None:
+    """Large ones reach 10⁴, flat ones hardly differ; adversarial targets are far below others, peaked ones above."""
+    for kind in LOGITS:
+        p = Problem.make(Sizes(4, 6, 64, 257, 0.25, kind), torch.float32, "cpu")
+        z = (p.hidden @ p.weight.t())[p.scored]
+        logp = z.log_softmax(-1).gather(1, p.labels[p.scored][:, None])
+        if kind == "large":
+            assert z.abs().max().item() == pytest.approx(1e4, rel=1e-3)
+        elif kind == "flat":
+            assert z.abs().max() < 0.01
+        elif kind == "adversarial":
+            assert logp.max() < -30
+        elif kind == "peaked":
+            assert logp.median() > -0.1
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dtypes", "float32", "--logits", "random", "--shape", "2x4x8x33", "--seeds", "1"]
+    options += ["--backends", "torch"]
+    assert main(["parity", "--works", "cpo", "logps", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("peers: eager, trl_chunked")
+    assert "| cpo | float32 | random | torch, grouped |" in out
+    assert "| logps | float32 | 3 |" in out
+    assert "8 lines, 0 worse than the contract and the best peer" in out
+    assert main(["parity", "--shape", "3x3"]) == 2
+    assert "--shape must be SxTxDxV" in capsys.readouterr().err
+    assert main(["parity", "--seeds", "0"]) == 2
+    assert main(["parity", "--device", "nowhere"]) == 2
