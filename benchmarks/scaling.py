@@ -17,6 +17,7 @@ import fused_pref as fp
 from benchmarks import launches
 from benchmarks.compare.tables import line
 from benchmarks.measure import alternate, check, default_device, describe, environment, folder, write
+from fused_pref.testing.peers import bare_products
 from fused_pref.testing.problems import BETA, BOTH, Problem, Sizes, Work
 
 GRADIENTS = {"cpo": BOTH, "frozen": ("hidden",), "logps": ()}
@@ -41,7 +42,7 @@ AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
 PLACE = {"N": 0, "D": 1, "V": 2}
 # More than the logits of any of the sizes.
 BUDGET = 2**36
-HEADER = ("N", "D", "V", "ms", "p10-p90", "ns per unit", "of the last", "launches")
+HEADER = ("N", "D", "V", "ms", "p10-p90", "of the floor", "ns per unit", "of the last", "launches")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,16 +85,18 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each size, in alternating rounds."""
     problems = {f"{n}": problem_of(each, work, dtype, args.device) for n, each in enumerate(sizes)}
-    steps = {name: step_of(work, problem) for name, problem in problems.items()}
-    for step in steps.values():
+    steps: dict[str, Callable[[], object]] = {name: step_of(work, problem) for name, problem in problems.items()}
+    floors = {f"{name}, bare": bare_products(problem) for name, problem in problems.items()}
+    for step in (*steps.values(), *floors.values()):
         step()
-    times = alternate(steps, args.rounds, args.device, f"{work}, {axis}")
+    times = alternate({**steps, **floors}, args.rounds, args.device, f"{work}, {axis}")
     units = [each[PLACE[axis]] for each in sizes]
     per_unit = [statistics.median(times[name]) / unit for name, unit in zip(steps, units, strict=True)]
     rows = []
-    for (name, seconds), each, unit_seconds in zip(times.items(), sizes, per_unit, strict=True):
+    for name, each, unit_seconds in zip(steps, sizes, per_unit, strict=True):
         row: dict[str, Any] = {"work": work, "axis": axis, **dict(zip(("N", "D", "V"), each, strict=True))}
-        row |= {"ms": [1e3 * second for second in seconds], "ns_per_unit": 1e9 * unit_seconds}
+        row |= {"ms": [1e3 * second for second in times[name]], "ns_per_unit": 1e9 * unit_seconds}
+        row["of_floor"] = statistics.median(times[name]) / statistics.median(times[f"{name}, bare"])
         rows.append(row | {"of_last": unit_seconds / per_unit[-1], "launches": launches_of(work, problems[name])})
     return rows
 
@@ -134,6 +137,7 @@ def launches_of(work: str, problem: Problem) -> int | None:
 def cells(row: dict[str, Any]) -> str:
     """A line of the table."""
     spread = torch.tensor(row["ms"]).quantile(torch.tensor([0.1, 0.9])).tolist()
-    numbers = [f"{statistics.median(row['ms']):.1f}", f"{spread[0]:.1f}-{spread[1]:.1f}", f"{row['ns_per_unit']:.4g}"]
+    numbers = [f"{statistics.median(row['ms']):.1f}", f"{spread[0]:.1f}-{spread[1]:.1f}", f"{row['of_floor']:.2f}"]
+    numbers.append(f"{row['ns_per_unit']:.4g}")
     launched = "" if row["launches"] is None else f"{row['launches']}"
     return line([f"{row['N']}", f"{row['D']}", f"{row['V']}", *numbers, f"{row['of_last']:.2f}", launched])
