@@ -12,7 +12,7 @@ from fused_pref.testing import check_parity
 from fused_pref.testing.command import DTYPES, table
 from fused_pref.testing.problems import LOGITS, WORKS, Problem, Sizes
 
-SMALL: dict[str, Any] = {"shape": (4, 6, 16, 67), "dtypes": (torch.bfloat16,), "logits": ("random", "peaked")}
+SMALL: dict[str, Any] = {"dtypes": (torch.bfloat16,), "logits": ("random", "peaked")}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,6 +34,7 @@ def test_kernels_are_as_exact(work: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("work", WORKS)
 def test_no_peer_is_more_exact_on_a_gpu(work: str, dtype: str) -> None:
@@ -49,7 +50,7 @@ def smooth(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return fp.reference.linear_sequence_logps(hidden, weight, labels, average=True).square().mean()
+    return fp.reference.sequence_logps(hidden @ weight.t(), labels, average=True).square().mean()
 
 
 def rough(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def test_a_loss_of_ones_own() -> None:
 
 
 def test_a_rough_loss_is_seen() -> None:
-    with pytest.raises(AssertionError, match=r"less exact than it must be:\n\|.*\*\*worse\*\*") as caught:
+    with pytest.raises(AssertionError, match=r"(?s)less exact than it must be:\n\|.*\*\*worse\*\*") as caught:
         check_parity(rough, plain, **SMALL)
     assert not check_parity(rough, plain, raise_exception=False, **SMALL).ok
     assert "reference" in str(caught.value)

@@ -21,7 +21,7 @@ from fused_pref.testing.peers import PEERS, ours, ours_of_logits
 from fused_pref.testing.problems import LOGITS, WORKS, Sizes
 from fused_pref.usage import UsageError
 
-# Plans by kind of work; each is taken in its largest form, and in its smallest: in groups or slices.
+# Plans by kind of work; each is taken in its largest form, and in groups or slices.
 PLANS = {
     "cpo": ("grouped", "vocab_major"),
     "simpo": ("grouped", "vocab_major"),
@@ -127,7 +127,7 @@ def implementations(name: str, backend: str) -> Iterator[tuple[str, Loss]]:
 
 
 def by_plan(loss: Loss, name: str, *, fused: bool, small: bool) -> Loss:
-    """A loss by one plan, in its smallest or its largest form."""
+    """A loss by one plan, in its largest form or in parts."""
 
     def forced(problem: problems.Problem) -> Tensor:
         with only(name, fused=fused, small=small):
@@ -138,13 +138,16 @@ def by_plan(loss: Loss, name: str, *, fused: bool, small: bool) -> Loss:
 
 @contextlib.contextmanager
 def only(name: str, *, fused: bool, small: bool) -> Iterator[None]:
-    """Within this context, calls take plans of this name where they can."""
+    """Within this context, calls take plans of this name where they can: the largest, or one of about three parts."""
 
     def choose(problem: Problem) -> Plan:
         every = list(candidates(problem))
         named = [plan for plan in every if plan.name == name]
         plans = [plan for plan in named if plan.fused == fused] or named or every
-        return (min if small else max)(plans, key=lambda plan: plan.workspace)
+        if not small:
+            return max(plans, key=lambda plan: plan.workspace)
+        entries = problem.tokens * problem.vocabulary
+        return min(plans, key=lambda plan: abs(3 - entries / max(plan.rows * plan.columns, 1)))
 
     with mock.patch.object(call, "choose", choose):
         yield

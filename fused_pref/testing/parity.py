@@ -170,7 +170,7 @@ def check_parity(
     Args:
         loss: (hidden (S, T, D), weight (V, D), labels (S, T)) → 0-d loss, differentiable. The first quarter of the
             labels of each sequence is -100.
-        reference: the same in plain PyTorch; it is called in float64, too.
+        reference: the same in plain PyTorch, called in float64 and in the dtype of the inputs.
         peers: other implementations, by name.
         shape: (S, T, D, V), S even.
         dtypes: of hidden states and weight.
