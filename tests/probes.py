@@ -22,6 +22,9 @@ LAUNCHERS = [
 ]
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_unique2"}
+# Kernels whose programs may write the same value to one place: rows beyond the valid ones under ``max_valid_tokens``
+# all stand for one row that is not scored, whose gradient is 0.
+ALIKE = {"_place_rows_kernel"}
 # Class of the kernels: compiled or interpreted functions.
 KERNEL: Any = type(logprob._token_logps_fwd_kernel)
 
@@ -78,21 +81,65 @@ def launches(*, execute: bool = True) -> Iterator[Launches]:
 
 
 class Memory:
-    """Addresses that interpreted kernels have read and written; each must lie in a tensor passed to its launch."""
+    """Addresses that interpreted kernels have read and written; each must lie in a tensor passed to its launch.
+
+    Programs of a launch run in any order and at once: what one of them writes no other may read, nor write unless
+    :data:`ALIKE` says that it is the same value.
+    """
 
     def __init__(self) -> None:
         self.allowed: list[tuple[int, int]] = []
         self.read: list[np.ndarray] = []
         self.written: list[np.ndarray] = []
+        # The most programs of each kernel along each dimension of its grid.
+        self.grids: dict[str, tuple[int, ...]] = {}
+        # Of the launch under way: program, addresses, bytes at each, and what is written there.
+        self.accesses: list[tuple[int, np.ndarray, int, np.ndarray | None]] = []
 
-    def touch(self, pointers: Any, mask: Any, seen: list[np.ndarray]) -> None:
-        """Check and record the unmasked addresses of one load or store."""
+    def begin(self, kernel: str, grid: tuple[int, ...], storages: list[Any]) -> None:
+        """A launch of programs that may touch these storages."""
+        grid = (*grid, 1, 1)[:3]
+        self.grids[kernel] = tuple(map(max, grid, self.grids.get(kernel, grid)))
+        self.allowed = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        self.accesses = []
+
+    def touch(self, program: int, pointers: Any, mask: Any, value: Any = None) -> None:
+        """Check and record the unmasked addresses of one load, or of one store of a value."""
         addresses = pointers.data[mask.data]
         if addresses.size:
             low, high = int(addresses.min()), int(addresses.max())
             width = pointers.get_element_ty().primitive_bitwidth // 8
             assert any(start <= low and high + width <= end for start, end in self.allowed), "out of bounds"
-            seen.append(addresses)
+            (self.read if value is None else self.written).append(addresses)
+            self.accesses.append((program, addresses, width, None if value is None else value.data[mask.data]))
+
+    def end(self, kernel: str) -> None:
+        """Compare what the programs of the launch have touched, in pieces as wide as the narrowest access."""
+        unit = min((width for _, _, width, _ in self.accesses), default=1)
+        read, readers, _ = self._pieces(unit, [access for access in self.accesses if access[3] is None])
+        written, writers, values = self._pieces(unit, [access for access in self.accesses if access[3] is not None])
+        order = np.argsort(written, kind="stable")
+        written, writers, values = written[order], writers[order], values[order]
+        clash = (written[1:] == written[:-1]) & (writers[1:] != writers[:-1])
+        if kernel in ALIKE:
+            clash &= (values[1:] != values[:-1]).any(1)
+        assert not clash.any(), f"{kernel}: two programs write the same element"
+        place = np.searchsorted(written, read)
+        there = place < len(written)
+        place, read, readers = place[there], read[there], readers[there]
+        clash = (written[place] == read) & (writers[place] != readers)
+        assert not clash.any(), f"{kernel}: a program reads what another writes"
+
+    @staticmethod
+    def _pieces(unit: int, accesses: list[Any]) -> tuple[np.ndarray, ...]:
+        """Address, program and bytes of every piece."""
+        places, programs, values = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros((0, unit), np.uint8)]
+        for program, addresses, width, value in accesses:
+            places.append(np.add.outer(addresses, np.arange(0, width, unit, dtype=np.uint64)).ravel())
+            programs.append(np.full(places[-1].shape, program))
+            if value is not None:
+                values.append(np.ascontiguousarray(value).view(np.uint8).reshape(-1, unit))
+        return tuple(map(np.concatenate, (places, programs, values)))
 
     @staticmethod
     def within(tensor: Tensor, seen: list[np.ndarray]) -> np.ndarray:
@@ -110,18 +157,24 @@ def memory() -> Iterator[Memory]:
     watch, run = Memory(), KERNEL.run
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def launch(kernel: Any, *args: Any, **keywords: Any) -> Any:
+    def launch(kernel: Any, *args: Any, grid: Any, **keywords: Any) -> Any:
         given = [getattr(value, "base", value) for value in (*args, *keywords.values())]  # descriptors have a base
         storages = [value.untyped_storage() for value in given if isinstance(value, Tensor)]
-        watch.allowed = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
-        return run(kernel, *args, **keywords)
+        watch.begin(kernel.fn.__name__, grid, storages)
+        result = run(kernel, *args, grid=grid, **keywords)
+        watch.end(kernel.fn.__name__)
+        return result
+
+    def program() -> int:
+        (x, y, z), (_, height, depth) = builder.grid_idx, builder.grid_dim
+        return (x * height + y) * depth + z
 
     def watched_load(pointers: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
-        watch.touch(pointers, mask, watch.read)
+        watch.touch(program(), pointers, mask)
         return load(pointers, mask, *rest, **keywords)
 
     def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any, **keywords: Any) -> Any:
-        watch.touch(pointers, mask, watch.written)
+        watch.touch(program(), pointers, mask, value)
         return store(pointers, value, mask, *rest, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
