@@ -259,6 +259,8 @@ def _labels(
     packed, shape = keywords["cu_seqlens"] is not None, tuple(source.shape[:-1])
     symbol = "(N_total,)" if packed else "(S, T)"
     labels = validate.tensor("labels", labels, symbol, shape, validate.INTEGERS, source.device)
+    if labels.dtype == torch.int32 and not -(2**31) <= spec.ignore_index < 2**31:
+        raise validate.fail("ignore_index", "an integer of 32 bits like the labels", spec.ignore_index)
     cu_seqlens, sequences = None, shape[0]
     if packed:
         cu_seqlens = validate.boundaries("cu_seqlens", keywords["cu_seqlens"], shape[0], source.device)

@@ -194,10 +194,10 @@ def explain(
     validate.choice("delta", delta, DELTAS)
     constants = _device(device)
     dtype = _dtype(dtype)
-    for name in gradients:
-        validate.choice("gradients", name, GRADIENTS)
+    validate.choices("gradients", gradients, GRADIENTS)
     if skip_mass is not None:
         validate.within("skip_mass", skip_mass, 0, 1)
+    validate.at_least("memory_budget", memory_budget, 1, optional=True)
     unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "logps": 0}[objective]
     if unit == 2 and sequences % 2:
         raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
@@ -231,7 +231,8 @@ KEYWORDS = tuple(inspect.signature(explain).parameters)
 def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[int, int]:
     if model is not None:
         validate.choice("model", model, tuple(MODELS))
-        hidden, vocab = hidden or MODELS[model][0], vocab or MODELS[model][1]
+        hidden = MODELS[model][0] if hidden is None else hidden
+        vocab = MODELS[model][1] if vocab is None else vocab
     if hidden is None or vocab is None:
         raise ValueError(f"model must be one of {tuple(MODELS)}, or hidden and vocab given; got None")
     return hidden, vocab

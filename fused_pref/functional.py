@@ -272,10 +272,9 @@ def _ref_logps(batch: Batch, value: Any) -> Tensor:
 
 
 def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Any = None) -> PairOutput:
-    pair_normalizer = validate.normalizer("pair_normalizer", keywords["pair_normalizer"])
-    token_normalizer = validate.normalizer("token_normalizer", keywords["token_normalizer"], zero=True)
+    normalizers = pair_normalizers(keywords)
     ref_logps = _ref_logps(batch, ref_logps) if spec.reference else None
-    objective = PairObjective(spec, ref_logps, pair_normalizer, token_normalizer)
+    objective = PairObjective(spec, ref_logps, *normalizers)
     scores, attach, dropped_mass = batch.scores(Local(2, objective))
     result = objective(scores, batch.spec, batch.dtype)
     pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
@@ -299,8 +298,8 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
     if sample_weight is not None:
         sample_weight = batch.per_sequence("sample_weight", sample_weight)
         validate.values("sample_weight", sample_weight, lambda weight: weight.isfinite() & (weight >= 0), ">= 0")
-    normalizers = _bco_normalizers(spec, keywords)
-    delta = _delta(keywords["delta"])
+    normalizers = bco_normalizers(keywords)
+    delta = reward_shift(keywords, batch.labels.device)
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
     scores, attach, dropped_mass = batch.scores(Local(1, objective) if objective.local else None)
     result = objective(scores, batch.spec, batch.dtype)
@@ -319,26 +318,39 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
     )
 
 
-def _delta(delta: Any) -> RewardShift | float | Tensor:
-    """A RewardShift, a finite number or a detached 0-d tensor."""
+def reward_shift(keywords: Mapping[str, Any], device: torch.device | None = None) -> RewardShift | float | Tensor:
+    """``delta``: a RewardShift on this device (None: any), a finite number or a detached 0-d tensor."""
+    delta = keywords["delta"]
     if isinstance(delta, RewardShift):
+        if device is not None and delta.mean.device != device:
+            place = f"a RewardShift on {device} like the other tensors"
+            raise ValueError(f"delta must be {place}; got one on {delta.mean.device}")
         return delta
     if isinstance(delta, Tensor):
-        if delta.dim() != 0 or not delta.is_floating_point():
+        if validate.dense("delta", delta).dim() != 0 or not delta.is_floating_point():
             raise validate.fail("delta", "a RewardShift, a finite number or a 0-d floating tensor", delta)
         validate.values("delta", delta, torch.isfinite, "finite")
         return delta.detach()
     return validate.finite("delta", delta, "a RewardShift, a finite number or a 0-d tensor")
 
 
-def _bco_normalizers(spec: BCOSpec, keywords: Mapping[str, Any]) -> dict[str, Any]:
+def pair_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None, float | Tensor | None]:
+    """``pair_normalizer`` and ``token_normalizer``."""
+    return (
+        validate.normalizer("pair_normalizer", keywords["pair_normalizer"]),
+        validate.normalizer("token_normalizer", keywords["token_normalizer"], zero=True),
+    )
+
+
+def bco_normalizers(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The normalizer that the reduction uses; the other one is refused rather than ignored."""
     sequences, classes = keywords["sequence_normalizer"], keywords["class_normalizer"]
-    if sequences is not None and spec.reduction != "mean":
-        raise ValueError(f'sequence_normalizer needs reduction="mean"; got reduction={spec.reduction!r}')
+    reduction = keywords["reduction"]
+    if sequences is not None and reduction != "mean":
+        raise ValueError(f'sequence_normalizer needs reduction="mean"; got reduction={reduction!r}')
     if classes is not None:
-        if spec.reduction != "class_mean":
-            raise ValueError(f'class_normalizer needs reduction="class_mean"; got reduction={spec.reduction!r}')
+        if reduction != "class_mean":
+            raise ValueError(f'class_normalizer needs reduction="class_mean"; got reduction={reduction!r}')
         if not isinstance(classes, tuple | list) or len(classes) != 2:
             raise validate.fail("class_normalizer", "a pair (n+, n-)", classes, TypeError)
         if classes[0] is None or classes[1] is None:

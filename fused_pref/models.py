@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_pref import validate
 from fused_pref.modules import ObjectiveModule
 from fused_pref.output_head import (
     OutputHead,
@@ -50,10 +51,19 @@ class Preference:
         keywords: Mapping[str, Any],
         virtual_tokens: int = 0,
     ) -> None:
+        if not callable(loss):
+            raise validate.fail("loss", "a linear loss, of (hidden, weight, labels, ...)", loss, TypeError)
+        if not isinstance(tensors, tuple | list) or not tensors:
+            raise validate.fail("tensors", "a tuple of tensors, labels first", tensors, TypeError)
+        for number, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise validate.fail(f"tensors[{number}]", "a tensor", tensor, TypeError)
+        if not isinstance(keywords, Mapping):
+            raise validate.fail("keywords", "a mapping of what the loss takes by name", keywords, TypeError)
         self.loss = loss.call if isinstance(loss, ObjectiveModule) else loss
         self.tensors = tensors
         self.keywords = dict(keywords)
-        self.virtual_tokens = virtual_tokens
+        self.virtual_tokens = validate.at_least("virtual_tokens", virtual_tokens, 0)
         self.output: Any = None
 
     def __call__(self, hidden: Tensor, head: OutputHead) -> Tensor:
@@ -62,7 +72,7 @@ class Preference:
         keywords = {name: _to(value, hidden.device) for name, value in self.keywords.items()}
         if keywords.get("cu_seqlens") is not None:
             hidden, labels = hidden.flatten(0, -2), labels.flatten()
-        elif hidden.shape[1] == labels.shape[1] + self.virtual_tokens:
+        elif labels.dim() > 1 and hidden.shape[1] == labels.shape[1] + self.virtual_tokens:
             hidden = hidden[:, self.virtual_tokens :]
         self.output = self.loss(
             hidden,
@@ -156,13 +166,20 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     base = attach(model)
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch must be a mapping with labels and the model's inputs; got {type(batch).__name__}")
-    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    try:
+        parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    except (TypeError, ValueError):  # no function, or a builtin
+        parameters = {}
     if list(parameters)[:2] != ["hidden", "weight"]:
         raise TypeError(f"loss must be a linear loss, of (hidden, weight, labels, ...); got {loss!r:.80}")
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]
     missing = [name for name in required if name not in batch]
     if missing:
-        raise ValueError(f"batch must have {', '.join(missing)}, which the loss takes; got {', '.join(batch)}")
+        got = ", ".join(map(str, batch)) or "nothing"
+        raise ValueError(f"batch must have {', '.join(missing)}, which the loss takes; got {got}")
+    for name in required:
+        if not isinstance(batch[name], Tensor):
+            raise validate.fail(f"batch[{name!r}]", "a tensor", batch[name], TypeError)
     inputs = {name: value for name, value in batch.items() if name not in parameters}
     keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
     if base.config.is_encoder_decoder:

@@ -57,7 +57,7 @@ class ShiftModule(ObjectiveModule):
     """An objective with δ: a :class:`RewardShift` given as ``delta`` is a submodule."""
 
     def __init__(self, keywords: Mapping[str, Any], *checks: Callable[[Mapping[str, Any]], Any]) -> None:
-        super().__init__(keywords, *checks)
+        super().__init__(keywords, *checks, functional.bco_normalizers, functional.reward_shift)
         self.delta = self.keywords.pop("delta")
 
     def call_keywords(self, **given: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class CPOLoss(ObjectiveModule):
 
     @takes(CPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[CPOLogitsKeywords]) -> None:
-        super().__init__(keywords, PairSpec.cpo, LogitsSpec.of)
+        super().__init__(keywords, PairSpec.cpo, LogitsSpec.of, functional.pair_normalizers)
 
     def forward(
         self,
@@ -113,7 +113,7 @@ class DPOLoss(ObjectiveModule):
 
     @takes(DPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[DPOLogitsKeywords]) -> None:
-        super().__init__(keywords, PairSpec.dpo, LogitsSpec.of)
+        super().__init__(keywords, PairSpec.dpo, LogitsSpec.of, functional.pair_normalizers)
 
     def forward(
         self,
@@ -185,7 +185,7 @@ class LinearCPOLoss(ObjectiveModule):
 
     @takes(CPOLinearKeywords)
     def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
-        super().__init__(keywords, PairSpec.cpo, LinearSpec.of)
+        super().__init__(keywords, PairSpec.cpo, LinearSpec.of, functional.pair_normalizers)
 
     def forward(
         self,
@@ -221,7 +221,7 @@ class LinearDPOLoss(ObjectiveModule):
 
     @takes(DPOLinearKeywords)
     def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
-        super().__init__(keywords, PairSpec.dpo, LinearSpec.of)
+        super().__init__(keywords, PairSpec.dpo, LinearSpec.of, functional.pair_normalizers)
 
     def forward(
         self,

@@ -81,9 +81,17 @@ class RewardShift(nn.Module):
         """δ for a batch, 0-d float64, after the update that ``update`` asks for.
 
         Args:
-            rewards: (S,), β(logps − ref_logps).
+            rewards: (S,) floating, β(logps − ref_logps), on the device of the state.
             desirable: bool (S,).
+
+        Raises:
+            ValueError, TypeError: malformed input.
         """
+        device = self.mean.device
+        rewards = validate.tensor("rewards", rewards, "(S,)", None, validate.FLOATS, device)
+        if rewards.dim() != 1:
+            raise validate.fail("rewards", "(S,)", rewards)
+        desirable = validate.tensor("desirable", desirable, "(S,)", tuple(rewards.shape), (torch.bool,), device)
         delta, state = self.peek(rewards, desirable)
         self.commit(state)
         return delta
@@ -172,6 +180,14 @@ class RewardShift(nn.Module):
         both = torch.cat((total, number.double()))
         dist.all_reduce(both, group=self.process_group)
         return both[:2], both[2:].round().long()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse what no shift can have saved, before anything is changed."""
+        for name in ("mean", "pending_sum"):
+            validate.saved(state_dict, prefix + name, "(2,)", (2,), validate.FLOATS)
+        for name in ("count", "pending_count"):
+            validate.saved(state_dict, prefix + name, "(2,)", (2,), validate.INTEGERS, negative=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RewardShift":
         """Move the state with the module but keep its dtypes."""

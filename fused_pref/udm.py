@@ -37,7 +37,7 @@ class DensityRatio(nn.Module):
         if sample_size is not None and validate.integer("sample_size", sample_size) < 2:
             raise validate.fail("sample_size", "at least 2, or None", sample_size)
         self.sample_size = sample_size
-        self.generator = torch.Generator().manual_seed(validate.integer("seed", seed))
+        self.generator = torch.Generator().manual_seed(validate.integer("seed", seed, most=2**64 - 1))
         self.register_buffer("coefficients", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("intercept", torch.zeros((), dtype=torch.float64))
 
@@ -62,9 +62,9 @@ class DensityRatio(nn.Module):
                 'DensityRatio.fit needs scikit-learn: pip install "fused-pref[udm]"', name="sklearn"
             ) from error
         embeddings = validate.tensor("embeddings", embeddings, "(M, E)", None, validate.FLOATS)
-        if embeddings.dim() != 2:
-            raise validate.fail("embeddings", "(M, E)", embeddings)
-        desirable = validate.tensor("desirable", desirable, "(M,)", embeddings.shape[:1], (torch.bool,))
+        if embeddings.dim() != 2 or embeddings.shape[1] == 0:
+            raise validate.fail("embeddings", "(M, E) with E >= 1", embeddings)
+        desirable = validate.tensor("desirable", desirable, "(M,)", tuple(embeddings.shape[:1]), (torch.bool,))
         features, classes = embeddings.detach().cpu().double(), desirable.cpu()
         if not features.isfinite().all():
             raise ValueError("embeddings must be finite; got NaN or infinity")
@@ -101,20 +101,23 @@ class DensityRatio(nn.Module):
         embeddings = validate.tensor("embeddings", embeddings, "(S, E)", None, validate.FLOATS)
         if embeddings.dim() != 2 or embeddings.shape[1] != features:
             raise validate.fail("embeddings", f"(S, E={features})", embeddings)
-        place = embeddings.device
+        place, shape = embeddings.device, tuple(embeddings.shape[:1])
         scores = embeddings.detach().double() @ self.coefficients.to(place, torch.float64) + self.intercept.to(place)
         probability = torch.sigmoid(scores)
         weights = (probability / (1 - probability + 1e-8)).clamp(self.min_ratio, self.max_ratio)
         if desirable is not None:
-            desirable = validate.tensor("desirable", desirable, "(S,)", embeddings.shape[:1], (torch.bool,), place)
+            desirable = validate.tensor("desirable", desirable, "(S,)", shape, (torch.bool,), place)
             weights = torch.where(desirable, 1.0, weights)
         return weights.float()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take coefficients of any length: their number is the embedding size, known from the first fit."""
         saved = state_dict.get(prefix + "coefficients")
-        if isinstance(saved, Tensor) and saved.dim() == 1:
-            self.coefficients = self.coefficients.new_zeros(saved.shape)
+        size = saved.numel() if isinstance(saved, Tensor) else 0
+        validate.saved(state_dict, prefix + "coefficients", "(E,)", (size,), validate.FLOATS)
+        validate.saved(state_dict, prefix + "intercept", "()", (), validate.FLOATS)
+        if saved is not None:
+            self.coefficients = self.coefficients.new_zeros(size)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:

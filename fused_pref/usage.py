@@ -48,9 +48,11 @@ def run_command(
         return 2
     try:
         args = parser.parse_args(argv)
+        if not hasattr(args, "run"):
+            raise UsageError(f"the first argument must be a command, of {', '.join(commands)}; got {argv[0]!r}")
         return args.run(args)
     except UsageError as error:
-        print(f"{package}: {error}", file=sys.stderr)
+        print(f"{package}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{package}: interrupted", file=sys.stderr)

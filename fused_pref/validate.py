@@ -6,7 +6,8 @@ import itertools
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterator
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+LEAST, LARGEST = -(2**63), 2**63 - 1
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 _checks = contextvars.ContextVar("fused_pref_checks", default=False)
 
@@ -48,8 +53,11 @@ def readable(tensor: Tensor) -> bool:
 def describe(value: Any) -> str:
     """What came, for a message."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return repr(value)
+        kind = str(value.dtype).removeprefix("torch.")
+        # A nested tensor has no shape.
+        shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
+        return f"a {kind} tensor {shape} on {value.device}"
+    return " ".join(line.strip() for line in _short.repr(value).splitlines())
 
 
 def fail(name: str, expected: str, value: Any, error: type[Exception] = ValueError) -> Exception:
@@ -61,9 +69,13 @@ def finite(name: str, value: Any, expected: str = "a finite number") -> float:
     """A finite real number (bools are not numbers)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise fail(name, expected, value, TypeError)
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer or a fraction beyond float64
+        number = math.inf
+    if not math.isfinite(number):
         raise fail(name, expected, value)
-    return float(value)
+    return number
 
 
 def positive(name: str, value: Any) -> float:
@@ -89,10 +101,12 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def integer(name: str, value: Any) -> int:
-    """An integer (bools are not)."""
+def integer(name: str, value: Any, most: int = LARGEST) -> int:
+    """An integer (bools are not) of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise fail(name, "an integer", value, TypeError)
+    if not LEAST <= int(value) <= most:
+        raise fail(name, f"an integer of 64 bits, at most {most}", value)
     return int(value)
 
 
@@ -100,9 +114,10 @@ def at_least(name: str, value: Any, least: int, *, optional: bool = False) -> An
     """An integer of at least ``least``; ``optional``: or None."""
     if value is None and optional:
         return None
-    if integer(name, value) < least:
+    number = integer(name, value)
+    if number < least:
         raise fail(name, f"an integer >= {least}{', or None' if optional else ''}", value)
-    return value
+    return number
 
 
 def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> Any:
@@ -111,6 +126,48 @@ def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> Any:
         raise fail(name, f"one of {allowed}", value, TypeError)
     if value not in allowed:
         raise fail(name, f"one of {allowed}", value)
+    return value
+
+
+def choices(name: str, value: Any, allowed: tuple[Any, ...], *, empty: bool = True) -> None:
+    """A collection whose entries are among the allowed values; without ``empty``, at least one."""
+    if isinstance(value, str) or not isinstance(value, Collection):
+        raise fail(name, f"a sequence, of {allowed}", value, TypeError)
+    if not value and not empty:
+        raise fail(name, f"at least one of {allowed}", value)
+    for entry in value:
+        if entry not in allowed:
+            raise fail(name, f"of {allowed}", entry)
+
+
+def available(name: str, value: Any) -> None:
+    """A device, or its name, on which tensors can be made here."""
+    expected = "a device that is available here"
+    if not isinstance(value, str | torch.device):
+        raise fail(name, expected, value, TypeError)
+    try:
+        meta = torch.empty(0, device=value).is_meta
+    except (RuntimeError, AssertionError, ImportError) as error:  # a build without a device says so by an assertion
+        raise fail(name, expected, value) from error
+    if meta:
+        raise fail(name, "a device that holds values", value)
+
+
+def dense(name: str, value: Tensor) -> Tensor:
+    """A plain tensor that holds its values one by one."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor: call .full_tensor() to gather it, inside FSDP run the head "
+            "in the forward of the module that owns it"
+        )
+    if value.is_nested:
+        raise TypeError(f"{name} must be dense; got {describe(value)}: pack its sequences (cu_seqlens) or pad them")
+    if value.is_quantized:
+        raise TypeError(f"{name} must be dense; got {describe(value)}: call .dequantize() first")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense; got layout {value.layout}: call .to_dense() first")
+    if value.is_meta:
+        raise fail(name, "on a device that holds values", value)
     return value
 
 
@@ -130,15 +187,7 @@ def tensor(
     expected = f"a {kinds} tensor {symbol}"
     if not isinstance(value, Tensor):
         raise fail(name, expected, value, TypeError)
-    if type(value).__name__ == "DTensor":
-        raise TypeError(
-            f"{name} must be a plain tensor; got a DTensor: call .full_tensor() to gather it, inside FSDP run the head "
-            "in the forward of the module that owns it"
-        )
-    if value.layout is not torch.strided or value.is_quantized:
-        raise TypeError(f"{name} must be dense; got layout {value.layout}: call .to_dense() or .dequantize() first")
-    if value.is_meta:
-        raise fail(name, "on a device that holds values", value)
+    dense(name, value)
     if value.dtype not in dtypes:
         raise fail(name, expected, value, TypeError)
     if shape is not None and tuple(value.shape) != shape:
@@ -161,13 +210,35 @@ def boundaries(name: str, value: Any, total: int, device: torch.device) -> Tenso
     return value
 
 
+def saved(
+    state_dict: Mapping[str, Any],
+    key: str,
+    symbol: str,
+    shape: tuple[int, ...] | None,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    negative: bool = True,
+) -> None:
+    """Validate an entry of a state dict, finite and, without ``negative``, >= 0; one that is missing is not looked at.
+
+    Raises:
+        ValueError, TypeError: a malformed entry.
+    """
+    if key not in state_dict:
+        return
+    name = f"state_dict[{key!r}]"
+    value = tensor(name, state_dict[key], symbol, shape, dtypes)
+    if not value.isfinite().all() or not (negative or (value >= 0).all()):
+        raise ValueError(f"{name} must be finite{'' if negative else ' and >= 0'}; got {describe(value.tolist())}")
+
+
 def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor | None:
     """A count to divide by: None, a number or a 0-d tensor, above 0 (``zero``: or 0)."""
     if value is None:
         return None
     expected = f"a finite number or 0-d tensor {'>=' if zero else '>'} 0"
     if isinstance(value, Tensor):
-        if value.dim() != 0 or value.dtype is torch.bool or value.is_complex():
+        if dense(name, value).dim() != 0 or value.dtype is torch.bool or value.is_complex():
             raise fail(name, expected, value)
         if not readable(value):
             return value.detach()

@@ -194,7 +194,7 @@ def test_spills_and_missing_cases_fail() -> None:
     ("arguments", "environment", "message"),
     [
         ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
-        (("--targets", "sm_90,sm_12"), {}, "unknown target sm_12"),
+        (("--targets", "sm_90,sm_12"), {}, "--targets: must be of sm_80,sm_90,sm_100,gfx942; got 'sm_12'"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], environment: dict[str, str], message: str) -> None:

@@ -12,6 +12,7 @@ from fused_pref.head.agreement import Agreement
 from fused_pref.keywords import TokenKeywords, choices
 from fused_pref.ranks import group_of
 
+BACKENDS = choices(TokenKeywords, "backend")
 LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
 
 
@@ -66,7 +67,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """Validated constants of every call; ``backend`` is the one that was chosen."""
+    """Validated constants of every call; ``backend`` becomes the one that is chosen."""
 
     backend: str
     shift: bool
@@ -84,7 +85,7 @@ class TokenSpec:
                 "cp_group needs shift=False: a label may belong to a position of another rank; shift first"
             )
         return cls(
-            backend="auto",
+            backend=validate.choice("backend", keywords["backend"], BACKENDS),
             shift=validate.flag("shift", keywords["shift"]),
             ignore_index=validate.integer("ignore_index", keywords["ignore_index"]),
             transform=Transform.of(keywords),

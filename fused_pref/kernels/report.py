@@ -14,6 +14,7 @@ import torch
 
 import fused_pref.kernels
 from fused_pref import backend
+from fused_pref.usage import UsageError
 
 TARGETS = "sm_80,sm_90,sm_100,gfx942"
 COLUMNS = {
@@ -43,16 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a row per kernel, case, dtype and target; 1 if one spills or a kernel has no case, 2 if it cannot run."""
-    obstacle = compile_obstacle()
-    if obstacle:
-        print(f"kernels: {obstacle}", file=sys.stderr)
-        return 2
+    """Print a row per kernel, case, dtype and target; 1 if one spills or a kernel has no case."""
     targets = args.targets.split(",")
     unknown = sorted(set(targets) - set(TARGETS.split(",")))
     if unknown:
-        print(f"kernels: unknown target {', '.join(unknown)}; there are {TARGETS}", file=sys.stderr)
-        return 2
+        raise UsageError(f"argument --targets: must be of {TARGETS}; got {', '.join(map(repr, unknown))}")
+    obstacle = compile_obstacle()
+    if obstacle:
+        raise UsageError(f"kernels cannot be compiled: {obstacle}")
     rows = compile_all(targets)
     if args.json:
         print(json.dumps(rows, indent=1))

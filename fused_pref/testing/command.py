@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fused_pref import validate
 from fused_pref.backend import triton_obstacle
 from fused_pref.head import call
 from fused_pref.head.plan import Plan, Problem, candidates
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; 0 if no line is worse than its peers, else 1."""
     try:
         sizes = Sizes.parse(args.shape)
-        torch.empty(0, device=args.device)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(str(error).splitlines()[0]) from None
+        validate.available("--device", args.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1; got {args.seeds}")
     obstacle = triton_obstacle(torch.device(args.device))

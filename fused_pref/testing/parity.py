@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,24 +188,24 @@ def check_parity(
         AssertionError: a line does not pass; the message is the table.
         ValueError, TypeError: a malformed argument.
     """
-    unknown = [kind for kind in logits if kind not in LOGITS]
-    if unknown:
-        raise validate.fail("logits", f"of {LOGITS}", unknown[0])
-    if len(shape) != 4 or any(validate.integer("shape", size) < 1 for size in shape) or shape[0] % 2:
+    own, others = _of("loss", loss), {"reference": _of("reference", reference), **_peers(peers)}
+    validate.choices("logits", logits, LOGITS, empty=False)
+    validate.choices("dtypes", dtypes, validate.FLOATS, empty=False)
+    four = isinstance(shape, Sequence) and len(shape) == 4
+    if not four or any(validate.integer("shape", size) < 1 for size in shape) or shape[0] % 2:
         raise validate.fail("shape", "(S, T, D, V), each >= 1 and S even", shape)
+    validate.available("device", device)
     validate.at_least("seeds", seeds, 1)
-    others = {"reference": reference, **(peers or {})}
+    validate.flag("raise_exception", raise_exception)
     lines = []
     for dtype in dtypes:
-        if dtype not in validate.FLOATS:
-            raise validate.fail("dtypes", f"of {validate.FLOATS}", dtype)
         for kind in logits:
             lines += compare(
                 "loss",
                 ("hidden", "weight"),
-                {"loss": _of(loss)},
-                {name: _of(function) for name, function in others.items()},
-                lambda problem: evaluate(_of(reference), _wide(problem)),
+                {"loss": own},
+                others,
+                lambda problem: evaluate(others["reference"], _wide(problem)),
                 Sizes(*shape, masked=0.25, logits=kind),
                 dtype,
                 device,
@@ -216,11 +217,27 @@ def check_parity(
     return parity
 
 
-def _of(function: Function) -> Loss:
+def _peers(peers: Any) -> dict[str, Loss]:
+    if peers is None:
+        return {}
+    if not isinstance(peers, Mapping):
+        raise validate.fail("peers", "a mapping of names to functions", peers, TypeError)
+    for name in ("loss", "reference"):
+        if name in peers:
+            raise ValueError(f"peers must have other names than {name!r}, which is that of an argument")
+    return {name: _of(f"peers[{name!r}]", function) for name, function in peers.items()}
+
+
+def _of(name: str, function: Any) -> Loss:
+    if not callable(function):
+        raise validate.fail(name, "a function of (hidden, weight, labels)", function, TypeError)
+
     def loss(problem: Problem) -> Tensor:
         value = function(problem.hidden, problem.weight, problem.labels)
         if not isinstance(value, Tensor) or value.dim():
-            raise validate.fail("loss", "a function whose result is a 0-d tensor", value, TypeError)
+            raise validate.fail(name, "a function whose result is a 0-d tensor", value, TypeError)
+        if not value.requires_grad:
+            raise TypeError(f"{name} must be a differentiable function; got a result that requires no gradient")
         return value
 
     return loss

@@ -50,7 +50,7 @@ class Sizes:
             ValueError: anything else, or an odd S.
         """
         numbers = [int(number) for number in text.split("x") if number.isdecimal()]
-        if text.count("x") != 3 or len(numbers) != 4 or min(numbers) < 1 or numbers[0] % 2:
+        if text.count("x") != 3 or len(numbers) != 4 or not 0 < min(numbers) <= max(numbers) < 2**31 or numbers[0] % 2:
             raise ValueError(f"--shape must be SxTxDxV with an even S, as 8x128x512x32768; got {text!r}")
         sequences, length, features, vocabulary = numbers
         return cls(sequences, length, features, vocabulary)

@@ -19,7 +19,7 @@ from fused_pref.functional import linear_bco_loss, linear_sequence_logps
 from fused_pref.models import Preference, attach, virtual_tokens
 from fused_pref.trl.base import HeadTrainer
 from fused_pref.trl.bco_config import BCOConfig
-from fused_pref.trl.checks import check_args, check_model, check_rows, check_tokenizer
+from fused_pref.trl.checks import check_args, check_model, check_reference, check_rows, check_tokenizer
 from fused_pref.trl.udm import WEIGHT, PromptWeights, WeightCollator, prompt_texts
 from fused_pref.udm import DensityRatio
 
@@ -82,6 +82,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         peft_config: Any = None,
     ) -> None:
         check_model(model)
+        check_reference(ref_model)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
             args = BCOConfig(f"{name.split('/')[-1]}-BCO")
@@ -97,6 +98,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         self.exact_accumulation, self.memory_budget = args.exact_accumulation, args.memory_budget
         self.density_ratio: DensityRatio | None = None
         self.prompt_weights: PromptWeights | None = None
+        if embedding_func is None and embedding_tokenizer is not None:
+            raise ValueError("embedding_tokenizer needs embedding_func; got None")
         if embedding_func is not None:
             self.density_ratio = DensityRatio(min_ratio=args.min_density_ratio, max_ratio=args.max_density_ratio)
             batch = args.per_device_train_batch_size

@@ -6,8 +6,7 @@ from trl.trainer.kto_config import KTOConfig
 
 from fused_pref import validate
 from fused_pref.modules import LinearBCOLoss
-from fused_pref.shift import RewardShift
-from fused_pref.udm import DensityRatio
+from fused_pref.shift import KINDS, UPDATES, RewardShift
 
 # The loss of TRL's trainer whose data pipeline BCO shares: it asks for no KL completions.
 PIPELINE = "apo_zero_unpaired"
@@ -74,10 +73,15 @@ class BCOConfig(KTOConfig):
         if self.loss_type != PIPELINE:
             raise ValueError(f"loss_type must stay {PIPELINE!r}: BCO is the loss; got {self.loss_type!r}")
         validate.choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
-        # Constructed for what they refuse.
-        self.shift()
+        validate.choice("delta_kind", self.delta_kind, KINDS)
+        validate.within("delta_decay", self.delta_decay, 0.0, 1.0)
+        validate.finite("delta_value", self.delta_value)
+        validate.choice("delta_update", self.delta_update, UPDATES)
+        least = validate.positive("min_density_ratio", self.min_density_ratio)
+        if validate.positive("max_density_ratio", self.max_density_ratio) < least:
+            raise validate.fail("max_density_ratio", f">= min_density_ratio = {least}", self.max_density_ratio)
+        # Constructed for what it refuses.
         LinearBCOLoss(beta=self.beta, memory_budget=self.memory_budget)
-        DensityRatio(min_ratio=self.min_density_ratio, max_ratio=self.max_density_ratio)
         validate.at_least("prompt_sample_size", self.prompt_sample_size, 1)
         validate.flag("exact_accumulation", self.exact_accumulation)
         for name in ("desirable_weight", "undesirable_weight"):

@@ -25,6 +25,20 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be a transformers model, or the name of one; got {type(model).__name__}")
 
 
+def check_reference(ref_model: Any) -> None:
+    """A reference model must have a head that can be used, too.
+
+    Raises:
+        ValueError, TypeError: as :func:`fused_pref.models.find_head`.
+    """
+    if ref_model is None:
+        return
+    try:
+        find_head(ref_model)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"ref_model is of no use: {error}") from error
+
+
 def check_args(args: Any, needed: type) -> None:
     """The configuration must be of the trainer's kind, without what would replace the forward.
 
@@ -65,7 +79,8 @@ def check_tokenizer(processing_class: Any) -> None:
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
     if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
         raise ValueError(
-            "processing_class must have a pad token; set processing_class.pad_token, often to its eos_token"
+            "processing_class must have a pad token; set processing_class.pad_token, often to its eos_token; got "
+            f"{type(processing_class).__name__}"
         )
 
 

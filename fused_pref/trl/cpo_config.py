@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from fused_pref import validate
 from fused_pref.trl.stock import StockCPOConfig
 
 
@@ -14,6 +15,9 @@ class CPOConfig(StockCPOConfig):
             so that accumulation gives the gradient of one big batch; by default TRL's mean of microbatch means.
         memory_budget: bytes of workspace of the linear head; None: 256 MiB or the bytes of the head's gradient,
             whichever is more.
+
+    Raises:
+        ValueError, TypeError: a malformed value of these two; the trainer checks the others.
     """
 
     exact_accumulation: bool = field(
@@ -24,3 +28,8 @@ class CPOConfig(StockCPOConfig):
         default=None,
         metadata={"help": "Bytes of workspace of the linear head."},
     )
+
+    def __post_init__(self) -> None:
+        validate.flag("exact_accumulation", self.exact_accumulation)
+        validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
+        super().__post_init__()

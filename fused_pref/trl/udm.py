@@ -35,7 +35,10 @@ class PromptWeights:
     ) -> None:
         if not callable(embed):
             raise validate.fail("embedding_func", "a function that returns embeddings (n, E)", embed, TypeError)
-        self.embed, self.tokenizer, self.ratio = embed, tokenizer, ratio
+        if tokenizer is not None and not callable(tokenizer):
+            raise validate.fail("embedding_tokenizer", "a tokenizer or None", tokenizer, TypeError)
+        self.embed, self.ratio = embed, ratio
+        self.tokenizer: Any = tokenizer
         self.batch_size, self.device = batch_size, device
 
     def fit(self, prompts: list[str], desirable: list[bool], sample_size: int, seed: int) -> None:
@@ -69,6 +72,12 @@ class PromptWeights:
             if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or len(embeddings) != len(texts):
                 raise validate.fail(
                     "embedding_func", f"a function that returns ({len(texts)}, E) for {len(texts)} prompts", embeddings
+                )
+            if parts and embeddings.shape[1] != parts[0].shape[1]:
+                raise validate.fail(
+                    "embedding_func",
+                    f"a function whose E is the same, {parts[0].shape[1]}, for all prompts",
+                    embeddings,
                 )
             parts.append(embeddings.float().cpu())
         return torch.cat(parts)
