@@ -14,10 +14,6 @@ from collections import defaultdict
 from enum import IntEnum
 
 import pytest
-import torch
-
-from fused_pref.head.linear import Head
-from fused_pref.head.spec import Transform
 
 pytest.importorskip("triton")
 
