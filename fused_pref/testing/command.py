@@ -121,10 +121,11 @@ def implementations(name: str, backend: str) -> Iterator[tuple[str, Loss]]:
     """From logits, and by every plan."""
     objective = WORKS[name].objective
     yield f"{backend}, logits", ours_of_logits(backend=backend)(objective)
-    forms = itertools.product((False, True) if backend == "triton" else (False,), (False, True))
-    for plan, (fused, small) in itertools.product(PLANS[name], forms):
-        form = f"{backend}, {plan}{', fused' if fused else ''}{', in parts' if small else ''}"
-        yield form, by_plan(ours(backend=backend)(objective), plan, fused=fused, small=small)
+    forms = list(itertools.product((False, True) if backend == "triton" else (False,), (False, True)))
+    for plan in PLANS[name]:
+        for fused, small in forms:
+            form = f"{backend}, {plan}{', fused' if fused else ''}{', in parts' if small else ''}"
+            yield form, by_plan(ours(backend=backend)(objective), plan, fused=fused, small=small)
 
 
 def by_plan(loss: Loss, name: str, *, fused: bool, small: bool) -> Loss:
