@@ -194,7 +194,7 @@ def tensor(
     if value.dtype not in dtypes:
         raise fail(name, expected, value, TypeError)
     if shape is not None and tuple(value.shape) != shape:
-        raise fail(name, f"{symbol} = {shape}", value)
+        raise fail(name, symbol if symbol == str(shape) else f"{symbol} = {shape}", value)
     if device is not None and value.device != device:
         raise fail(name, f"on {device} like the other tensors", value)
     return value
