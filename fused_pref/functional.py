@@ -257,6 +257,7 @@ def linear_bco_loss(
 
 def _token_logps(batch: Batch) -> Tensor:
     logp, _ = batch.tokens()
+    validate.values("the log-prob of each token", logp, torch.isfinite, "finite")
     return logp[:, :-1] if batch.spec.shift and batch.cu_seqlens is None else logp
 
 

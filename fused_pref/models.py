@@ -31,6 +31,8 @@ from fused_pref.output_head import (
 
 __all__ = ["OutputHead", "Preference", "attach", "find_head", "preference_forward", "unwrap", "virtual_tokens"]
 
+LOSS = "a linear loss, of (hidden, weight, labels, ...)"
+
 
 class Preference:
     """What one forward computes at the head in place of logits.
@@ -52,7 +54,7 @@ class Preference:
         virtual_tokens: int = 0,
     ) -> None:
         if not callable(loss):
-            raise validate.fail("loss", "a linear loss, of (hidden, weight, labels, ...)", loss, TypeError)
+            raise validate.fail("loss", LOSS, loss, TypeError)
         if not isinstance(tensors, tuple | list) or not tensors:
             raise validate.fail("tensors", "a tuple of tensors, labels first", tensors, TypeError)
         for number, tensor in enumerate(tensors):
@@ -171,7 +173,7 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     except (TypeError, ValueError):  # no function, or a builtin
         parameters = {}
     if list(parameters)[:2] != ["hidden", "weight"]:
-        raise TypeError(f"loss must be a linear loss, of (hidden, weight, labels, ...); got {loss!r:.80}")
+        raise validate.fail("loss", LOSS, loss, TypeError)
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]
     missing = [name for name in required if name not in batch]
     if missing:

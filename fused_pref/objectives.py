@@ -99,6 +99,7 @@ class BCOSpec:
     @classmethod
     def bco(cls, keywords: Mapping[str, Any]) -> "BCOSpec":
         """From BCO's keywords."""
+        validate.tensor_or_none("sample_weight", keywords["sample_weight"], "(S,)")
         return cls(
             beta=validate.positive("beta", keywords["beta"]),
             reduction=validate.choice("reduction", keywords["reduction"], BCO_REDUCTIONS),

@@ -17,6 +17,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 LEAST, LARGEST = -(2**63), 2**63 - 1
 
+# Characters of what came.
+LONGEST = 120
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
@@ -57,7 +59,8 @@ def describe(value: Any) -> str:
         # A nested tensor has no shape.
         shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
         return f"a {kind} tensor {shape} on {value.device}"
-    return " ".join(line.strip() for line in _short.repr(value).splitlines())
+    text = " ".join(line.strip() for line in _short.repr(value).splitlines())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def fail(name: str, expected: str, value: Any, error: type[Exception] = ValueError) -> Exception:
@@ -191,10 +194,16 @@ def tensor(
     if value.dtype not in dtypes:
         raise fail(name, expected, value, TypeError)
     if shape is not None and tuple(value.shape) != shape:
-        raise fail(name, f"{symbol} = {shape}", value)
+        raise fail(name, symbol if symbol == str(shape) else f"{symbol} = {shape}", value)
     if device is not None and value.device != device:
         raise fail(name, f"on {device} like the other tensors", value)
     return value
+
+
+def tensor_or_none(name: str, value: Any, symbol: str) -> None:
+    """A tensor, which is looked at where its shape is known, or None."""
+    if value is not None and not isinstance(value, Tensor):
+        raise fail(name, f"a tensor {symbol} or None", value, TypeError)
 
 
 def boundaries(name: str, value: Any, total: int, device: torch.device) -> Tensor:

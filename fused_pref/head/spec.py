@@ -79,6 +79,7 @@ class TokenSpec:
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Self:
         """From the shared keywords."""
+        validate.tensor_or_none("cu_seqlens", keywords["cu_seqlens"], "(S+1,)")
         cp_group = group_of("cp_group", keywords["cp_group"])
         if cp_group is not None and keywords["shift"] is not False:
             raise ValueError(
@@ -131,6 +132,7 @@ class LinearSpec(TokenSpec):
     @classmethod
     def own(cls, keywords: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`fused_pref.keywords.LinearKeywords`."""
+        validate.tensor_or_none("bias", keywords["bias"], "(V,)")
         bounds = {"memory_budget": 1, "max_valid_tokens": 0}
         sizes = {name: validate.at_least(name, keywords[name], least, optional=True) for name, least in bounds.items()}
         skip_mass, group = keywords["skip_mass"], keywords["tp_group"]
