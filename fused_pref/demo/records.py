@@ -75,6 +75,8 @@ def _record(line: bytes) -> Record:
         raise ValueError(f"not UTF-8 at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:
+        raise ValueError("not valid JSON: a number has too many digits") from error
     except RecursionError as error:
         raise ValueError("not valid JSON: nested too deeply") from error
     if not isinstance(value, dict):
