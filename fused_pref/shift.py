@@ -47,8 +47,8 @@ class RewardShift(nn.Module):
     for good. The state is float64 and int64, stays so under ``.bfloat16()``, and is part of ``state_dict``.
 
     Raises:
-        ValueError, TypeError: unknown ``kind`` or ``update``, ``decay`` outside [0, 1), ``value`` not finite. So does
-            ``load_state_dict`` for entries that no shift can have saved; its keys are checked as PyTorch does.
+        ValueError, TypeError: unknown ``kind`` or ``update``, ``decay`` outside [0, 1), ``value`` not finite; of
+            ``load_state_dict`` an entry that no shift can have saved (missing keys are left to PyTorch).
     """
 
     mean: Tensor
