@@ -44,8 +44,8 @@ def _token_logps_bwd_kernel(
         source += cols if ALIGNED else cols.to(tl.int64) * logits_stride_v
         x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         top = tl.load(statistics + row)
-        total = tl.load(statistics + rows + row)
-        others = tl.load(statistics + 2 * rows + row)
+        total = tl.load(statistics + (row + rows))
+        others = tl.load(statistics + (row + rows + rows))
         factor = tl.load(grad_logp + row_offset(row, length, grad_stride_s, grad_stride_t, 1)) / total
         p = exp(transform(x, inner, outer, TRANSFORM) - top)
         dz = tl.where(cols == column, factor * others, -factor * p)

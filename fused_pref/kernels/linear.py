@@ -107,10 +107,10 @@ def _linear_statistics_kernel(
                     e = chain(e, part, inner, outer, TRANSFORM)
                 store(sink, e, row, r < rows, cols, width, sink_stride, ROWS)
             top = risen
-    into = partials + tl.cast(split, tl.int64) * 3 * rows + r
-    tl.store(into, top, mask=there)
-    tl.store(into + rows, others, mask=there)
-    tl.store(into + 2 * rows, total, mask=there)
+    part = tl.cast(split, tl.int64) * 3 * rows
+    tl.store(partials + part + r, top, mask=there)
+    tl.store(partials + (part + rows) + r, others, mask=there)
+    tl.store(partials + (part + rows + rows) + r, total, mask=there)
 
 
 @triton.jit

@@ -55,8 +55,8 @@ def _finish(
     value = tl.where(others < ey, -log1p(others / ey), zy - tl.log(others + ey))
     tl.store(logp + row, tl.where(scored, value, 0.0))
     tl.store(statistics + row, tl.where(scored, risen, 0.0))
-    tl.store(statistics + rows + row, tl.where(scored, others + ey, 0.0))
-    tl.store(statistics + 2 * rows + row, tl.where(scored, others, 0.0))
+    tl.store(statistics + (row + rows), tl.where(scored, others + ey, 0.0))
+    tl.store(statistics + (row + rows + rows), tl.where(scored, others, 0.0))
 
 
 @triton.jit
@@ -107,10 +107,10 @@ def _token_logps_fwd_kernel(
             top = risen
     highest, remainder = _joined(top, others)
     if SPLIT:
-        part = partials + (tl.program_id(1).to(tl.int64) * 3) * rows + row
-        tl.store(part, highest)
-        tl.store(part + rows, remainder)
-        tl.store(part + 2 * rows, tl.sum(total, 0))
+        part = (tl.program_id(1).to(tl.int64) * 3) * rows + row
+        tl.store(partials + part, highest)
+        tl.store(partials + (part + rows), remainder)
+        tl.store(partials + (part + rows + rows), tl.sum(total, 0))
     else:
         _finish(
             row, rows, base, logits_stride_v, column, scored, highest, remainder, inner, outer, logp, statistics,
@@ -136,10 +136,10 @@ def _token_logps_combine_kernel(
     )
     scored = y != ignore_index
     split = tl.arange(0, BLOCK)
-    part = partials + (split.to(tl.int64) * 3) * rows + row
-    tops = tl.load(part, mask=split < splits, other=float("-inf"))
-    sums = tl.load(part + rows, mask=split < splits, other=0.0)
-    totals = tl.load(part + 2 * rows, mask=split < splits, other=0.0)
+    part = (split.to(tl.int64) * 3) * rows + row
+    tops = tl.load(partials + part, mask=split < splits, other=float("-inf"))
+    sums = tl.load(partials + (part + rows), mask=split < splits, other=0.0)
+    totals = tl.load(partials + (part + rows + rows), mask=split < splits, other=0.0)
     top, others = _joined(tops, sums)
     base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, 1)
     _finish(

@@ -34,6 +34,7 @@ def _slab_statistics_kernel(
     # The quotient tells the compiler that the end falls between two accesses.
     end = columns // WIDTH * WIDTH
     seen = statistics + row
+    statistics_stride = tl.cast(statistics_stride, tl.int64)
     start_top = tl.load(seen)
     top = start_top
     # Kept apart per lane: only the maximum is reduced inside the loop.
