@@ -208,6 +208,17 @@ def test_unscored_positions_may_hold_anything(device: str, backend: str) -> None
         assert all(torch.equal(a, b) for a, b in zip(gradients(batch, **options), clean, strict=True))
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_means_of_completions_leave_other_positions_out(softcap: float | None, device: str, backend: str) -> None:
+    batch = make_hidden(6, 7, 12, 29, device=device)
+    options = {"backend": backend, "logits_mean": "completion", "softcap": softcap}
+    clean = fp.linear_cpo_loss(batch.hidden, batch.weight, batch.labels, **options)
+    batch.hidden[:, -1] = torch.nan
+    dirty = fp.linear_cpo_loss(batch.hidden, batch.weight, batch.labels, **options)
+    assert torch.equal(dirty.chosen_logits_mean, clean.chosen_logits_mean)
+    assert torch.equal(dirty.rejected_logits_mean, clean.rejected_logits_mean)
+
+
 def gradients(batch: Hidden, upstream: float = 1.0, **keywords: Any) -> list[torch.Tensor]:
     leaves = [batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()]
     loss = fp.linear_cpo_loss(*leaves, batch.labels, **keywords).loss

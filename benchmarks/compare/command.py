@@ -47,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
     start, machine, rows = time.monotonic(), environment(args.device), []
     deadline = None if args.seconds is None else start + args.seconds
     print(describe(args.device))
+    works = {work for *_, work, _ in tables_of(presets, args)}
+    for peer in args.peers or ():
+        if not any(PEERS[peer].does(work, args.device) for work in works):
+            why = PEERS[peer].obstacle(args.device) or f"it does not compute {', '.join(sorted(works))}"
+            raise UsageError(f"--peers {peer} has no row here: {why}")
     skipped = 0
     for name, sizes, dtype, work, preset in tables_of(presets, args):
         if deadline is not None and time.monotonic() > deadline:

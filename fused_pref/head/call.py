@@ -139,7 +139,9 @@ class HeadCall:
             return (totals if unscored is None else totals + unscored) / head.vocabulary
         means = linear_means(head).view(labels.shape)
         if self.spec.logits_mean == "completion":
-            means = means * rows.spread(torch.ones_like(rows.targets, dtype=means.dtype), labels)
+            covered = rows.spread(torch.ones_like(rows.targets, dtype=means.dtype), labels)
+            # Whatever stands elsewhere, NaN too, is not part of them.
+            means = torch.where(covered == 0, covered, means * covered)
         return means
 
     def unscored(self, rows: ValidRows, positions: int) -> int:

@@ -73,10 +73,13 @@ class KnownGradientsFunction(torch.autograd.Function):
         shard: Shard | None,
         *gradients: Tensor | None,
     ) -> Tensor:
-        """0-d."""
+        """0-d; ``loss`` itself, but for a compiler: whoever calls may have changed a state for it already."""
         ctx.backend, ctx.shard = backend, shard
         ctx.save_for_backward(hidden, weight, bias, *gradients)
-        return loss.clone()
+        if torch.compiler.is_compiling():
+            return loss.clone()
+        ctx.mark_dirty(loss)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

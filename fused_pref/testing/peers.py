@@ -51,7 +51,7 @@ class Peer:
             return f"{self.package} is not installed"
         if self.needs is not None and not hasattr(F, self.needs):
             return f"PyTorch {torch.__version__} has no F.{self.needs}"
-        if self.gpu and device != "cuda":
+        if device != "cuda" and (self.gpu or self.device == "cuda"):
             return "it needs a GPU"
         return None
 

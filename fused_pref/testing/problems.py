@@ -218,6 +218,7 @@ def _log_softmax(h: Tensor, w: Tensor) -> Tensor:
 
 
 def error(found: Tensor, true: Tensor) -> float:
-    """Norm of the difference over that of the truth; a value below 1 counts as 1."""
-    scale = true.norm().clamp(min=1.0) if true.dim() < 2 else true.norm()
+    """Norm of the difference over that of the truth; a value below 1, and a gradient that is 0, count as 1."""
+    scale = true.norm()
+    scale = scale.clamp(min=1.0) if true.dim() < 2 else torch.where(scale == 0, 1, scale)
     return ((found.double() - true).norm() / scale).item()

@@ -1,0 +1,37 @@
+"""The same inputs give the same bits: call after call, in every process, with one thread as with two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repeated import FUNCTIONS, SIZES, THREADS, everything
+
+Digests = dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Digests]:
+    """Of two fresh processes at once, and two of this one."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = [sys.executable, Path(__file__).with_name("repeated.py")]
+    fresh = [subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in fresh]
+    assert [process.returncode for process in fresh] == [0, 0]
+    return [*(json.loads(output) for output in outputs), everything(), everything()]
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("backend", SIZES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_same_bits(name: str, backend: str, threads: int, runs: list[Digests]) -> None:
+    own = [run[f"{backend} {threads}"] for run in runs]
+    for key in (name, f"linear_{name}, None", f"linear_{name}, 1"):
+        assert len({run[key] for run in own}) == 1, key
+
+
+def test_other_inputs_have_other_hashes(runs: list[Digests]) -> None:
+    """A hash of nothing would be the same for all functions."""
+    assert len({*runs[0]["torch 1"].values()}) == len(runs[0]["torch 1"])
