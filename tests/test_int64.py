@@ -13,13 +13,11 @@ import sys
 from collections import defaultdict
 from enum import IntEnum
 
-import pytest
 import torch
 
 from fused_pref.head.linear import Head
 from fused_pref.head.spec import Transform
-
-pytest.importorskip("triton")
+from fused_pref.kernels import configs
 
 
 class Kind(IntEnum):
@@ -38,8 +36,9 @@ SMALL = {"%splits"}
 BOUNDED = {
     # Number of a split times its width: a column.
     (Kind.INDEX, "%split_columns"),
-    # Rows of a tile times the columns of a slab, of which test_slabs_have_few_columns says how many there are.
+    # Rows of a tile times what lies between rows of a slab or of the weight: see test_offsets_in_a_tile_fit.
     (Kind.BLOCK, "%sink_stride"),
+    (Kind.BLOCK, "%weight_stride"),
 }
 
 Definition = tuple[str, list[str], str]
@@ -140,6 +139,8 @@ class Code:
             return Kind.CONSTANT
         if worst == Kind.PRODUCT:
             return Kind.INDEX if self._is_remainder(operation, operands) else worst
+        if operation == "arith.minsi":  # of what is not negative
+            return min(kinds)
         if operation == "counter":
             return Kind.INDEX
         if operation == "arith.trunci":
@@ -220,10 +221,30 @@ def lower(name, launcher):
 codes = {}
 """
 OURS = """
-from fused_pref.kernels.cases import CASES
+import torch
+from fused_pref.head.slab import Label
+from fused_pref.head.spec import Transform
+from fused_pref.kernels import dlogits, logprob, sequences, slab
+from fused_pref.kernels.cases import CASES, meta
+
 for case in CASES:
     for dtype in case.dtypes:
         lower(f"{case.name}, {dtype}", lambda: case.launch(dtype))
+
+# Strides that the cases do not have.
+n, v, d = 8192, 4096, 2048
+labels, ends = meta(n, 2, dtype=torch.int64)[:, 0], meta(9, dtype=torch.int32)
+logits, logp, rest = meta(v, n).T, meta(n), (True, -100, Transform())
+label = Label(labels, logp, meta(d, v).T)
+for given in (ends, None):
+    own, z = (labels, logits) if given is not None else (labels.view(2, -1), logits.view(2, n // 2, v))
+    mine = logp.view(own.shape)
+    lower(f"strides, {given is None}", lambda: logprob.token_logps_fwd(z, own, given, "all", *rest))
+    lower(f"strides, {given is None}", lambda: dlogits.token_logps_bwd(z, z, own, given, meta(3, n), mine, *rest))
+    lower(f"strides, {given is None}", lambda: sequences.sequence_scores(mine, mine, own, given, "all", True, -100))
+lower("strides", lambda: slab.absorb(meta(4, n), meta(n, v), labels, 0, Transform(), total=True, sink=meta(n, v)))
+lower("strides", lambda: slab.place_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), label))
+lower("strides", lambda: slab.add_labels(meta(v, d), meta(d, n).T, logp, labels))
 """
 WRONG = """
 import torch
@@ -257,3 +278,21 @@ def test_wrong_kernels_are_noticed() -> None:
     """Products of the number of a program, and of a number from memory that is widened too late."""
     found = {name: len(Code(text).violations) for name, text in lowered(WRONG).items()}
     assert found == {"narrow_kernel, wrong": 2, "late_kernel, wrong": 1, "narrow_kernel, whole": 0}
+
+
+def test_offsets_in_a_tile_fit() -> None:
+    """Between rows lie fewer than 2²² entries, and 16 of padding, where the fused kernels are taken."""
+
+    def fusible(columns: int, stride: int) -> bool:
+        weight = torch.empty_strided((columns, 1), (stride, 1), device="meta")
+        return Head(torch.empty(1, 1), weight, None, torch.float32, Transform(), -100, "triton").fusible
+
+    assert fusible(2**22 - 1, 2**22 - 1)
+    assert not fusible(2**22, 1)
+    assert not fusible(1, 2**22)
+    tables = [table for table in vars(configs).values() if isinstance(table, dict)]
+    tiles = [tile for table in tables for tile in table.values() if isinstance(tile, configs.Tile)]
+    sizes = [size for tile in tiles for size in (tile.rows, tile.columns)]
+    sizes += [size for candidates in configs.TILE_CANDIDATES.values() for tile in candidates for size in tile[:2]]
+    assert len(sizes) > 20
+    assert max(sizes) * (2**22 + 16) < 2**31

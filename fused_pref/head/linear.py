@@ -157,7 +157,7 @@ class Head:
     def fusible(self) -> bool:
         """Whether :attr:`fused` serves this head: float32 and halves, weight rows contiguous, offsets in 32 bits."""
         there = self.backend == "triton" and self.hidden.device.type in ("cuda", "cpu")
-        return there and self.weight.stride(1) == 1 and self.columns < 2**22
+        return there and self.weight.stride(1) == 1 and max(self.weight.stride(0), self.columns) < 2**22
 
     @property
     def indexed(self) -> bool:
