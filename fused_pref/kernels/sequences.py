@@ -64,10 +64,11 @@ def _spread_kernel(
 ):
     s = tl.program_id(0).to(tl.int64)
     value = tl.load(values + s).to(tl.float32)
-    end = tl.load(cu_seqlens + s + 1).to(tl.int64)
-    for block in range(tl.load(cu_seqlens + s).to(tl.int64), end, BLOCK):
+    start = tl.load(cu_seqlens + s).to(tl.int64)
+    number = tl.load(cu_seqlens + s + 1).to(tl.int64) - start
+    for block in range(0, number, BLOCK):
         t = block + tl.arange(0, BLOCK)
-        tl.store(tokens + t, value + tl.zeros([BLOCK], tl.float32), mask=t < end)
+        tl.store(tokens + start + t, value + tl.zeros([BLOCK], tl.float32), mask=t < number)
 
 
 def sequence_scores(

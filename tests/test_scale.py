@@ -1,0 +1,346 @@
+"""Sizes beyond those of the other tests: offsets past 2³¹ entries, many sequences, long ones, and large vocabularies.
+
+Far rows lie in address space that is not backed by memory until it is touched: a result there has to be the one of the
+same rows side by side. Whole rows of logits that lie far apart are also in ``test_kernels.py``.
+"""
+
+import mmap
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from harness import IGNORE, assert_linear_parity, assert_parity, make_batch, make_hidden, reference_logps
+from probes import KERNEL, memory, small_blocks
+from torch import Tensor
+from wrong_kernels import narrow_kernel
+
+from fused_pref.head.slab import Label, new_statistics
+from fused_pref.head.spec import Transform
+from fused_pref.kernels import cases, configs, dlogits, linear, logprob, objective, picked, scale, sequences, slab
+from fused_pref.kernels.gemm import Operands
+
+# Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
+FAR, FAR_TILE, FAR_WEIGHT = 2**30 + 16, 2**26 + 16, 2**27 + 16
+SOFTCAP = Transform(softcap=5.0)
+
+
+@pytest.fixture
+def host(kernel_device: str) -> Iterator[None]:
+    """The interpreter, whose 32-bit integers wrap as a GPU's do; it may touch nothing but the tensors of a launch."""
+    if kernel_device != "cpu":
+        pytest.skip("only the host has address space without memory")
+    with memory():
+        yield
+
+
+def room(entries: int, dtype: torch.dtype) -> Tensor:
+    """Address space of zeros that takes memory where it is touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        return torch.frombuffer(mmap.mmap(-1, entries * dtype.itemsize, flags=flags), dtype=dtype)
+    except (OSError, OverflowError) as error:
+        pytest.skip(f"no address space for {entries} entries: {error}")
+
+
+def far(x: Tensor, *strides: int) -> Tensor:
+    """A copy with these strides."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    assert last >= 2**31
+    return room(last + 16, x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+def tall(x: Tensor, rows: Tensor) -> Tensor:
+    """A contiguous tensor of more than 2³¹ entries with x in these rows."""
+    number, columns = int(rows.max()) + 1, x.shape[1]
+    assert (number - 1) * columns >= 2**31
+    result = room(number * columns, x.dtype).view(number, columns)
+    result[rows] = x
+    return result
+
+
+def last_rows(number: int, columns: int) -> Tensor:
+    """Numbers of rows on both sides of 2³¹ entries, and the first."""
+    return torch.cat([torch.tensor([0]), 2**31 // columns - number // 2 + torch.arange(number - 1)])
+
+
+# Offsets
+
+
+@pytest.mark.usefixtures("host")
+def test_a_32_bit_offset_is_noticed() -> None:
+    x = torch.randn(3, 8)
+    sink = torch.zeros(3, 8)
+    narrow_kernel[3,](x, sink, 8, 8, BLOCK=8)
+    assert torch.equal(sink, x)
+    with pytest.raises(Exception, match="out of bounds"):
+        narrow_kernel[3,](far(x, FAR, 1), sink, FAR, 8, BLOCK=8)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("processors", [0, 20], ids=["whole", "split"])
+def test_logits(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aligned rows, packed, into a sink of its own."""
+    small_blocks(monkeypatch, 16, processors)
+    batch = make_batch(1, 4, 64, mask="none")
+    logits, labels, ends = batch.logits[0], batch.labels[0].int(), torch.tensor([0, 1, 4])
+    grad = torch.randn(4)
+
+    def step(z: Tensor, y: Tensor, sink: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        logp, statistics, means = logprob.token_logps_fwd(z, y, ends, "all", True, IGNORE, SOFTCAP)
+        dlogits.token_logps_bwd(sink, z, y, ends, statistics, upstream, True, IGNORE, SOFTCAP)
+        return logp, statistics, means, sink
+
+    near = step(logits, labels, torch.zeros(4, 64), grad)
+    there = step(far(logits, FAR, 1), far(labels, FAR), far(torch.zeros(4, 64), FAR, 1), far(grad, FAR))
+    assert all(map(torch.equal, near, there))
+
+
+@pytest.mark.usefixtures("host")
+def test_slab() -> None:
+    logits, targets = torch.randn(3, 64), torch.tensor([3, 70, 63], dtype=torch.int32)
+
+    def step(z: Tensor, y: Tensor, statistics: Tensor, sink: Tensor) -> tuple[Tensor, ...]:
+        slab.absorb(statistics, z, y, 0, SOFTCAP, total=True, sink=sink)
+        return statistics, sink
+
+    fresh = new_statistics(3, logits, torch.float32)
+    near = step(logits, targets, fresh.clone(), torch.zeros(3, 64))
+    there = far(logits, FAR, 1), far(targets, FAR), far(fresh, FAR, 1), far(torch.zeros(3, 64), FAR, 1)
+    assert all(map(torch.equal, near, step(*there)))
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_place_rows(by_columns: bool) -> None:
+    """From rows far apart, or rows of columns far apart, to rows of a sink with more than 2³¹ entries."""
+    source, weight, factor, q = torch.randn(3, 16), torch.randn(3, 16), torch.randn(3), torch.randn(3)
+    targets, rows = torch.tensor([2, 0, 5]), last_rows(3, 16)
+    strides = (1, 2**28) if by_columns else (FAR, 1)
+    near, there = torch.zeros(3, 16), tall(torch.zeros(3, 16), rows)
+    slab.place_rows(near, source, factor, torch.arange(3), Label(targets, q, weight))
+    label = Label(far(targets.int(), FAR), q, far(weight, *strides))
+    slab.place_rows(there, far(source, *strides), factor, rows, label)
+    assert torch.equal(near, there[rows])
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_add_labels(by_columns: bool) -> None:
+    """To rows of dW with more than 2³¹ entries."""
+    dw, h, factor, rows = torch.randn(3, 16), torch.randn(5, 16), torch.randn(5), last_rows(3, 16)
+    targets = torch.tensor([2, 0, 2, 1, 1])
+    strides = (1, 2**28) if by_columns else (FAR, 1)
+    near, there = dw.clone(), tall(dw, rows)
+    slab.add_labels(near, h, factor, targets)
+    slab.add_labels(there, far(h, *strides), factor, rows[targets])
+    assert torch.equal(near, there[rows])
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("pointers", [False, True], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("by_index", [False, True])
+def test_linear(by_index: bool, pointers: bool) -> None:
+    """Hidden states, weight, Q and statistics; rows that are not whole 16 bytes are read by pointers.
+
+    These have offsets in 32 bits within a tile of the weight, and the head takes no rows farther apart than here.
+    """
+    columns, between = (576, 2**22 - 1) if pointers else (40, FAR_WEIGHT)
+    hidden, weight, targets = torch.randn(40, 16), torch.randn(columns, 16), torch.randint(0, columns, (40,))
+    rows = last_rows(40, 16)
+
+    def step(operands: Operands, statistics: Tensor, sink: Tensor) -> tuple[Tensor, ...]:
+        linear.absorb(statistics, operands, targets, 0, SOFTCAP, total=True)
+        linear.gradient(sink, operands, statistics, targets, 0, SOFTCAP)
+        return statistics, sink
+
+    fresh, sink = new_statistics(40, hidden, torch.float32), torch.zeros(40, columns)
+    near = step(Operands(hidden, weight, None, None), fresh.clone(), sink.clone())
+    away = (tall(hidden, rows), rows) if by_index else (far(hidden, FAR_TILE + pointers, 1), None)
+    operands = Operands(away[0], far(weight, between, 1), None, away[1])
+    found = step(operands, far(fresh, FAR, 1), far(sink, FAR_TILE, 1))
+    given = operands.arguments(configs.INTERPRETER_TILE)
+    assert given["WEIGHT_DESCRIPTOR"] != pointers
+    assert given["HIDDEN_DESCRIPTOR"] == (not pointers and not by_index)
+    assert all(map(torch.equal, near, found))
+
+
+@pytest.mark.usefixtures("host")
+def test_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of rows that are computed again."""
+    monkeypatch.setattr(linear, "PROBE", 16)
+    hidden, weight, targets = torch.rand(40, 16), torch.randn(40, 16), torch.randint(0, 40, (40,))
+    weight[39] = 20.0
+    near, there = torch.zeros(40, 48), far(torch.zeros(40, 48), FAR_TILE, 1)
+    for sink in (near, there):
+        fresh, operands = new_statistics(40, hidden, torch.float32), Operands(hidden, weight, None, None)
+        linear.exponentials(sink, operands, fresh, targets, Transform(), total=True)
+    assert torch.equal(near, there)
+
+
+@pytest.mark.usefixtures("host")
+def test_picked() -> None:
+    """Rows of Q, of the hidden states, of the weight, and of what is written."""
+    q, hidden, weight, factor = torch.randn(40, 40), torch.randn(40, 16), torch.randn(40, 16), torch.randn(40)
+    rows, count = last_rows(40, 16), torch.tensor(39, dtype=torch.int32)
+
+    def step(q: Tensor, h: Tensor, w: Tensor, f: Tensor, own: Tensor, dw: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
+        db = torch.zeros(40)
+        picked.weight_product(dw, q, h, own, count, None)
+        picked.hidden_product(dh, q, w, own, count)
+        picked.bias_product(db, q, f, own, count)
+        return dw, dh[own], db
+
+    empty = torch.zeros(40, 16)
+    near = step(q, hidden, weight, factor, torch.arange(40), empty.clone(), empty.clone())
+    factors = room(int(rows.max()) + 1, torch.float32)
+    factors[rows] = factor
+    away = far(q, FAR_TILE, 1), tall(hidden, rows), far(weight, FAR_TILE, 1)
+    there = step(*away, factors, rows, far(empty, FAR_TILE, 1), tall(empty, rows))
+    assert all(map(torch.equal, near, there))
+
+
+@pytest.mark.usefixtures("host")
+def test_scale() -> None:
+    """The last block alone: all of them would take memory."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    number, run = 2**31 + 100, KERNEL.run
+    x, last = room(number, torch.float16), configs.INTERPRETER.block
+    x[-last:] = 1.0
+
+    def launch(kernel: Any, *args: Any, grid: Any, **keywords: Any) -> Any:
+        program = builder.create_get_program_id
+
+        def shifted(axis: int) -> Any:
+            handle = program(axis)
+            handle.data = handle.data + (grid[0] - 1)
+            return handle
+
+        with mock.patch.object(builder, "create_get_program_id", shifted):
+            return run(kernel, *args, grid=(1,), **keywords)
+
+    with mock.patch.object(KERNEL, "run", launch):
+        scale.scale_(x, torch.tensor(2.0))
+    start = number // last * last
+    assert (x[start:] == 2).all()
+    assert (x[number - last : start] == 1).all()
+
+
+@pytest.mark.usefixtures("host")
+def test_sequences() -> None:
+    """Tokens on both sides of 2³¹."""
+    first = 2**31 - 1
+    near, ends = torch.tensor([0, 2, 2, 8]), torch.tensor([0, 2, 2, 8]) + first
+    logp, labels = torch.randn(8), torch.tensor([1, IGNORE, 2, 3, IGNORE, 4, 5, IGNORE], dtype=torch.int32)
+    tokens, own = room(first + 8, torch.float32), room(first + 8, torch.int32)
+    tokens[first:], own[first:] = logp, labels
+    expected = sequences.sequence_scores(logp, logp, labels, near, "all", True, IGNORE)
+    assert expected[1].tolist() == [0, 0, 3]
+    found = sequences.sequence_scores(tokens, tokens, own, ends, "all", True, IGNORE)
+    assert all(map(torch.equal, expected, found))
+    values = torch.randn(3, dtype=torch.float64)
+    with mock.patch.object(torch, "empty", lambda total, dtype, device: room(total, dtype)):
+        there = sequences.spread(values, ends, first + 8)
+    assert torch.equal(there[first:], sequences.spread(values, near, 8))
+
+
+# Counts
+
+
+def test_grids_hold_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes 2³¹ − 1 programs along the first dimension of a grid and 65,535 along the others.
+
+    These go through columns, in blocks of 1,024 and more, and never through rows or sequences.
+    """
+    larger = {8: 2**20, 4096: 2**20, 8192: 2**21, 16384: 2**22, 9: 2**20}
+    grids: dict[str, tuple[int, ...]] = {}
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty([larger.get(size, size) for size in shape], dtype=dtype, device="meta")
+
+    def launch(kernel: Any, *args: Any, grid: Any, **keywords: Any) -> None:
+        grid = (*grid, 1, 1)[:3]
+        grids[kernel.fn.__name__] = tuple(map(max, grid, grids.get(kernel.fn.__name__, grid)))
+
+    monkeypatch.setattr(cases, "meta", meta)
+    monkeypatch.setattr(KERNEL, "run", launch)
+    monkeypatch.setattr(configs, "processors", lambda device: 108)
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        monkeypatch.setattr(configs, "architecture", lambda device, target=target: target)
+        for case in cases.CASES:
+            for dtype in case.dtypes:
+                case.launch(dtype)
+    # Objectives are one program; rows are split where they are few.
+    few = {"_pair_objective_kernel", "_bco_objective_kernel", "_token_logps_combine_kernel"}
+    assert {kernel for kernel, grid in grids.items() if grid[0] < 2**13} == few
+    for kernel, grid in grids.items():
+        assert grid[0] < 2**31, kernel
+        assert max(grid[1:]) <= 2**21 // 1024, kernel
+
+
+@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_many_short_sequences(packed: bool, name: str, device: str) -> None:
+    """100,000 sequences of one to three tokens, the third part of which score nothing."""
+    count = 100_000
+    batch = make_batch(count, 3, 8, mask="none", device=device)
+    logits, labels, keywords = batch.logits, batch.labels, {"backend": "torch"}
+    lengths = torch.arange(count, device=device) % 3 + 1
+    inside = torch.arange(3, device=device) < lengths[:, None]
+    if packed:
+        logits, labels = logits[inside], labels[inside]
+        keywords["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    else:
+        labels[~inside] = IGNORE
+    ref, flags = reference_logps(count, device), torch.arange(count, device=device) % 5 < 2
+    arguments = {"dpo_loss": (ref,), "bco_loss": (flags, ref)}.get(name, ())
+    assert_parity(name, logits, labels, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_one_long_sequence(packed: bool, device: str) -> None:
+    """100,000 tokens."""
+    batch = make_batch(1, 100_000, 8, mask="none", device=device)
+    logits, labels, keywords = batch.logits, batch.labels, {"backend": "torch"}
+    if packed:
+        logits, labels, keywords["cu_seqlens"] = batch.packed([100_000])
+    assert_parity("sequence_logps", logits, labels, average=True, **keywords)
+    flag, ref = torch.tensor([True], device=device), torch.tensor([-2e5], device=device)
+    assert_parity("bco_loss", logits, labels, flag, ref, beta=1e-5, **keywords)
+
+
+def test_reductions_in_kernels(kernel_device: str) -> None:
+    """One sequence of 100,000 tokens, and 100,000 sequences in one program."""
+    count = 100_000
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(count, generator=generator).to(kernel_device)
+    labels = torch.randint(-1, 1, (count,), generator=generator).to(kernel_device)
+    ends = torch.tensor([0, count], device=kernel_device)
+    sums, counts, *_ = sequences.sequence_scores(logp, logp, labels, ends, "all", False, -1)
+    torch.testing.assert_close(sums[0], logp.double().sum(), rtol=1e-12, atol=0)
+    assert counts[0] == (labels == 0).sum()
+    assert torch.equal(sequences.spread(sums, ends, count), sums.float().expand(count))
+
+    sums = logp.double()
+    positions = torch.ones(count, dtype=torch.int64, device=kernel_device)
+    rest = (None, None, "all", "sigmoid", False, 0.1, 0.0, 0.0, 0.0, 0.0, "token")
+    loss, _, logps, rewards, _ = objective.pair_objective(sums, positions, sums, positions, None, *rest)
+    truth = -torch.nn.functional.logsigmoid(0.1 * (sums[: count // 2] - sums[count // 2 :])).mean()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    assert torch.equal(logps, logp)
+    torch.testing.assert_close(rewards.double(), 0.1 * sums, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("columns", [262_144, 1_000_003])
+def test_large_vocabulary(columns: int, backend: str, kernel_device: str) -> None:
+    batch = make_batch(2, 1, columns, mask="none", device=kernel_device)
+    assert_parity("cpo_loss", batch.logits, batch.labels, shift=False, backend=backend)
+
+
+@pytest.mark.parametrize("columns", [262_144, 1_000_003])
+def test_linear_head_with_a_large_vocabulary(columns: int, device: str) -> None:
+    batch = make_hidden(2, 4, 8, columns, mask="none", bias=True, device=device)
+    assert_linear_parity("linear_cpo_loss", batch, backend="torch")
