@@ -47,7 +47,7 @@ def logits_tile(
         hidden_pointers = hidden + places[:, None] * hidden_stride + depth[None, :]
     if not WEIGHT_DESCRIPTOR:
         # Columns beyond the end repeat the last: what they give is not used.
-        own = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - column).to(tl.int64)
+        own = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - column)
         weight_pointers = weight + tl.cast(column, tl.int64) * weight_stride + own[:, None] * weight_stride + depth
     for start in range(0, features, DEPTH):
         if HIDDEN_DESCRIPTOR:
