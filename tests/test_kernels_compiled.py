@@ -22,10 +22,7 @@ KEYS = {
     "kernel", "target", "config", "dtype", "num_warps", "registers", "stack_bytes", "shared_bytes",
     "matrix_instructions", "wide_loads",
 }  # fmt: skip
-COMMAND = (
-    "import argparse, sys; from fused_pref.kernels import report; parser = argparse.ArgumentParser();"
-    "report.add_arguments(parser); sys.exit(report.run(parser.parse_args()))"
-)
+COMMAND = "import sys; from fused_pref.__main__ import main; sys.exit(main(['kernels', *sys.argv[1:]]))"
 STREAMING = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel"}
 # Rows that cannot be accessed 16 bytes at a time.
 NARROW = {"odd vocabulary", "any strides", "small vocabulary"}
