@@ -153,12 +153,15 @@ class LinearBatch(Batch):
         spec = _resolved(spec, keywords, dtype, hidden.device, means=means)
         return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias)
 
-    @cached_property
+    @property
     def shard(self) -> Shard | None:
-        """What this rank holds of a vocab-parallel head: the ranks meet where all arguments have been validated."""
-        agreement: Agreement | None = self.spec.tp_group
-        if agreement is None:
-            return None
+        """What this rank holds of a vocab-parallel head; None: all of it."""
+        return None if self.spec.tp_group is None else self._agreed
+
+    @cached_property
+    def _agreed(self) -> Shard:
+        """From the ranks, which meet when this is first asked for, after all arguments have been validated."""
+        agreement: Agreement = self.spec.tp_group
         asked = {
             "D": self.weight.shape[1],
             "dtype": self.hidden.dtype,
@@ -175,8 +178,7 @@ class LinearBatch(Batch):
     def call(self, unit: int = 0) -> HeadCall:
         """What the head is asked for; ``unit`` as in :class:`Local`, 0 where coefficients are not known."""
         wanted = wanted_gradients(self.hidden, self.weight, self.bias)
-        shard = None if self.spec.tp_group is None else self.shard
-        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit, shard)
+        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit, self.shard)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """See :class:`Batch`."""

@@ -1,6 +1,7 @@
 """Malformed keywords: each message names the argument, what was expected and what came."""
 
 import ast
+import os
 import subprocess
 import sys
 from decimal import Decimal
@@ -263,7 +264,11 @@ def refusals() -> int:
 
 def test_optimised_python_refuses_the_same() -> None:
     program = "import test_malformed; print(__debug__, test_malformed.refusals())"
-    done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, check=False)
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-O", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.stdout == f"False {refusals()}\n", done.stdout + done.stderr
     assert refusals() >= 24
 
