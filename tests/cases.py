@@ -11,10 +11,10 @@ from torch import Tensor
 
 import fused_pref as fp
 
-PROFILES = {"": 60, "long": 10_000}
 PROFILE = os.environ.get("FUSED_PREF_PROPERTIES", "")
-if PROFILE not in PROFILES:
-    raise ValueError(f"FUSED_PREF_PROPERTIES must be one of {[*PROFILES]}; got {PROFILE!r}")
+if PROFILE not in ("", "long") and not PROFILE.isdecimal():
+    raise ValueError(f"FUSED_PREF_PROPERTIES must be 'long' or a number of cases; got {PROFILE!r}")
+CASES = {"": 60, "long": 10_000}.get(PROFILE) or int(PROFILE)
 
 PAIRS = ("cpo_loss", "dpo_loss")
 OBJECTIVES = (*PAIRS, "bco_loss", "sequence_logps", "token_logps")
@@ -23,8 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def examples(share: float = 1.0) -> settings:
-    """Settings of a test that takes a share of the profile's cases; a long run draws others every time."""
-    number = max(1, round(PROFILES[PROFILE] * share))
+    """Settings of a test that takes a share of the cases, the same every time unless their number was given."""
+    number = max(1, round(CASES * share))
     return settings(deadline=None, max_examples=number, derandomize=PROFILE == "", database=None)
 
 

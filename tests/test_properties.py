@@ -1,6 +1,6 @@
 """Every public function against the float64 reference, on anything that it takes.
 
-``FUSED_PREF_PROPERTIES=long`` draws 10,000 cases a test, others each time.
+``FUSED_PREF_PROPERTIES=long`` draws 10,000 cases a test, others each time; it may also be their number.
 """
 
 import re
