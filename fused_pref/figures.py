@@ -30,12 +30,15 @@ def check(path: str | os.PathLike[str]) -> Path:
     """Refuse a file that no figure can be written to, before anything is computed for it.
 
     Raises:
-        ValueError: its name does not end in one of :data:`SUFFIXES`.
+        ValueError, TypeError: its name does not end in one of :data:`SUFFIXES`, or is none.
         ModuleNotFoundError: matplotlib is not installed.
     """
+    expected = f"the name of a file that ends in {' or '.join(SUFFIXES)}"
+    if not isinstance(path, str | os.PathLike):
+        raise validate.fail("path", expected, path, TypeError)
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise validate.fail("path", f"the name of a file that ends in {' or '.join(SUFFIXES)}", str(path))
+        raise validate.fail("path", expected, str(path))
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -50,7 +53,7 @@ def figure(path: str | os.PathLike[str], width: float, height: float) -> "Iterat
     """An empty figure of so many inches, whatever the user's settings; written, as a whole, when the block ends.
 
     Raises:
-        ValueError, ModuleNotFoundError: see :func:`check`.
+        ValueError, TypeError, ModuleNotFoundError: see :func:`check`.
         OSError: the file cannot be written; nothing is left behind.
     """
     path = check(path)
