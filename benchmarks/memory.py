@@ -18,13 +18,13 @@ from fused_pref.testing.peers import PEERS
 from fused_pref.testing.problems import WORKS, Problem, Sizes
 from fused_pref.usage import UsageError
 
-WORK, SEQUENCES, TOKENS = "cpo", 8, (256, 512, 1024, 2048, 4096, 8192)
+WORK, SEQUENCES, TOKENS = "cpo", 8, (256, 512, 1024, 2048, 4096)
 # (D, V), N: to see that it runs.
 SMALL = (16, 1000), (16, 32, 64)
 # The name in the plot, colour and marker of each that can be drawn.
 LINES = {
     "eager": ("eager PyTorch", figures.RED, "s"),
-    "liger_pairs": ("Liger, a pair at a time", figures.ORANGE, "^"),
+    "liger_pairs": ("Liger, a pair at a time", figures.GREEN, "^"),
     "fused_pref": ("fused_pref", figures.BLUE, "o"),
 }
 
@@ -93,20 +93,27 @@ def draw(rows: list[dict[str, Any]], sizes: str, path: Path) -> None:
     Raises:
         ImportError: without matplotlib.
     """
+    ran = [row for row in rows if "workspace_bytes" in row]
     with figures.figure(path, 7.6, 4.0) as figure:
         panel = figure.subplots()
-        for name, (label, colour, marker) in LINES.items():
-            own = [row for row in rows if row["implementation"] == name and "workspace_bytes" in row]
-            points = [(row["tokens"], row["workspace_bytes"] / 2**20) for row in own]
+        ends = {}
+        for name, (_, colour, marker) in LINES.items():
+            points = [(row["tokens"], row["workspace_bytes"] / 2**20) for row in ran if row["implementation"] == name]
             if points:
-                panel.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=2, label=label)
-                panel.annotate(
-                    f"{label}\n{points[-1][1]:,.0f} MiB", points[-1], (8, 0), textcoords="offset points", va="center",
-                    color=colour, fontweight="bold", annotation_clip=False,
-                )  # fmt: skip
-        panel.set_xscale("log", base=2)
+                panel.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=2)
+                ends[name] = points[-1]
+        panel.set(xlim=(0, None), ylim=(0, None), xlabel="scored tokens N", ylabel="peak workspace, MiB")
+        # Names at the ends of their lines, moved up where they would touch.
+        height, free = 0.11 * panel.get_ylim()[1], 0.0
+        for name, (tokens, size) in sorted(ends.items(), key=lambda end: end[1][1]):
+            place = max(size, free + height / 2)
+            free = place + height / 2
+            label, colour, _ = LINES[name]
+            panel.annotate(
+                f"{label}\n{size:,.0f} MiB", (tokens, place), (8, 0), textcoords="offset points", va="center",
+                color=colour, fontweight="bold", annotation_clip=False,
+            )  # fmt: skip
         ticks = sorted({row["tokens"] for row in rows})
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        panel.set(ylim=(0, None), xlabel="scored tokens N", ylabel="peak workspace, MiB")
         panel.set_title(f"CPO, forward and backward; {sizes}", loc="left", fontsize=10)
         panel.grid(alpha=0.25)
