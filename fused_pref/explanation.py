@@ -85,7 +85,7 @@ class Explanation:
 
     @property
     def held(self) -> dict[str, int]:
-        """Bytes that every path holds, by what holds them: hidden states, weight, and the gradients of both."""
+        """Bytes of what goes in and what comes out: hidden states, weight, and the gradients of all."""
         p = self.problem
         hidden, weight = p.positions * p.hidden * p.itemsize, p.vocabulary * p.hidden * p.weight_itemsize
         gradients = hidden * ("hidden" in p.gradients) + weight * ("weight" in p.gradients)

@@ -147,14 +147,17 @@ def draw_bars(axes: Any, explanation: Explanation) -> None:
     from matplotlib.patches import Patch
 
     held = _coloured(explanation.held, HELD)
+    inputs = [part for part in held if part[0] != "gradients"]
     own = {
         "ours": _coloured({"workspace": explanation.peak_bytes}, OURS),
         "eager": _coloured(explanation.eager_parts, EAGER),
     }
-    most = max(sum(size for _, size, _ in (*held, *parts)) for parts in own.values())
-    for place, parts in enumerate(own.values()):
+    # Eager's gradients are made when its peak is over.
+    bars = [held + own["ours"], inputs + own["eager"]]
+    most = max(sum(size for _, size, _ in bar) for bar in bars)
+    for place, bar in enumerate(bars):
         left = 0
-        for _, size, colour in (*held, *parts):
+        for _, size, colour in bar:
             axes.barh(place, size, left=left, color=colour, height=0.7)
             left += size
         axes.text(left + 0.01 * most, place, f"{'>= ' * place}{bytes_text(left)}", va="center", fontsize=SMALL)
@@ -166,7 +169,12 @@ def draw_bars(axes: Any, explanation: Explanation) -> None:
         patches = [Patch(label=f"{name}: {bytes_text(size)}", color=colour) for name, size, colour in parts]
         columns += patches + [Patch(label=" ", alpha=0)] * (len(held) - len(patches))
     place = {"loc": "upper left", "bbox_to_anchor": (LEFT / WIDTH, 0.78 / HEIGHT), "ncols": 3}
-    axes.figure.legend(handles=columns, title="by the planner's accounts, not measured", **place, **LEGEND)
+    axes.figure.legend(
+        handles=columns,
+        title="at the peak, by the planner's accounts, not measured; eager's gradients come after its peak",
+        **place,
+        **LEGEND,
+    )
 
 
 def _coloured(sizes: Mapping[str, int], colours: tuple[str, ...]) -> list[tuple[str, int, str]]:
