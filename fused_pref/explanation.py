@@ -190,7 +190,7 @@ def explain(
         skip_mass: as for the call; what can be skipped depends on the logits, so that the products are the most.
 
     Returns:
-        :class:`Explanation`; print it.
+        :class:`Explanation`; print it, or draw it by :func:`fused_pref.picture.draw`.
 
     Raises:
         ValueError, TypeError: a malformed argument, or a budget that no plan fits; the message says the least.

@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fused_pref import validate
 
@@ -16,7 +16,7 @@ SUFFIXES = (".svg", ".png")
 # Of Okabe and Ito, told apart by the colour-blind too.
 BLUE, SKY, ORANGE, RED, GREEN, GREY = "#0072b2", "#7fc4ee", "#e69f00", "#d55e00", "#009e73", "#c8c8c8"
 INK, GROUND = "#222222", "#ffffff"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": GROUND, "savefig.facecolor": GROUND, "axes.facecolor": GROUND, "font.size": 10.0,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6, "text.parse_math": False,
