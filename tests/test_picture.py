@@ -141,7 +141,7 @@ def test_same_bytes_whatever_the_settings(tmp_path: Path) -> None:
 
     explanation = fp.explain(**GPU)
     picture.draw(explanation, tmp_path / "one.svg")
-    with mpl.rc_context({"font.size": 30, "svg.fonttype": "path", "figure.facecolor": "black"}):
+    with mpl.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path", "figure.facecolor": "black"}):
         picture.draw(explanation, str(tmp_path / "two.svg"))
         assert mpl.rcParams["font.size"] == 30
     one, two = ((tmp_path / f"{name}.svg").read_text() for name in ("one", "two"))
