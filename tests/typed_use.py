@@ -1,0 +1,38 @@
+"""A user's program as a type checker sees it: every public entry, with the types that it promises."""
+
+from typing import assert_type
+
+import torch
+from torch import Tensor
+
+import fused_pref as fp
+from fused_pref.models import preference_forward
+from fused_pref.testing import check_parity
+
+
+def train(hidden: Tensor, head: torch.nn.Linear, labels: Tensor, ref_logps: Tensor, desirable: Tensor) -> float:
+    """Uses of functions and modules."""
+    out = fp.linear_cpo_loss(hidden, head.weight, labels, bias=head.bias, beta=0.2, loss_type="simpo", simpo_gamma=1.0)
+    assert_type(out, fp.PairOutput)
+    assert_type(out.loss, Tensor)
+    assert_type(out.metrics(), dict[str, Tensor])
+    shift = fp.RewardShift("ema", update="step")
+    bco = fp.LinearBCOLoss(beta=0.1, delta=shift)
+    assert_type(fp.linear_bco_loss(hidden, head.weight, labels, desirable, ref_logps, delta=shift), fp.BCOOutput)
+    assert_type(fp.linear_sequence_logps(hidden, head.weight, labels, average=True), Tensor)
+    assert_type(fp.token_logps(head(hidden), labels, temperature=2.0), Tensor)
+    assert_type(fp.dpo_loss(head(hidden), labels, ref_logps, label_smoothing=0.1).chosen_rewards, Tensor)
+    assert_type(fp.explain("llama-3-8b", tokens=8192).peak_bytes, int)
+    bco(hidden, head.weight, labels, desirable, ref_logps, bias=head.bias).loss.backward()
+    shift.step()
+    return out.loss.item()
+
+
+def mistakes(logits: Tensor, labels: Tensor) -> None:
+    """What a type checker refuses; an error that is missing is one too."""
+    fp.cpo_loss(logits, labels, bta=0.1)  # type: ignore[call-arg]
+    fp.cpo_loss(logits, labels, loss_type="sigmod")  # type: ignore[arg-type]
+    fp.RewardShift("mean")  # type: ignore[arg-type]
+
+
+__all__ = ["check_parity", "mistakes", "preference_forward", "train"]
