@@ -23,7 +23,7 @@ from fused_pref.kernels.gemm import Operands
 
 # Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
 FAR, FAR_TILE, FAR_WEIGHT = 2**30 + 16, 2**26 + 16, 2**27 + 16
-SOFTCAP = Transform(softcap=5.0)
+SOFTCAP = Transform.of({"softcap": 5.0})
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ STATISTICS_TILE: dict[tuple[str, int], Tile] = {
 }  # fmt: skip
 GRADIENT_TILE = STATISTICS_TILE
 EXPONENTIALS_TILE = STATISTICS_TILE | {("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False)}
-# Where registers are needed for more: a softcap, a bias, columns whose end falls within an access.
+# Where registers are needed for more: a curve, a bias, columns whose end falls within an access.
 HEAVY_TILE = EXPONENTIALS_TILE | {
     ("sm_80", 2): Tile(64, 128, 64, 16, 8, 3, False), ("sm_90", 2): _SQUARE, ("sm_100", 2): _SQUARE
 }  # fmt: skip
