@@ -8,7 +8,6 @@ from harness import IGNORE, assert_gradient, assert_values, make_batch, referenc
 
 import fused_pref as fp
 
-LOSS_TYPES = ["sigmoid", "hinge", "ipo", "simpo", "alphapo"]
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

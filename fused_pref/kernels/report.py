@@ -14,9 +14,10 @@ import torch
 
 import fused_pref.kernels
 from fused_pref import backend
+from fused_pref.head.devices import GPUS
 from fused_pref.usage import UsageError
 
-TARGETS = "sm_80,sm_90,sm_100,gfx942"
+TARGETS = ",".join(GPUS)
 COLUMNS = {
     "kernel": "kernel",
     "case": "case",
