@@ -191,6 +191,7 @@ def test_spills_and_missing_cases_fail() -> None:
     ("arguments", "environment", "message"),
     [
         ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
+        (("--cases", "nothing"), {}, "--cases: no case has 'nothing' in its name"),
         (("--targets", "sm_90,sm_12"), {}, f"--targets: must be of {','.join(GPUS)}; got 'sm_12'"),
     ],
 )
