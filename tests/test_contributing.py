@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed literally in a copy: the patch applies, the commands pass, the flaw is seen."""
+"""The recipes of CONTRIBUTING.md, followed literally in a copy: commands pass, and see the flaw."""
 
 import os
 import re

@@ -16,8 +16,9 @@ PACKAGE = ROOT / "fused_pref"
 LINES, FUNCTION_LINES = 400, 60
 # Why these functions are longer.
 LONG = {
-    "_pair_objective_kernel": "one launch: what it computes stays in registers",
-    "_bco_objective_kernel": "one launch: what it computes stays in registers",
+    "objective.py: _pair_objective_kernel": "one launch: what it computes stays in registers",
+    "objective.py: _bco_objective_kernel": "one launch: what it computes stays in registers",
+    "bco.py: __init__": "the arguments of TRL's trainer stand in the signature, and in the call that hands them on",
 }
 
 
@@ -50,7 +51,8 @@ def imports(path: Path, *, top: bool = False) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module
+            assert node.level == 0
+            assert node.module
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in modules() else node.module
@@ -121,5 +123,5 @@ def test_files_and_functions_are_short(folder: str) -> None:
                 inside = node.body[1:] if ast.get_docstring(node) is not None else node.body
                 documented = (node.body[0].end_lineno or 0) - node.body[0].lineno + 1 if inside != node.body else 0
                 length = (node.end_lineno or 0) - node.lineno + 1 - documented
-                long += [node.name] if length > FUNCTION_LINES and node.name not in LONG else []
-    assert long == []
+                long += [f"{path.name}: {node.name}"] if length > FUNCTION_LINES else []
+    assert set(long) <= set(LONG)
