@@ -180,8 +180,8 @@ def explain(
         hidden: D.
         vocab: V.
         dtype: of hidden states and weight, ``torch.bfloat16`` or its name.
-        device: ``"cpu"``, ``"cuda"``, ``"xpu"``, or an architecture (``"sm_80"``, ``"sm_90"``, ``"sm_100"``,
-            ``"gfx942"``), which need not be there; None: an accelerator if there is one.
+        device: ``"cpu"``, ``"cuda"``, ``"xpu"``, or an architecture of ``fused_pref.head.devices.GPUS``
+            (``"sm_90"``, …), which need not be there; None: an accelerator if there is one.
         sequences: S, over which the tokens are spread evenly.
         positions: S·T, scored or not; None: ``tokens``.
         gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted; none for evaluation.

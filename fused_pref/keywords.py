@@ -256,6 +256,11 @@ def table(keywords: type) -> dict[str, tuple[Any, Keyword]]:
     return entries
 
 
+def defaults(keywords: type) -> dict[str, Any]:
+    """Name → default of a keyword table."""
+    return {name: keyword.default for name, (_, keyword) in table(keywords).items()}
+
+
 def choices(keywords: type, name: str) -> tuple[str, ...]:
     """The strings that a ``Literal`` keyword of a table allows."""
     annotation = table(keywords)[name][0]
@@ -266,15 +271,15 @@ def choices(keywords: type, name: str) -> tuple[str, ...]:
 def takes(keywords: type) -> Callable[[Function], Function]:
     """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table."""
     entries = table(keywords)
-    defaults = {name: keyword.default for name, (_, keyword) in entries.items()}
+    filled = defaults(keywords)
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Any:
             for name in given:
-                if name not in defaults and name not in own:
+                if name not in filled and name not in own:
                     raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}")
-            return function(*args, **{**defaults, **given})
+            return function(*args, **{**filled, **given})
 
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[:-1]

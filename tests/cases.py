@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_pref as fp
+from fused_pref.objectives import CPO_LOSS_TYPES, DPO_LOSS_TYPES
 
 PROFILE = os.environ.get("FUSED_PREF_PROPERTIES", "")
 if PROFILE not in ("", "long") and not PROFILE.isdecimal():
@@ -241,13 +242,13 @@ PAIR_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "cpo_loss": {
         **PAIR_OPTIONS,
-        "loss_type": st.sampled_from(["sigmoid", "hinge", "ipo", "simpo", "alphapo"]),
+        "loss_type": st.sampled_from(CPO_LOSS_TYPES),
         "cpo_alpha": st.sampled_from([0.0, 1.0, 0.3]),
         "simpo_gamma": st.sampled_from([0.5, -1.0, 0.0]),
         "alpha": st.sampled_from([0.0, 0.25, -0.3, 1e-4]),
         "nll_reduction": st.sampled_from(["token", "sequence"]),
     },
-    "dpo_loss": {**PAIR_OPTIONS, "loss_type": st.sampled_from(["sigmoid", "hinge", "ipo"])},
+    "dpo_loss": {**PAIR_OPTIONS, "loss_type": st.sampled_from(DPO_LOSS_TYPES)},
     "bco_loss": {
         "beta": st.sampled_from([0.05, 0.1, 1.0]),
         "delta": st.sampled_from([0.0, 0.4, -3.0]),

@@ -60,7 +60,7 @@ def slabs(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iter
     from fused_pref.head.spec import Transform
     from fused_pref.kernels import scale, slab
 
-    softcap = Transform(softcap=5.0)
+    softcap = Transform.of({"softcap": 5.0})
     logits, targets = torch.randn(N, columns, device=device), torch.randint(0, columns, (N,), device=device)
     narrow, statistics = logits.view(dtype)[:, :columns], new_statistics(N, logits, torch.float32)
     factor, q = torch.rand(2, N, device=device)
@@ -91,7 +91,7 @@ def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> I
     weight[-1] = 10.0
     targets = torch.randint(0, columns, (N,), device=device)
     places, count = torch.randperm(2 * N, device=device)[:N], torch.tensor(N - 3, dtype=torch.int32, device=device)
-    transform, plain = Transform(softcap=5.0), Transform()
+    transform, plain = Transform.of({"softcap": 5.0}), Transform()
     statistics, factor = new_statistics(N, hidden, torch.float32), torch.rand(2 * N, device=device)
     wide = torch.empty(N, padded(columns), dtype=dtype, device=device)
     q, sums = torch.rand(N, columns, device=device).to(dtype), torch.zeros(2 * N, D, device=device)

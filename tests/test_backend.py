@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fused_pref import backend as backends
+from fused_pref.head.devices import GPUS
 from fused_pref.kernels import configs
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_auto_does_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("table", [configs.FORWARD, configs.BACKWARD], ids=["forward", "backward"])
 def test_every_architecture_has_a_configuration(table: dict[tuple[str, int], configs.Config]) -> None:
-    assert set(table) == {(a, size) for a in ("sm_80", "sm_90", "sm_100", "gfx942") for size in (2, 4)}
+    assert set(table) == {(a, size) for a in GPUS for size in (2, 4)}
     for config in table.values():
         assert config.block & (config.block - 1) == 0
         # No thread is without an entry.

@@ -83,7 +83,7 @@ def test_custom_ops_are_well_formed() -> None:
     from fused_pref.head.ops import token_logps_bwd, token_logps_bwd_, token_logps_fwd
 
     batch = make_batch(2, 3, 7)
-    constants = ("torch", True, -100, 3.0, 1.0, 1.0)
+    constants = ("torch", True, -100, "tanh", 1 / 3, 3.0)
     forward = (batch.logits, batch.labels, None, "all", *constants)
     logp, statistics, _ = token_logps_fwd(*forward)
     arguments = (batch.logits, batch.labels, None, statistics, logp, *constants)

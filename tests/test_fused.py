@@ -278,7 +278,7 @@ SHAPES = [(1, 1, 1), (1, 31, 2), (2, 257, 33), (17, 16, 67), (40, 8, 129), (33, 
 
 @pytest.mark.parametrize("processors", [1, 3, 50])
 @pytest.mark.parametrize("by_index", [False, True])
-@pytest.mark.parametrize("constants", [Transform(), Transform(3.0, -1.7, 0.6), Transform(temperature=0.5)], ids=str)
+@pytest.mark.parametrize("constants", [Transform(), Transform.of(TRANSFORMS[1]), Transform("linear", 2.0)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_and_gradient(
     shape: tuple[int, int, int], constants: Transform, by_index: bool, processors: int, kernel_device: str,
@@ -318,7 +318,7 @@ def test_exponentials(
     shape: tuple[int, int, int], constants: dict[str, Any], dtype: torch.dtype, kernel_device: str, watch: Memory | None
 ) -> None:
     """Over their multiple they are Q; the targets' entries are exactly −1 without a softcap."""
-    transform = Transform(**constants)
+    transform = Transform.of(constants)
     head, targets, x = operands(*shape, dtype, kernel_device)
     rows, _, columns = shape
     truth, true_q = slab.new_statistics(rows, x, torch.float64), x.clone()

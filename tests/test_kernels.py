@@ -16,7 +16,7 @@ import fused_pref as fp
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import dlogits, logprob, sequences
 
-SOFTCAP = Transform(softcap=4.0, logit_scale=1.3, temperature=0.7)
+SOFTCAP = Transform.of({"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7})
 INF, NAN = torch.inf, torch.nan
 
 

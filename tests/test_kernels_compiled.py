@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import fused_pref
+from fused_pref.head.devices import GPUS
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 KEYS = {
     "kernel", "target", "config", "dtype", "num_warps", "registers", "stack_bytes", "shared_bytes",
     "matrix_instructions", "wide_loads",
@@ -48,7 +48,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         file.seek(0)
         text = file.read()
         if not text:
-            text = command("--json", "--targets", ",".join(TARGETS)).stdout
+            text = command("--json", "--targets", ",".join(GPUS)).stdout
             file.write(text)
     return json.loads(text)
 
@@ -75,7 +75,7 @@ def test_every_kernel_is_compiled_on_every_target(rows: list[dict[str, Any]]) ->
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
     assert kernels >= STREAMING
     compiled = {(row["kernel"], row["target"]) for row in rows}
-    assert compiled == {(kernel, target) for kernel in kernels for target in TARGETS}
+    assert compiled == {(kernel, target) for kernel in kernels for target in GPUS}
 
 
 def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
@@ -118,7 +118,7 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
             assert {row["num_warps"] for row in found} == {tile.num_warps}
     unaligned = {f"ROWS={configs.UNALIGNED_TILE.rows}", f"DEPTH={configs.UNALIGNED_TILE.depth}"}
     odd = [row for row in rows if row["case"] == "odd depth" and row["kernel"] in (statistics, gradient)]
-    assert len(odd) == 2 * len(TARGETS)
+    assert len(odd) == 2 * len(GPUS)
     assert all(unaligned <= set(row["config"].split()) for row in odd)
 
 
@@ -126,7 +126,7 @@ def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
     """16-bit products everywhere; exact ones of float32 on NVIDIA's only where they may be rounded."""
     kernels = {f"_{name}_kernel" for name in ("linear_statistics", "linear_gradient", "picked_weight", "picked_hidden")}
     products = [row for row in rows if row["kernel"] in kernels]
-    assert {(row["kernel"], row["target"]) for row in products} == set(itertools.product(kernels, TARGETS))
+    assert {(row["kernel"], row["target"]) for row in products} == set(itertools.product(kernels, GPUS))
     for row in products:
         exact = row["dtype"] == "fp32" and "PRECISION=ieee" in row["config"] and row["target"] != "gfx942"
         assert (row["matrix_instructions"] > 0) != exact, row
@@ -147,7 +147,7 @@ def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
 def test_streams_are_wide(rows: list[dict[str, Any]]) -> None:
     found = streaming(rows)
     assert {(row["kernel"], row["dtype"], row["target"]) for row in found} == {
-        (kernel, dtype, target) for kernel in STREAMING for dtype in BYTES for target in TARGETS
+        (kernel, dtype, target) for kernel in STREAMING for dtype in BYTES for target in GPUS
     }
     for row in found:
         assert row["wide_loads"] > 0, row
@@ -191,7 +191,8 @@ def test_spills_and_missing_cases_fail() -> None:
     ("arguments", "environment", "message"),
     [
         ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
-        (("--targets", "sm_90,sm_12"), {}, "--targets: must be of sm_80,sm_90,sm_100,gfx942; got 'sm_12'"),
+        (("--cases", "nothing"), {}, "--cases: no case has 'nothing' in its name"),
+        (("--targets", "sm_90,sm_12"), {}, f"--targets: must be of {','.join(GPUS)}; got 'sm_12'"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], environment: dict[str, str], message: str) -> None:

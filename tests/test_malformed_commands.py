@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fused_pref.__main__ import main
+from fused_pref.head.devices import GPUS
 
 MODEL = ("--model", "phi-4", "--device", "cpu")
 # arguments, part of the message (with "--" that of argparse, which differs between versions of Python)
@@ -75,8 +76,8 @@ PARITY = [
 ]
 KERNELS = [
     ("--targets", "argument --targets: expected one argument"),
-    ("--targets SM_90", "argument --targets: must be of sm_80,sm_90,sm_100,gfx942; got 'SM_90'"),
-    ("--targets sm_90,", "argument --targets: must be of sm_80,sm_90,sm_100,gfx942; got ''"),
+    ("--targets SM_90", f"argument --targets: must be of {','.join(GPUS)}; got 'SM_90'"),
+    ("--targets sm_90,", f"argument --targets: must be of {','.join(GPUS)}; got ''"),
     ("--targets sm_12,sm_90,sm_11", "got 'sm_11', 'sm_12'"),
     ("--targets sm_80 sm_90", "unrecognized arguments: sm_90"),
     ("--json=1", "argument --json: ignored explicit argument '1'"),

@@ -4,23 +4,9 @@ import time
 
 import pytest
 import torch
-from parallel_work import (
-    CASES,
-    CONTEXT,
-    DISAGREEMENTS,
-    INTERPRETED,
-    SIZES,
-    D,
-    S,
-    T,
-    V,
-    evaluate,
-    on_ranks,
-    parts_of,
-    raise_on_one,
-    tensors,
-    two_by_two,
-)
+from parallel_cases import CASES, SIZES, D, S, T, V, evaluate, parts_of, tensors
+from parallel_refusals import DISAGREEMENTS
+from parallel_work import CONTEXT, INTERPRETED, on_ranks, raise_on_one, two_by_two
 from ranks import Raised, run_ranks
 from torch import Tensor
 

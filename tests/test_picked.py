@@ -70,7 +70,7 @@ def test_products(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel_d
     close(sink, -wide.t() @ factor[own].double(), 2e-6)
 
 
-@pytest.mark.parametrize("constants", [Transform(), Transform(3.0, -1.7, 0.6)], ids=str)
+@pytest.mark.parametrize("constants", [Transform(), Transform("tanh", -1.7 / 3, 3 / 0.6)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradient(
     shape: tuple[int, int, int, int], constants: Transform, kernel_device: str, watch: Memory | None

@@ -16,6 +16,7 @@ from probes import KERNEL, memory, small_blocks
 from torch import Tensor
 from wrong_kernels import narrow_kernel
 
+from fused_pref.head.devices import GPUS
 from fused_pref.head.slab import Label, new_statistics
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import cases, configs, dlogits, linear, logprob, objective, picked, scale, sequences, slab
@@ -23,7 +24,7 @@ from fused_pref.kernels.gemm import Operands
 
 # Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
 FAR, FAR_TILE, FAR_WEIGHT = 2**30 + 16, 2**26 + 16, 2**27 + 16
-SOFTCAP = Transform(softcap=5.0)
+SOFTCAP = Transform.of({"softcap": 5.0})
 
 
 @pytest.fixture
@@ -267,7 +268,7 @@ def test_grids_hold_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "meta", meta)
     monkeypatch.setattr(KERNEL, "run", launch)
     monkeypatch.setattr(configs, "processors", lambda device: 108)
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+    for target in GPUS:
         monkeypatch.setattr(configs, "architecture", lambda device, target=target: target)
         for case in cases.CASES:
             for dtype in case.dtypes:

@@ -56,10 +56,11 @@ GPUS = {
 def assumptions() -> str:
     """What is assumed of each GPU, a line each."""
     return "\n".join(
-        f"- {GPUS[target].name} ({target}): {device.rates[2] / 1e12:g} TFLOP/s, {device.bandwidth / 1e12:g} TB/s, "
-        f"figures of {device.measured}; {GPUS[target].processors} processors at {GPUS[target].clock / 1e9:g} GHz that "
-        f"issue to {GPUS[target].issue[0]} lanes a cycle, {GPUS[target].issue[1]} of which evaluate exponentials"
-        for target, device in devices.GPUS.items()
+        f"- {gpu.name} ({target}): {devices.GPUS[target].rates[2] / 1e12:g} TFLOP/s, "
+        f"{devices.GPUS[target].bandwidth / 1e12:g} TB/s, figures of {devices.GPUS[target].measured}; "
+        f"{gpu.processors} processors at {gpu.clock / 1e9:g} GHz that issue to {gpu.issue[0]} lanes a cycle, "
+        f"{gpu.issue[1]} of which evaluate exponentials"
+        for target, gpu in GPUS.items()
     )
 
 

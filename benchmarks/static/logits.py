@@ -16,7 +16,7 @@ from fused_pref.head.spec import Transform
 from fused_pref.kernels import cases, compile
 
 ROWS = 8192
-SOFTCAP = Transform(softcap=30.0)
+SOFTCAP = Transform.of({"softcap": 30.0})
 LAUNCHES = {
     "forward, `logits_mean=None`": partial(cases.forward, rows=ROWS),
     'forward, `logits_mean="all"`': partial(cases.forward, rows=ROWS, mean="all"),

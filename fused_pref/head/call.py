@@ -115,8 +115,8 @@ class HeadCall:
 
     @property
     def totals(self) -> bool:
-        """Whether Σ z must be taken from the logits: only a softcap hides it."""
-        return self.spec.logits_mean is not None and self.spec.transform.softcap is not None
+        """Whether Σ z must be taken from the logits: only a curve hides it."""
+        return self.spec.logits_mean is not None and self.spec.transform.curved
 
     def score(self, head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
         """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""

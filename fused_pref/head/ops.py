@@ -26,9 +26,9 @@ def token_logps_fwd(
     backend: str,
     shift: bool,
     ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
+    curve: str,
+    inner: float,
+    outer: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of the label that each position scores.
 
@@ -38,7 +38,7 @@ def token_logps_fwd(
         mean of z over the vocabulary, shape of ``labels``: 0 where ``logits_mean`` does not ask for it.
         Float32, float64 for float64 logits.
     """
-    transform = Transform(softcap, logit_scale, temperature)
+    transform = Transform(curve, inner, outer)
     if backend == "triton":
         from fused_pref.kernels import logprob
 
@@ -65,9 +65,9 @@ def token_logps_bwd(
     backend: str,
     shift: bool,
     ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
+    curve: str,
+    inner: float,
+    outer: float,
 ) -> Tensor:
     """Gradient of the logits, a_n (onehot − softmax) with a_n = ``grad_logp``, shaped like ``labels``.
 
@@ -75,7 +75,7 @@ def token_logps_bwd(
         Contiguous, shape and dtype of ``logits``; rows that score nothing are 0.
     """
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    transform = Transform(softcap, logit_scale, temperature)
+    transform = Transform(curve, inner, outer)
     _gradient_into(dlogits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
     return dlogits
 
@@ -95,12 +95,12 @@ def token_logps_bwd_(
     backend: str,
     shift: bool,
     ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
+    curve: str,
+    inner: float,
+    outer: float,
 ) -> None:
     """As :func:`token_logps_bwd`, over the logits."""
-    transform = Transform(softcap, logit_scale, temperature)
+    transform = Transform(curve, inner, outer)
     _gradient_into(logits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
 
 

@@ -62,7 +62,7 @@ def absorb(
     label = transform.apply_(raw.to(statistics.dtype, copy=True))
     without_target = label.masked_fill(here, -torch.inf)
     # The targets are taken out: once and for all where that can be said in raw logits.
-    at_once = transform.softcap is None
+    at_once = not transform.curved
     if at_once:
         _put(slab, column, raw.masked_fill(here, -math.copysign(torch.inf, transform.slope)))
     new = torch.empty_like(statistics)
@@ -71,7 +71,7 @@ def absorb(
     for z, x, top, others, sums, there, place, without, out in _blocks(slab, new.dtype, *rows):
         transform.apply_(z.copy_(x))
         if total:
-            torch.sum(z, 1, out=sums)  # asked for with a softcap only
+            torch.sum(z, 1, out=sums)  # asked for with a curve only
         if not at_once:
             _put(z, place, without)
         torch.amax(z, 1, out=top).clamp_(min=least)
@@ -98,7 +98,7 @@ def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, fi
     for z, x, out, top, others, there, place in _blocks(slab, statistics.dtype, *rows):
         transform.apply_(z.copy_(x)).sub_(top[:, None]).exp_()
         _normalise(out, x, z, others, there, place, transform)
-    if transform.softcap is None:
+    if not transform.curved:
         _mark(sink, here, column)
 
 
@@ -206,12 +206,12 @@ def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
 def _normalise(
     sink: Tensor, x: Tensor, z: Tensor, others: Tensor, here: Tensor, column: Tensor, transform: Transform
 ) -> None:
-    """Write z/others; with a softcap Q at once, times the slope of the softcap at the raw x.
+    """Write z/others; with a curve Q at once, times its slope at the raw x.
 
     ``others`` is at least 1, or 0 with all of z.
     """
     inverse = others.clamp(min=0.5).reciprocal_()[:, None]
-    if transform.softcap is None:
+    if not transform.curved:
         if sink.dtype == z.dtype:
             torch.mul(z, inverse, out=sink)
         else:

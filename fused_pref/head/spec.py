@@ -1,68 +1,85 @@
 """The constants of a call: the logits transform, and which label each position scores."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from typing_extensions import Self
 
 from fused_pref import validate
 from fused_pref.head.agreement import Agreement
-from fused_pref.keywords import TokenKeywords, choices
+from fused_pref.keywords import TokenKeywords, choices, defaults
 from fused_pref.ranks import group_of
 
 BACKENDS = choices(TokenKeywords, "backend")
 LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
+TOKEN_DEFAULTS = defaults(TokenKeywords)
+
+
+class Curve(NamedTuple):
+    """An elementwise function of a block of any shape and floating dtype, and its slope, both in place."""
+
+    apply_: Callable[[Tensor], Tensor]  # t → f(t), over t
+    chain_: Callable[[Tensor, Tensor], Tensor]  # (d, t) → d · f'(t), over d; t may be overwritten
+
+
+def _tanh_chain_(d: Tensor, t: Tensor) -> Tensor:
+    """1 − tanh² as 4u/(1+u)² with u = exp(−2|t|), which does not cancel where tanh saturates."""
+    u = t.abs_().mul_(-2).exp_()
+    return d.mul_(u).div_(u.add_(1).square_()).mul_(4)
+
+
+# What the logits can be bent by; the device twins are in kernels/helpers.py. "linear" is none of them: z = inner · x.
+CURVES = {"tanh": Curve(Tensor.tanh_, _tanh_chain_)}
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Validated constants of z = softcap(logit_scale · x) / temperature, softcap(x) = c·tanh(x/c)."""
+    """z = outer · f(inner · x) of a raw logit x, f one of ``CURVES``; z = inner · x for ``"linear"``."""
 
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    temperature: float = 1.0
+    curve: str = "linear"
+    inner: float = 1.0
+    outer: float = 1.0
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> "Transform":
-        """From the shared keywords."""
-        softcap, logit_scale = keywords["softcap"], keywords["logit_scale"]
-        if validate.finite("logit_scale", logit_scale, "a finite number other than 0") == 0:
-            raise validate.fail("logit_scale", "a finite number other than 0", logit_scale)
-        return cls(
-            softcap=None if softcap is None else validate.positive("softcap", softcap),
-            logit_scale=float(logit_scale),
-            temperature=validate.positive("temperature", keywords["temperature"]),
-        )
+        """Softcap(logit_scale · x) / temperature with softcap(x) = c·tanh(x/c), from the shared keywords, validated."""
+        given = {**TOKEN_DEFAULTS, **keywords}
+        scale = validate.finite("logit_scale", given["logit_scale"], "a finite number other than 0")
+        if scale == 0:
+            raise validate.fail("logit_scale", "a finite number other than 0", given["logit_scale"])
+        c = None if given["softcap"] is None else validate.positive("softcap", given["softcap"])
+        temperature = validate.positive("temperature", given["temperature"])
+        return cls("linear", scale / temperature) if c is None else cls("tanh", scale / c, c / temperature)
+
+    @property
+    def curved(self) -> bool:
+        """Whether ∂z/∂x differs from entry to entry."""
+        return self.curve != "linear"
 
     @property
     def identity(self) -> bool:
         """Whether z = x."""
-        return self.softcap is None and self.logit_scale == self.temperature
+        return not self.curved and self.inner == 1
 
     @property
     def slope(self) -> float:
-        """∂z/∂x where it is a constant; 1 with a softcap, whose slope :meth:`chain_` applies entry by entry."""
-        return 1.0 if self.softcap is not None else self.logit_scale / self.temperature
+        """∂z/∂x where it is a constant; 1 with a curve, whose slope :meth:`chain_` applies entry by entry."""
+        return 1.0 if self.curved else self.inner
 
     def apply_(self, x: Tensor) -> Tensor:
         """Transform a block in place."""
-        if self.softcap is not None:
-            return x.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        return x if self.identity else x.mul_(self.logit_scale / self.temperature)
+        if self.curved:
+            return CURVES[self.curve].apply_(x.mul_(self.inner)).mul_(self.outer)
+        return x if self.identity else x.mul_(self.inner)
 
     def chain_(self, dz: Tensor, x: Tensor) -> Tensor:
-        """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone.
-
-        1 − tanh² is formed as 4u/(1+u)² with u = exp(−2|x|·scale/c), which does not cancel where the softcap saturates.
-        """
-        if self.softcap is not None:
-            u = x.to(dz.dtype, copy=True).abs_().mul_(-2 * abs(self.logit_scale) / self.softcap).exp_()
-            dz.mul_(u)
-            dz.div_(u.add_(1).square_())
-            return dz.mul_(4 * self.logit_scale / self.temperature)
-        return dz if self.identity else dz.mul_(self.logit_scale / self.temperature)
+        """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone."""
+        if self.curved:
+            t = x.to(dz.dtype, copy=True).mul_(self.inner)
+            return CURVES[self.curve].chain_(dz, t).mul_(self.outer * self.inner)
+        return dz if self.identity else dz.mul_(self.inner)
 
 
 @dataclass(frozen=True)
@@ -101,10 +118,10 @@ class TokenSpec:
         return {}
 
     @property
-    def constants(self) -> tuple[str, bool, int, float | None, float, float]:
+    def constants(self) -> tuple[str, bool, int, str, float, float]:
         """What every op takes: backend, shift, ignore_index and the transform."""
         t = self.transform
-        return self.backend, self.shift, self.ignore_index, t.softcap, t.logit_scale, t.temperature
+        return self.backend, self.shift, self.ignore_index, t.curve, t.inner, t.outer
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def bco(
     )  # fmt: skip
 
 
-SOFTCAP, SCALE, NUMBER = Transform(softcap=30.0), Transform(temperature=0.7), meta()
+SOFTCAP, SCALE, NUMBER = Transform.of({"softcap": 30.0}), Transform.of({"temperature": 0.7}), meta()
 # Rows too few to fill a GPU, a vocabulary whose rows are not aligned, and one where they are by 8 entries only.
 FEW, ODD, EIGHTS = {"rows": 8}, {"columns": 151937}, {"columns": 32008}
 

@@ -29,6 +29,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# The matrix instructions of each; one of an elder architecture would be slow.
+MATRIX = {
+    "sm_80": re.compile(r"\bmma\.sync\b"),
+    "sm_90": re.compile(r"\bwgmma\.mma_async\b"),
+    "sm_100": re.compile(r"\btcgen05\.mma\b"),
+    "gfx942": re.compile(r"\bv_s?mfma\w*\b"),
+}
 # Of the GPUs that the targets stand for, the fewest: rows are split among at least so many.
 PROCESSORS = 108
 
@@ -36,13 +43,6 @@ PROCESSORS = 108
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.(?!v\d|b\d)\w+(?:::\w+)*)*(?:\.v(\d))?\.[bsuf](\d+)")
 AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword(?:x\d)?)")
 AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-# The matrix instructions of each architecture; one of an elder architecture would be slow.
-MATRIX = {
-    "sm_80": re.compile(r"\bmma\.sync\b"),
-    "sm_90": re.compile(r"\bwgmma\.mma_async\b"),
-    "sm_100": re.compile(r"\btcgen05\.mma\b"),
-    "gfx942": re.compile(r"\bv_s?mfma\w*\b"),
-}
 # Bits of a wide access.
 WIDE = 128
 

@@ -25,29 +25,6 @@ class Config:
         return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
-# A thread reads at least 16 bytes at a time, and holds few enough entries that several programs share a processor.
-FORWARD: dict[tuple[str, int], Config] = {
-    ("sm_80", 2): Config(4096, 8),
-    ("sm_80", 4): Config(2048, 8),
-    ("sm_90", 2): Config(4096, 8),
-    ("sm_90", 4): Config(4096, 8),
-    ("sm_100", 2): Config(4096, 8),
-    ("sm_100", 4): Config(4096, 8),
-    ("gfx942", 2): Config(4096, 8),
-    ("gfx942", 4): Config(2048, 8),
-}
-BACKWARD: dict[tuple[str, int], Config] = {
-    ("sm_80", 2): Config(4096, 8),
-    ("sm_80", 4): Config(2048, 8),
-    ("sm_90", 2): Config(4096, 8),
-    ("sm_90", 4): Config(2048, 8),
-    ("sm_100", 2): Config(4096, 8),
-    ("sm_100", 4): Config(2048, 8),
-    ("gfx942", 2): Config(4096, 8),
-    ("gfx942", 4): Config(2048, 8),
-}
-
-
 @dataclass(frozen=True)
 class Tile:
     """Logits [rows, columns] of a program, made of blocks ``depth`` deep; ``group`` row blocks share a weight block."""
@@ -66,27 +43,83 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# The widest tiles that do not spill, by bytes of an entry.
+@dataclass(frozen=True)
+class Defaults:
+    """What an architecture's launches take.
+
+    Attributes:
+        forward, backward: of the kernels that walk rows, by bytes of an entry: a thread reads at least 16 bytes at a
+            time, and holds few enough entries that several programs share a processor.
+        statistics: of fused products of 16-bit entries that leave statistics or Q; the widest tile that does not spill.
+        exponentials: of those that leave both.
+        heavy: of those that need registers for more: a curve, a bias, columns whose end falls within an access.
+        picked: of products of picked rows, by pointers.
+        exact: of all products of float32.
+    """
+
+    forward: dict[int, Config]
+    backward: dict[int, Config]
+    statistics: Tile
+    exponentials: Tile
+    heavy: Tile
+    picked: Tile
+    exact: Tile = Tile(64, 64, 16, 16, 8, 3, False)
+
+
 _WIDE, _SQUARE = Tile(128, 256, 64, 16, 8, 3, True), Tile(128, 128, 64, 16, 8, 3, True)
 # Two programs fit into the shared memory of a processor: one multiplies while the other takes its logits in.
 _TWICE = Tile(128, 256, 64, 16, 8, 2, True)
-_AMPERE, _MI300 = Tile(128, 128, 64, 16, 8, 3, False), Tile(256, 128, 64, 16, 8, 2, False)
-_FLOAT32 = Tile(64, 64, 16, 16, 8, 3, False)
-_EXACT = {(target, 4): _FLOAT32 for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
-STATISTICS_TILE: dict[tuple[str, int], Tile] = {
-    ("sm_80", 2): _AMPERE, ("sm_90", 2): _WIDE, ("sm_100", 2): _TWICE, ("gfx942", 2): _MI300, **_EXACT
-}  # fmt: skip
-GRADIENT_TILE = STATISTICS_TILE
-EXPONENTIALS_TILE = STATISTICS_TILE | {("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False)}
-# Where registers are needed for more: a softcap, a bias, columns whose end falls within an access.
-HEAVY_TILE = EXPONENTIALS_TILE | {
-    ("sm_80", 2): Tile(64, 128, 64, 16, 8, 3, False), ("sm_90", 2): _SQUARE, ("sm_100", 2): _SQUARE
-}  # fmt: skip
-# Products of picked rows, by pointers.
-PICKED_TILE: dict[tuple[str, int], Tile] = {
-    ("sm_80", 2): _AMPERE, ("sm_90", 2): Tile(128, 128, 64, 16, 8, 3, False),
-    ("sm_100", 2): Tile(128, 128, 64, 16, 8, 3, False), ("gfx942", 2): Tile(128, 128, 64, 16, 8, 2, False), **_EXACT
-}  # fmt: skip
+_POINTERS, _MI300 = Tile(128, 128, 64, 16, 8, 3, False), Tile(128, 128, 64, 16, 8, 2, False)
+_LARGE, _SMALL = Config(4096, 8), Config(2048, 8)
+# In the order of fused_pref.head.devices.GPUS, which names the architectures.
+DEFAULTS = {
+    "sm_80": Defaults(
+        forward={2: _LARGE, 4: _SMALL},
+        backward={2: _LARGE, 4: _SMALL},
+        statistics=_POINTERS,
+        exponentials=_POINTERS,
+        heavy=Tile(64, 128, 64, 16, 8, 3, False),
+        picked=_POINTERS,
+    ),
+    "sm_90": Defaults(
+        forward={2: _LARGE, 4: _LARGE},
+        backward={2: _LARGE, 4: _SMALL},
+        statistics=_WIDE,
+        exponentials=_WIDE,
+        heavy=_SQUARE,
+        picked=_POINTERS,
+    ),
+    "sm_100": Defaults(
+        forward={2: _LARGE, 4: _LARGE},
+        backward={2: _LARGE, 4: _SMALL},
+        statistics=_TWICE,
+        exponentials=_TWICE,
+        heavy=_SQUARE,
+        picked=_POINTERS,
+    ),
+    "gfx942": Defaults(
+        forward={2: _LARGE, 4: _SMALL},
+        backward={2: _LARGE, 4: _SMALL},
+        statistics=Tile(256, 128, 64, 16, 8, 2, False),
+        exponentials=_MI300,
+        heavy=_MI300,
+        picked=_MI300,
+    ),
+}
+# The same by (architecture, bytes of an entry), a table for each kind of launch.
+FORWARD = {(name, size): config for name, own in DEFAULTS.items() for size, config in own.forward.items()}
+BACKWARD = {(name, size): config for name, own in DEFAULTS.items() for size, config in own.backward.items()}
+
+
+def _tiles(kind: str) -> dict[tuple[str, int], Tile]:
+    tiles = {2: kind, 4: "exact"}
+    return {(name, size): getattr(own, field) for name, own in DEFAULTS.items() for size, field in tiles.items()}
+
+
+STATISTICS_TILE = GRADIENT_TILE = _tiles("statistics")
+EXPONENTIALS_TILE = _tiles("exponentials")
+HEAVY_TILE = _tiles("heavy")
+PICKED_TILE = _tiles("picked")
 # For rows that are read entry by entry, or whose end falls within a block.
 UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
 INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)

@@ -122,7 +122,7 @@ class Operands:
 
     def tile(self, table: dict[tuple[str, int], configs.Tile], constants: Transform) -> configs.Tile:
         """The tile of a table that suits them and their transform."""
-        heavy = constants.softcap is not None or self.bias is not None
+        heavy = constants.curved or self.bias is not None
         return configs.tile(table, self.hidden, self.weight, heavy=heavy)
 
     def arguments(self, tile: configs.Tile) -> dict[str, Any]:

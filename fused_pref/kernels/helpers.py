@@ -31,26 +31,37 @@ def log1p(x):
 
 @triton.jit
 def transform(x, inner, outer, TRANSFORM: tl.constexpr):
-    """z of a logit x: TRANSFORM 0 is x, 1 is inner · x, 2 is outer · tanh(inner · x)."""
-    if TRANSFORM == 2:
-        return outer * tanh(inner * x)
-    elif TRANSFORM == 1:
+    """z of a logit x: outer · f(inner · x), f the curve of this name; x itself for "identity"."""
+    if TRANSFORM == "identity":
+        return x
+    elif TRANSFORM == "linear":
         return inner * x
     else:
-        return x
+        tl.static_assert(TRANSFORM == "tanh", "unknown curve")
+        return outer * tanh(inner * x)
+
+
+@triton.jit
+def bend(dz, x, inner, outer, TRANSFORM: tl.constexpr):
+    """:func:`chain` where the slope differs from entry to entry; where it is a constant, dz as it is."""
+    if TRANSFORM == "identity" or TRANSFORM == "linear":
+        return dz
+    else:
+        return chain(dz, x, inner, outer, TRANSFORM)
 
 
 @triton.jit
 def chain(dz, x, inner, outer, TRANSFORM: tl.constexpr):
     """∂/∂x from ∂/∂z; 1 − tanh² as 4u/(1+u)² does not cancel where the softcap saturates."""
-    if TRANSFORM == 2:
+    if TRANSFORM == "identity":
+        return dz
+    elif TRANSFORM == "linear":
+        return dz * inner
+    else:
+        tl.static_assert(TRANSFORM == "tanh", "unknown curve")
         u = exp(-2.0 * tl.abs(inner * x))
         r = 1.0 / (1.0 + u)
         return dz * (outer * inner) * (4.0 * u * (r * r))
-    elif TRANSFORM == 1:
-        return dz * inner
-    else:
-        return dz
 
 
 @triton.jit

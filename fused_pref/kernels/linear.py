@@ -23,7 +23,7 @@ from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, tune
 from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order, vocabulary_splits
-from fused_pref.kernels.helpers import chain, exp, transform
+from fused_pref.kernels.helpers import bend, exp, transform
 from fused_pref.kernels.logprob import factors
 
 # Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they are kept: far enough
@@ -58,7 +58,7 @@ def _linear_statistics_kernel(
     partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z
     pivots,  # [N] or None: the exponentials are exp(z − pivot)
     before,  # [N] or None: pivots of an earlier pass, which a block of rows repeats only if one of its own has risen
-    sink,  # [N, width] or None: receives the exponentials, −1 at the targets, times the softcap's slope; 0 beyond v
+    sink,  # [N, width] or None: receives the exponentials, −1 at the targets, times the curve's slope; 0 beyond v
     rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns,
     width, sink_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,9 +102,7 @@ def _linear_statistics_kernel(
             else:
                 e = exp(z - pivot[:, None])
                 others += tl.sum(e, 1)
-                e = tl.where(own, -1.0, e)
-                if TRANSFORM == 2:
-                    e = chain(e, part, inner, outer, TRANSFORM)
+                e = bend(tl.where(own, -1.0, e), part, inner, outer, TRANSFORM)
                 store(sink, e, row, r < rows, cols, width, sink_stride, ROWS)
             top = risen
     part = tl.cast(split, tl.int64) * 3 * rows
@@ -178,9 +176,7 @@ def _linear_gradient_kernel(
         cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
         part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
         q = exp(transform(part, inner, outer, TRANSFORM) - top[:, None]) * inverse[:, None]
-        q = tl.where(cols[None, :] == y[:, None], -1.0, q)
-        if TRANSFORM == 2:
-            q = chain(q, part, inner, outer, TRANSFORM)
+        q = bend(tl.where(cols[None, :] == y[:, None], -1.0, q), part, inner, outer, TRANSFORM)
         store(sink, q, row, r < rows, cols, columns, sink_stride, ROWS)
 
 
@@ -262,7 +258,7 @@ def exponentials(
 
     Args:
         sink: (N, V) or wider, of a dtype with the range of float32; receives Q times the result. Rows of whole 32
-            bytes are written faster: what is beyond V becomes 0 (or finite, with a softcap).
+            bytes are written faster: what is beyond V becomes 0 (or finite, with a curve).
         operands: the whole vocabulary.
         statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
         targets: (N,) labels of the rows.
@@ -365,8 +361,12 @@ def _tuned(
 ) -> configs.Tile:
     """The tile of a table, or what a search prefers."""
     default, hidden = operands.tile(table, constants), operands.hidden
-    flags = {"softcap": constants.softcap, "bias": operands.bias, "by index": operands.places}
-    name = ", ".join([kernel, *(flag for flag, value in flags.items() if value is not None)])
+    flags = {
+        constants.curve: constants.curved,
+        "bias": operands.bias is not None,
+        "by index": operands.places is not None,
+    }
+    name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
     candidates = configs.tile_candidates(default, hidden.dtype)
     return tune.tuned(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, launch)
 

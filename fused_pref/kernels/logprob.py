@@ -172,13 +172,13 @@ def aligned(x: Tensor) -> bool:
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in sizes)
 
 
-def factors(constants: Transform) -> dict[str, float | int]:
+def factors(constants: Transform) -> dict[str, float | str]:
     """``inner``, ``outer`` and TRANSFORM of the device function ``transform``."""
-    if constants.softcap is not None:
-        inner, outer = constants.logit_scale / constants.softcap, constants.softcap / constants.temperature
-        return {"inner": inner, "outer": outer, "TRANSFORM": 2}
-    scale = constants.logit_scale / constants.temperature
-    return {"inner": scale, "outer": 1.0, "TRANSFORM": 0 if constants.identity else 1}
+    return {
+        "inner": constants.inner,
+        "outer": constants.outer,
+        "TRANSFORM": "identity" if constants.identity else constants.curve,
+    }
 
 
 def token_logps_fwd(

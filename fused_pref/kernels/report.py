@@ -14,9 +14,10 @@ import torch
 
 import fused_pref.kernels
 from fused_pref import backend
+from fused_pref.head.devices import GPUS
 from fused_pref.usage import UsageError
 
-TARGETS = "sm_80,sm_90,sm_100,gfx942"
+TARGETS = ",".join(GPUS)
 COLUMNS = {
     "kernel": "kernel",
     "case": "case",
@@ -40,6 +41,9 @@ DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--targets", default=TARGETS, help=f"comma-separated, of {TARGETS} (the default)")
+    parser.add_argument(
+        "--cases", default="", metavar="TEXT", help="only cases whose name contains this (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON array in place of a table")
 
 
@@ -52,12 +56,14 @@ def run(args: argparse.Namespace) -> int:
     obstacle = compile_obstacle()
     if obstacle:
         raise UsageError(f"kernels cannot be compiled: {obstacle}")
-    rows = compile_all(targets)
+    rows = compile_all(targets, args.cases)
+    if not rows:
+        raise UsageError(f"argument --cases: no case has {args.cases!r} in its name")
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
         print(table(rows))
-    missing = sorted(kernel_names() - {row["kernel"] for row in rows})
+    missing = [] if args.cases else sorted(kernel_names() - {row["kernel"] for row in rows})
     spilling = [row for row in rows if row["stack_bytes"] or row["spills"]]
     for kernel in missing:
         print(f"kernels: {kernel} has no case in fused_pref/kernels/cases.py", file=sys.stderr)
@@ -77,11 +83,19 @@ def kernel_names() -> set[str]:
     return names
 
 
-def compile_all(targets: list[str]) -> list[dict[str, Any]]:
-    """The rows of all cases on these targets, compiled on all processors."""
+def compile_all(targets: list[str], names: str = "") -> list[dict[str, Any]]:
+    """The rows of all cases on these targets, or of those with ``names`` in their name, compiled on all processors."""
     from fused_pref.kernels.cases import CASES
 
-    tasks = [(i, dtype, target) for i, case in enumerate(CASES) for dtype in case.dtypes for target in targets]
+    tasks = [
+        (i, dtype, target)
+        for i, case in enumerate(CASES)
+        if names in case.name
+        for dtype in case.dtypes
+        for target in targets
+    ]
+    if not tasks:
+        return []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool:
         return [row for rows in pool.map(_compile_case, *zip(*tasks, strict=True)) for row in rows]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_pref.head.slab import Label
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs
-from fused_pref.kernels.helpers import chain, exp, transform
+from fused_pref.kernels.helpers import bend, exp, transform
 from fused_pref.kernels.logprob import aligned, factors
 
 
@@ -82,9 +82,7 @@ def _slab_gradient_kernel(
         # Narrow entries are written where wide ones were read: not before every thread has read its own.
         tl.debug_barrier()
         q = exp(transform(x, inner, outer, TRANSFORM) - top) * inverse
-        q = tl.where(cols == y, -1.0, q)
-        if TRANSFORM == 2:
-            q = chain(q, x, inner, outer, TRANSFORM)
+        q = bend(tl.where(cols == y, -1.0, q), x, inner, outer, TRANSFORM)
         tl.store(out + cols, q.to(sink.dtype.element_ty), mask=cols < end)
 
 
