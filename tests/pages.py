@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 # What is not the project's own: environments, outputs and caches have names that git ignores.
-OUTSIDE = {"site", "build", "dist", "node_modules", "fused_pref_demo"}
+OUTSIDE = {"site", "build", "dist", "fused_pref_demo"}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -39,13 +39,11 @@ class Keywords(griffe.Extension):
             kind = griffe.ParameterKind.keyword_only
             given.add(griffe.Parameter(name, annotation=annotation, kind=kind, default=repr(keyword.default)))
             lines.append(f"    {name}: {keyword.meaning}.")
-        before, after = _split(func.docstring.value if func.docstring else "")
-        func.docstring = griffe.Docstring(
-            "\n".join([before, *lines, "", after]).strip(),
-            parent=func,
-            parser=loader.docstring_parser,
-            parser_options=loader.docstring_options,
-        )
+        # A class says what its constructor takes.
+        owner = func.parent if func.name == "__init__" else func
+        if owner and owner.docstring:
+            before, after = _split(owner.docstring.value)
+            owner.docstring.value = "\n".join([before, *lines, "", after]).strip()
 
     def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Turn roles into links, and give every name its own entry."""

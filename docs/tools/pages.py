@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """See that the page works without a network."""
     for loaded in LOADED.finditer(output):
-        log.warning("%s loads something from elsewhere: %s", page.file.src_uri, output[loaded.start() :][:120])
+        log.warning("%s loads something from elsewhere: %s", page.file.src_uri, output[loaded.start() :].split(">")[0])
     return output
 
 
