@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("page", [page for page in PYTHON if page.name != "README.md"], ids=pages.name)
 def test_a_page_says_what_its_code_takes_for_granted(page: Path) -> None:
     assert not [name for name in sorted(borrowed(page)) if f"`{name}`" not in pages.prose(page)]
+
+
+def test_messages_are_those_of_the_code() -> None:
+    """What stands in the first column of the table of errors, … for what differs."""
+    page = pages.prose(pages.ROOT / "docs/faq.md")
+    messages = re.findall(r"^\| `(.+?)` \|", page[page.index("\n## Errors") :], re.MULTILINE)
+    sources = [ast.parse(file.read_text(encoding="utf-8")) for file in (pages.ROOT / "fused_pref").rglob("*.py")]
+    nodes = [node for source in sources for node in ast.walk(source) if isinstance(node, ast.Constant)]
+    texts = [node.value for node in nodes if isinstance(node.value, str)]
+    assert len(messages) > 4
+    for message in messages:
+        for part in re.split(r"\(?…\)?", message):
+            assert any(part.strip() in text for text in texts), (message, part)
 
 
 def test_the_manual_is_found() -> None:
