@@ -89,6 +89,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         plain(self)
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", quiet)
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = supplied(tmp_path)
     for number, block in enumerate(python(page), 1):

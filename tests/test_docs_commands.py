@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pages
 import pytest
@@ -33,9 +34,11 @@ def test_command(
     page: str,
     command: str,
     output: str | None,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command)[1:]
     if f"fused_pref {arguments[0]}" in ELSEWHERE:
         monkeypatch.setattr(importlib.import_module(COMMANDS[arguments[0]][0]), "run", lambda args: 0)
