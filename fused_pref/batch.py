@@ -209,12 +209,14 @@ class LinearBatch(Batch):
         if torch.compiler.is_compiling():
             return self._score_compiled(call, local)
         rows = call.rows(self.labels, self.cu_seqlens)
-        plan = call.plan(call.head(*tensors), rows)
-        if plan.name == "grouped" and local is not None:
-            return *known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope), None
-        function = LinearTokenLogpsFunction
-        logp, means, dropped = function.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
-        return logp, means, None, dropped
+        head = call.head(*tensors)
+        plan = call.plan(head, rows)
+        with call.advising(head, rows):
+            if plan.name == "grouped" and local is not None:
+                return *known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope), None
+            function = LinearTokenLogpsFunction
+            logp, means, dropped = function.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
+            return logp, means, None, dropped
 
     def _score_compiled(self, call: HeadCall, local: Local | None) -> tuple[Tensor, Tensor, Any, None]:
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)

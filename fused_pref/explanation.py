@@ -1,16 +1,13 @@
-"""``fused_pref.explain`` and ``python -m fused_pref explain``: the plan that a call of the linear head would take."""
+"""``fused_pref.explain``: the plan that a call of the linear head would take."""
 
-import argparse
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from fused_pref import backend, validate
 from fused_pref.head.devices import CPU, GPUS, Device, device_of
-from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, candidates, choose
-from fused_pref.usage import UsageError
+from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose
 
 # Public shapes of language models: (D, V).
 MODELS = {
@@ -75,10 +72,25 @@ class Explanation:
         return (1 + gradients) * self._product(self.problem.positions)
 
     @property
+    def eager_parts(self) -> dict[str, int]:
+        """Least bytes of the eager path, by what holds them."""
+        p = self.problem
+        names = ("logits", "log-softmax", "gradient of the logits")[: 3 if p.gradients else 2]
+        return dict.fromkeys(names, p.positions * p.vocabulary * p.itemsize)
+
+    @property
     def eager_bytes(self) -> int:
         """Least bytes of the eager path: logits and log-softmax, and with gradients the logits' gradient."""
+        return sum(self.eager_parts.values())
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes of what goes in and what comes out: hidden states, weight, and the gradients of all."""
         p = self.problem
-        return p.positions * p.vocabulary * p.itemsize * (3 if p.gradients else 2)
+        hidden, weight = p.positions * p.hidden * p.itemsize, p.vocabulary * p.hidden * p.weight_itemsize
+        gradients = hidden * ("hidden" in p.gradients) + weight * ("weight" in p.gradients)
+        gradients += p.vocabulary * p.weight_itemsize * ("bias" in p.gradients)
+        return {"hidden states": hidden, "weight": weight, "gradients": gradients}
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -130,13 +142,13 @@ class Explanation:
         sizes = f"N={p.tokens} of {p.positions} positions, D={p.hidden}, V={p.vocabulary}, {p.itemsize * 8}-bit"
         lines = [
             f"{self.objective}, {sizes}, gradients of {', '.join(sorted(p.gradients)) or 'nothing'}",
-            f"plan {plan.name}{', fused,' if plan.fused else ''} on {p.device.name} (budget {_bytes(p.budget)}; "
+            f"plan {plan.name}{', fused,' if plan.fused else ''} on {p.device.name} (budget {bytes_text(p.budget)}; "
             f"figures of {p.device.measured})",
             *(f"  {number}. {step}" for number, step in enumerate(self.steps, 1)),
             f"{'':10}{'products':>12}{'FLOP':>12}{'peak beyond gradients':>24}",
-            f"{'ours':10}{plan.products:>9.2f}NDV{self.flops:>12.3g}{_bytes(self.peak_bytes):>24}",
+            f"{'ours':10}{plan.products:>9.2f}NDV{self.flops:>12.3g}{bytes_text(self.peak_bytes):>24}",
             f"{'eager':10}{self.eager_flops / max(self._product(p.tokens), 1):>9.2f}NDV{self.eager_flops:>12.3g}"
-            f"{'>= ' + _bytes(self.eager_bytes):>24}",
+            f"{'>= ' + bytes_text(self.eager_bytes):>24}",
             f"products are counted in 2·N·D·V operations; predicted time {plan.seconds * 1e3:.3g} ms (a model, not "
             "measured here)",
         ]
@@ -178,7 +190,7 @@ def explain(
         skip_mass: as for the call; what can be skipped depends on the logits, so that the products are the most.
 
     Returns:
-        :class:`Explanation`; print it.
+        :class:`Explanation`; print it, or draw it by :func:`fused_pref.picture.draw`.
 
     Raises:
         ValueError, TypeError: a malformed argument, or a budget that no plan fits; the message says the least.
@@ -225,9 +237,6 @@ def explain(
     return Explanation(choose(problem), problem, objective)
 
 
-KEYWORDS = tuple(inspect.signature(explain).parameters)
-
-
 def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[int, int]:
     if model is not None:
         validate.choice("model", model, tuple(MODELS))
@@ -256,45 +265,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _bytes(number: float) -> str:
+def bytes_text(number: float) -> str:
+    """A size in binary units."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of :func:`explain`."""
-    parser.add_argument("--model", choices=sorted(MODELS), help="a model whose shapes are known")
-    parser.add_argument("--tokens", type=int, default=8192, help="N, scored tokens (default: %(default)s)")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="cpo", help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, help="D")
-    parser.add_argument("--vocab", type=int, help="V")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--device", choices=DEVICES, help="default: an accelerator if there is one")
-    parser.add_argument("--sequences", type=int, default=16, help="S (default: %(default)s)")
-    parser.add_argument("--positions", type=int, help="S·T, scored or not (default: the tokens)")
-    parser.add_argument(
-        "--gradients", nargs="*", choices=GRADIENTS, default=["hidden", "weight"], help="default: hidden weight"
-    )
-    parser.add_argument("--delta", choices=DELTAS, default="batch", help="BCO: who moves δ (default: %(default)s)")
-    parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
-    parser.add_argument("--skip-mass", type=float, help="probability that a token's gradient may lose")
-    parser.add_argument("--all", action="store_true", help="also list what other budgets would buy")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the explanation."""
-    options = {name: value for name, value in vars(args).items() if name in KEYWORDS}
-    try:
-        explanation = explain(**options)
-    except (ValueError, TypeError) as error:
-        raise UsageError(error) from error
-    print(explanation)
-    if args.all:
-        print("\nwhat a budget buys:")
-        found: dict[tuple[str, float, bool], Plan] = {}
-        for plan in sorted(candidates(explanation.problem), key=lambda plan: plan.workspace):
-            chosen = choose(replace(explanation.problem, budget=plan.workspace))
-            found[chosen.name, chosen.products, chosen.fused] = chosen
-        for (name, products, fused), plan in found.items():
-            form = f"{name}, fused" if fused else name
-            print(f"  {_bytes(plan.workspace):>12}  {form:18} {products:.2f} products, {plan.seconds * 1e3:.3g} ms")
-    return 0

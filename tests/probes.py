@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fused_pref.kernels import configs, dlogits, logprob, objective, sequences
 
@@ -53,10 +55,49 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Allocations(Launches):
+    """Counts the operations that bring new memory; the ``fail``-th finds none, as on a full GPU.
+
+    Attributes:
+        number: of allocations so far.
+        storages: all that were allocated, held weakly.
+    """
+
+    def __init__(self, fail: int | None = None) -> None:
+        super().__init__()
+        self.fail, self.number = fail, 0
+        self.storages: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.interpreting or not any(r.alias_info is None for r in func._schema.returns):
+            return func(*args, **(kwargs or {}))
+        self.number += 1
+        if self.number == self.fail:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.storages += [StorageWeakRef(leaf.untyped_storage()) for leaf in made]
+        return result
+
+    def alive(self) -> int:
+        """Allocations that something still holds."""
+        return sum(not storage.expired() for storage in self.storages)
+
+
+Recorder = TypeVar("Recorder", bound=Launches)
+
+
 @contextmanager
 def launches(*, execute: bool = True) -> Iterator[Launches]:
     """Record what is launched in this context; without ``execute`` the kernels then do nothing."""
-    recorder, run = Launches(), KERNEL.run
+    with recording(Launches(), execute=execute) as recorder:
+        yield recorder
+
+
+@contextmanager
+def recording(recorder: Recorder, *, execute: bool = True) -> Iterator[Recorder]:
+    """Let a recorder see what is launched in this context, by the launchers inside of custom operations too."""
+    run = KERNEL.run
 
     def launch(kernel: Any, *args: Any, **keywords: Any) -> Any:
         recorder.names.append(kernel.fn.__name__)

@@ -1,5 +1,6 @@
 """A call of the linear head: which dtype, which gradients, which plan; and the means of the logits."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from fused_pref.backend import architecture
 from fused_pref.head import linear, skipping
 from fused_pref.head import slab as torch_slab
+from fused_pref.head.advice import advising
 from fused_pref.head.devices import device_of
 from fused_pref.head.linear import Forward, Head
 from fused_pref.head.parallel import Shard
@@ -106,6 +108,10 @@ class HeadCall:
     def plan(self, head: Head, rows: ValidRows) -> Plan:
         """See :func:`fused_pref.head.plan.choose`."""
         return choose(self.problem(head, rows))
+
+    def advising(self, head: Head, rows: ValidRows) -> AbstractContextManager[None]:
+        """See :func:`fused_pref.head.advice.advising`."""
+        return advising(lambda: self.problem(head, rows))
 
     @property
     def totals(self) -> bool:

@@ -49,7 +49,7 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         call, rows = ctx.call, ctx.rows
         hidden, weight, bias, left, live = ctx.saved_tensors
         head, grad_logp = call.head(hidden, weight, bias), rows.pick(grads[0])
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), call.advising(head, rows):
             if ctx.plan.name == "frozen_head":
                 gradients = Gradients(linear.frozen_head_bwd(head, rows, left, grad_logp), None, None)
             elif ctx.plan.name == "skipping":

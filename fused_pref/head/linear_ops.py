@@ -45,7 +45,7 @@ def linear_token_logps_fwd(
     request = decode(call)
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = linear.keeping_nothing(request.plan(head, rows))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         logp, means, (statistics, u, *_) = request.score(head, rows, plan, labels)
         if plan.name == "logprob":
             left = hidden.new_empty(0, dtype=head.accumulator)
@@ -82,7 +82,7 @@ def linear_token_logps_bwd(
     request = decode(call)
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     upstream = rows.pick(grad_logp)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         if request.wanted == {"hidden"}:
             u = left if rows.places is None else left.index_select(0, rows.places)
             return _filled(Gradients(linear.frozen_head_bwd(head, rows, u, upstream), None, None), hidden)
@@ -114,9 +114,10 @@ def linear_known_gradients(
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = request.plan(head, rows)
     if plan.name == "grouped":
-        logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
+        with request.advising(head, rows):
+            logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
         return logp, means, *_filled(gradients, hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         values, means, (statistics, _, kept, _) = request.score(head, rows, plan, labels)
         sequences = (slice(0, rows.lengths.shape[0]),)
         upstream = rows.share(slope(sequences, rows.sums(values), rows.lengths)).to(values.dtype)

@@ -183,21 +183,27 @@ def choose(problem: Problem) -> Plan:
     Raises:
         ValueError: no plan fits; the message says the least budget that would.
     """
-    plans = list(candidates(problem))
-    floor = 0
-    if problem.unscored:
-        alone = replace(problem, tokens=problem.unscored, gradients=frozenset(), unscored=0)
-        floor = min(plan.workspace for plan in candidates(alone))
-    fitting = [plan for plan in plans if plan.workspace <= problem.budget]
-    if not fitting or floor > problem.budget:
-        least = max(floor, min(plan.workspace for plan in plans))
+    fitting = [plan for plan in candidates(problem) if plan.workspace <= problem.budget]
+    if not fitting or _unscored_least(problem) > problem.budget:
         raise ValueError(
-            f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, D={problem.hidden}, "
-            f"V={problem.vocabulary}; got {problem.budget}"
+            f"memory_budget must be at least {least_budget(problem)} bytes for N={problem.tokens} tokens, "
+            f"D={problem.hidden}, V={problem.vocabulary}; got {problem.budget}"
         )
     cheapest = min(plan.seconds for plan in fitting)
     alike = [plan for plan in fitting if plan.seconds <= ALIKE * cheapest]
     return min(alike, key=lambda plan: (plan.workspace, plan.seconds))
+
+
+def least_budget(problem: Problem) -> int:
+    """Bytes below which no plan fits."""
+    return max(_unscored_least(problem), min(plan.workspace for plan in candidates(problem)))
+
+
+def _unscored_least(problem: Problem) -> int:
+    if not problem.unscored:
+        return 0
+    alone = replace(problem, tokens=problem.unscored, gradients=frozenset(), unscored=0)
+    return min(plan.workspace for plan in candidates(alone))
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:

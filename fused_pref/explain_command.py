@@ -1,0 +1,61 @@
+"""``python -m fused_pref explain``: print the plan that a call of the linear head would take, and draw it."""
+
+import argparse
+import inspect
+from dataclasses import replace
+
+from fused_pref import figures
+from fused_pref.explanation import DELTAS, DEVICES, DTYPES, GRADIENTS, MODELS, OBJECTIVES, bytes_text, explain
+from fused_pref.head.plan import Plan, candidates, choose
+from fused_pref.picture import draw
+from fused_pref.usage import UsageError
+
+KEYWORDS = tuple(inspect.signature(explain).parameters)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of :func:`explain`."""
+    parser.add_argument("--model", choices=sorted(MODELS), help="a model whose shapes are known")
+    parser.add_argument("--tokens", type=int, default=8192, help="N, scored tokens (default: %(default)s)")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="cpo", help="default: %(default)s")
+    parser.add_argument("--hidden", type=int, help="D")
+    parser.add_argument("--vocab", type=int, help="V")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--device", choices=DEVICES, help="default: an accelerator if there is one")
+    parser.add_argument("--sequences", type=int, default=16, help="S (default: %(default)s)")
+    parser.add_argument("--positions", type=int, help="S·T, scored or not (default: the tokens)")
+    parser.add_argument(
+        "--gradients", nargs="*", choices=GRADIENTS, default=["hidden", "weight"], help="default: hidden weight"
+    )
+    parser.add_argument("--delta", choices=DELTAS, default="batch", help="BCO: who moves δ (default: %(default)s)")
+    parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
+    parser.add_argument("--skip-mass", type=float, help="probability that a token's gradient may lose")
+    parser.add_argument("--plot", metavar="FILE", help=f"also draw it, as {' or '.join(figures.SUFFIXES)}")
+    parser.add_argument("--all", action="store_true", help="also list what other budgets would buy")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the explanation, and draw it."""
+    options = {name: value for name, value in vars(args).items() if name in KEYWORDS}
+    try:
+        explanation = explain(**options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(error) from error
+    if args.plot is not None:
+        try:
+            draw(explanation, args.plot)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"argument --plot: {error}") from error
+        except OSError as error:
+            raise UsageError(f"argument --plot: cannot write {args.plot!r}: {error.strerror}") from error
+    print(explanation)
+    if args.all:
+        print("\nwhat a budget buys:")
+        found: dict[tuple[str, float, bool], Plan] = {}
+        for plan in sorted(candidates(explanation.problem), key=lambda plan: plan.workspace):
+            chosen = choose(replace(explanation.problem, budget=plan.workspace))
+            found[chosen.name, chosen.products, chosen.fused] = chosen
+        for (name, products, fused), plan in found.items():
+            form = f"{name}, fused" if fused else name
+            print(f"  {bytes_text(plan.workspace):>12}  {form:18} {products:.2f} products, {plan.seconds * 1e3:.3g} ms")
+    return 0
