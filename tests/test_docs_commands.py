@@ -50,7 +50,7 @@ def test_a_shown_command(
 @pytest.mark.parametrize("test", ELSEWHERE.values())
 def test_the_test_of_a_slow_command_exists(test: str) -> None:
     files = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py")]
-    assert sum(f"\ndef {test}(" in text for text in files) == 1
+    assert any(f"\ndef {test}(" in text for text in files)
 
 
 def test_every_command_is_in_the_manual() -> None:
