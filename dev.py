@@ -21,6 +21,7 @@ COMMANDS = {
     "lint": ("dev", ["-m", "ruff", "check", "."]),
     "format": ("dev", ["-m", "ruff", "format", "--check", "."]),
     "types": ("dev", ["-m", "pyright"]),
+    "docs": ("docs", ["-m", "mkdocs", "build", "--strict"]),
 }
 
 
