@@ -1,9 +1,9 @@
 """A user's program as a type checker sees it: every public entry, with the types that it promises."""
 
-from typing import assert_type
-
+# pyright: reportUnnecessaryTypeIgnoreComment=true
 import torch
 from torch import Tensor
+from typing_extensions import assert_type
 
 import fused_pref as fp
 from fused_pref.models import preference_forward
