@@ -215,7 +215,13 @@ def test_upstream_gradient(case: Case, factor: float) -> None:
         expected = factor * gradient.double()
         error = (second.gradients[name].double() - expected).norm()
         roundoff = 2.0**-23 if case.dtype == torch.float32 else 2.0**-50
-        assert error <= 4 * roundoff * expected.norm() + 1e-42, name
+        allowed = 4 * roundoff * expected.norm() + 1e-42
+        if not error <= allowed:
+            # The coefficients of tokens whose parts cancel are scaled, and rounded, before they are added.
+            problem = batch.problem()
+            explained = roundings(problem, evaluate(fp.reference, problem.wide()))
+            allowed += abs(factor) * explained[f"gradient of {name}"]
+        assert error <= allowed, name
 
 
 @examples()
