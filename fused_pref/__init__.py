@@ -20,7 +20,7 @@ from fused_pref.shift import RewardShift
 from fused_pref.udm import DensityRatio
 from fused_pref.validate import checks
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BCOLoss",
