@@ -60,7 +60,7 @@ def roundings(problem: Problem, truth: Result) -> dict[str, Tensor]:
     """
     case = problem.case
     roundoff = ROUNDOFF[case.dtype if case.linear or case.dtype == torch.float64 else torch.float32]
-    moved = [evaluate(fp.reference, problem.wide(2 * roundoff, draw)).all() for draw in range(4)]
+    moved = [evaluate(fp.reference, problem.wide(2 * roundoff, draw)).all() for draw in range(16)]
     explained = {}
     for name, true in truth.all().items():
         own = ROUNDOFF[case.dtype] if name.startswith("gradient") else 0.0
