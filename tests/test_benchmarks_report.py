@@ -32,7 +32,7 @@ def benchmarks(*arguments: str) -> subprocess.Popen[str]:
 
 def test_report(tmp_path: Path) -> None:
     process = benchmarks("report", "--device", "cpu", "--minutes", "2", "--out", str(tmp_path))
-    out, err = process.communicate(timeout=110)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     page = (tmp_path / "report.md").read_text()
     assert "running" not in page
@@ -149,7 +149,7 @@ def test_predictions(tmp_path: Path) -> None:
     measured = tmp_path / "compare.json"
     measured.write_text(json.dumps({"machine": {"architecture": "sm_90"}, "rows": [row]}))
     process = benchmarks("static", "--targets", "sm_90", "--measured", str(measured))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     parts = {part.splitlines()[0]: part for part in out.split("\n## ")[1:]}
     assert len(parts) == 4

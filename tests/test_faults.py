@@ -15,9 +15,9 @@ import fused_pref as fp
 
 S, T, D, V = 4, 6, 16, 300
 # Several groups or slices, beside the block that a CPU works in.
-SMALL = 2**20 + 30_000
+SMALL = 2**20 + 60_000
 # Allocations that fail, of each step.
-FAILURES = {"torch": 16, "triton": 3}
+FAILURES = {"torch": 10, "triton": 3}
 PLANS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "grouped, small": {"memory_budget": SMALL},
@@ -105,11 +105,21 @@ def deterministic_memory() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("source", "keywords"), CASES, ids=NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_out_of_memory(source: str, keywords: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+def test_out_of_memory(source: str, keywords: dict[str, Any], backend: str) -> None:
     """Whichever allocation fails, inputs are as before, and δ too unless the forward succeeded; a second try gives what
     the first would have given, to the bit.
     """
+    fail_in_turn(source, keywords, backend, torch.float32)
+
+
+@pytest.mark.parametrize(("source", "keywords"), CASES, ids=NAMES)
+def test_out_of_memory_in_float16(source: str, keywords: dict[str, Any]) -> None:
+    """Its gradients wait in float32 for the upstream one, which is more memory to find in a backward."""
+    fail_in_turn(source, keywords, "torch", torch.float16)
+
+
+def fail_in_turn(source: str, keywords: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
+    """See :func:`test_out_of_memory`."""
     step = make_step(source, backend, dtype=dtype, **keywords)
     with recording(Allocations()) as allocations:
         loss = step.call().loss

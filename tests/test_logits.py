@@ -29,7 +29,12 @@ CPO = [
     {"pair_normalizer": 7, "token_normalizer": torch.tensor(31)},
     {"token_normalizer": torch.tensor(0)},
 ]
-DPO = [{}, {"loss_type": "hinge", "beta": 0.5}, {"loss_type": "ipo"}, {"label_smoothing": 0.2, "pair_normalizer": 5.0}]
+DPO = [
+    {},
+    {"loss_type": "hinge", "beta": 0.5},
+    {"loss_type": "ipo"},
+    {"label_smoothing": 0.2, "pair_normalizer": 5.0},
+]
 BCO = [
     {},
     {"delta": 0.7, "beta": 0.3},

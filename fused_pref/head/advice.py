@@ -34,15 +34,15 @@ def ran_out(error: RuntimeError) -> bool:
 
 
 def advice(problem: Problem) -> str:
-    """The workspace of the plan that was taken, a budget of at most half of it, and the least one."""
+    """The workspace of the plan that was taken, a budget of half (else below it), the least, and their costs."""
     taken, least = choose(problem), least_budget(problem)
     said = f"The linear head works by plan {taken.name}: {taken.workspace} bytes beside inputs and gradients"
-    if least >= taken.workspace:
+    smaller = [plan.workspace for plan in candidates(problem) if least <= plan.workspace < taken.workspace]
+    if not smaller:
         return f"{said}, and no smaller memory_budget is enough; give it fewer tokens at a time."
-    halves = (plan.workspace for plan in candidates(problem) if plan.workspace <= taken.workspace // 2)
-    budget = max(least, *halves, 0)
-    smaller = choose(replace(problem, budget=budget))
+    budget = max([size for size in smaller if size <= taken.workspace // 2] or smaller)
+    time, longest = (choose(replace(problem, budget=size)).seconds / taken.seconds for size in (budget, least))
     return (
-        f"{said}. memory_budget={budget} takes no more than that (plan {smaller.name}, {smaller.products:.2f} products "
-        f"of N·D·V for {taken.products:.2f}); the least is {least}."
+        f"{said}. memory_budget={budget} takes {time:.3g} times as long by the planner's model; the least is {least}, "
+        f"{longest:.3g} times."
     )

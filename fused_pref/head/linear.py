@@ -358,7 +358,7 @@ def _add_slices(
         if hidden is not None:
             if not apart:
                 label_q += torch_slab.take_targets(q, rows.targets, columns.start)
-            add_product(hidden, q, head.w[columns], fresh=number == 0)
+            add_product(hidden, q, head.w[columns], fresh=number == 0, terms=head.columns)
     kept.clear()
     return label_q
 

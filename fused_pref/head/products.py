@@ -4,12 +4,16 @@ A device with ``mixed`` products gives float32 results of 16-bit entries. Elsewh
 once; where several of them are summed, partial results are added in float32.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from fused_pref.head.devices import device_of
 from fused_pref.head.streaming import ranges
 
+# Terms of an entry that a CPU's product may add up one after the other.
+CHAIN = 2**16
 # Columns that are copied into rows at a time: what they touch stays in a cache.
 BAND = 32
 
@@ -49,11 +53,15 @@ def project(slab: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return torch.addmm(bias, h, weight.t(), out=slab)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tensor | None = None) -> None:
+def add_product(
+    total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tensor | None = None, terms: int | None = None
+) -> None:
     """Total ← a b, or total + a b if not ``fresh``; ``scale`` (0-d) multiplies the product in the dtype of ``total``.
 
+    ``terms`` is the number of terms of an entry once all products are in; None: those of this one.
     Rows of ``total`` are worked in blocks where a partial result or an operand in memory of its own cannot be avoided.
     """
+    terms = a.shape[1] if terms is None else terms
     direct = scale is None and total.dtype == a.dtype and not upcast(a)
     if scale is None and mixed(a) and not direct:
         if fresh:
@@ -70,10 +78,23 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tens
             product = _product(operand, b)
             product = product if scale is None else product.to(total.dtype).mul_(scale)
             total[part] = product if fresh else product + total[part]
+        elif a.device.type == "cpu" and terms > CHAIN:
+            _add_runs(total[part], operand, b, fresh=fresh)
         elif fresh:
             torch.mm(operand, b, out=total[part])
         else:
             total[part].addmm_(operand, b)
+
+
+def _add_runs(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+    """Total ← a b, or total + a b, by sums of at most ``CHAIN`` terms: one after the other, errors grow with them."""
+    rows = max(1, device_of("cpu").scratch // (b.shape[1] * b.itemsize))
+    for part, run in itertools.product(ranges(total.shape[0], rows), ranges(a.shape[1], CHAIN)):
+        product = torch.mm(a[part, run], b[run])
+        if fresh and run.start == 0:
+            total[part] = product
+        else:
+            total[part] += product
 
 
 def turned(a: Tensor) -> bool:
