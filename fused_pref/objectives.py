@@ -3,7 +3,7 @@
 Everything here works on (S,) float64 tensors and is a function of two things per sequence: ``sums``, the summed
 log-prob of its completion, and ``counts``, the number of scored tokens. The slope is ∂loss/∂sums, in closed form:
 the gradient of every logit is then ``slope[s] · (onehot − softmax)``, which is what lets a head form gradients in the
-forward. A new pair loss is one function in ``PAIR_LOSSES``, its twin in the reference and a row in the test table.
+forward. A new pair loss is one function in ``PAIR_LOSSES`` and what CONTRIBUTING.md's recipe names beside it.
 """
 
 from collections.abc import Callable, Mapping
@@ -125,7 +125,9 @@ class BCOTerms(NamedTuple):
 
 def _sigmoid(x: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """−(1−ε) logσ(x) − ε logσ(−x) and its derivative (the conservative form of label smoothing)."""
-    loss = -(1 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
+    loss = -(1 - smoothing) * F.logsigmoid(x)
+    if smoothing:  # else 0 · ∞ where a rejected completion has probability 0
+        loss = loss - smoothing * F.logsigmoid(-x)
     return loss, smoothing * torch.sigmoid(x) - (1 - smoothing) * torch.sigmoid(-x)
 
 

@@ -43,8 +43,7 @@ class RewardShift(nn.Module):
 
     Evaluation, ``no_grad`` and recomputation inside a backward never update (so reentrant activation checkpointing,
     whose first pass runs without gradients, never does: use the non-reentrant form around a loss). A reward that is
-    NaN or infinite makes its own loss NaN but is left out of the statistics, so that one bad batch does not spoil δ
-    for good. The state is float64 and int64, stays so under ``.bfloat16()``, and is part of ``state_dict``.
+    NaN or infinite is left out of the statistics, so that one bad batch does not spoil δ for good. The state is float64 and int64, stays so under ``.bfloat16()``, and is part of ``state_dict``.
 
     Raises:
         ValueError, TypeError: unknown ``kind`` or ``update``, ``decay`` outside [0, 1), ``value`` not finite; of

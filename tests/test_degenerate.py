@@ -138,6 +138,56 @@ def test_masked_vocabulary_entries(device: str, backend: str) -> None:
     assert fp.token_logps(batch.logits, batch.labels, backend=backend)[0, 0] == -torch.inf
 
 
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", CPO_LOSS_TYPES)
+@pytest.mark.parametrize("side", [0, 1])
+def test_pair_with_a_target_of_probability_zero(
+    side: int, loss_type: str, smoothing: float, linear: bool, device: str, backend: str
+) -> None:
+    """What the reference says, without NaN: nothing is lost by a rejected completion that cannot be said."""
+    arguments, keywords = impossible(side, linear, device)
+    keywords |= {"loss_type": loss_type, "label_smoothing": smoothing, "cpo_alpha": 0.0, "logits_mean": None}
+    name = "linear_cpo_loss" if linear else "cpo_loss"
+    ours = getattr(fp, name)(*arguments, **keywords, backend=backend)
+    expected = getattr(fp.reference, name)(*arguments, **keywords)
+    assert not expected.loss.isnan()
+    for value, truth in zip(ours[:6], expected[:6], strict=True):
+        torch.testing.assert_close(value, truth)
+    grads = torch.autograd.grad(ours.loss, arguments[:1])
+    truths = torch.autograd.grad(expected.loss, arguments[:1])
+    if expected.loss.isfinite():
+        assert_gradient(grads[0], truths[0].double(), 5e-5)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("desirable", [True, False])
+def test_sequence_with_a_target_of_probability_zero(desirable: bool, linear: bool, device: str, backend: str) -> None:
+    arguments, keywords = impossible(0, linear, device)
+    classes = torch.tensor([desirable, not desirable], device=device)
+    tensors = (*arguments, classes, torch.zeros(2, device=device))
+    name = "linear_bco_loss" if linear else "bco_loss"
+    shift = fp.RewardShift().to(device)
+    ours = getattr(fp, name)(*tensors, delta=shift, logits_mean=None, backend=backend, **keywords)
+    assert ours.delta == shift.current().float() == ours.rewards[1]
+    expected = getattr(fp.reference, name)(*tensors, delta=shift.current(), logits_mean=None, **keywords)
+    assert expected.loss.isinf() if desirable else expected.loss.isfinite()
+    torch.testing.assert_close(ours.loss, expected.loss)
+
+
+def impossible(sequence: int, linear: bool, device: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """A pair of which one sequence has a target that the logits, or the bias of the head, rule out."""
+    batch = make_batch(2, 4, 11, mask="none", device=device)
+    batch.labels[:, 1:] = torch.tensor([[1, 2, 3], [4, 5, 6]], device=device)
+    word = int(batch.labels[sequence, 2])
+    if not linear:
+        batch.logits[..., word] = -torch.inf
+        return [batch.logits.requires_grad_(), batch.labels], {}
+    weight = torch.randn(11, 11, device=device)
+    bias = torch.zeros(11, device=device).index_fill(0, torch.tensor([word], device=device), -torch.inf)
+    return [batch.logits.requires_grad_(), weight, batch.labels], {"bias": bias}
+
+
 @pytest.mark.parametrize("label", [11, 2**31 - 1, -1, -101])
 def test_label_outside_the_vocabulary(label: int, device: str, backend: str) -> None:
     batch = make_batch(4, 5, 11, mask="none", device=device)

@@ -27,7 +27,9 @@ def log_logistic(x):
 @triton.jit
 def smoothed(x, smoothing):
     """−(1−ε) logσ(x) − ε logσ(−x) and its derivative."""
-    loss = -(1.0 - smoothing) * log_logistic(x) - smoothing * log_logistic(-x)
+    # 0 · ∞ where a rejected completion has probability 0
+    other = tl.where(smoothing > 0, smoothing * log_logistic(-x), 0.0)
+    loss = -(1.0 - smoothing) * log_logistic(x) - other
     return loss, smoothing * logistic(x) - (1.0 - smoothing) * logistic(-x)
 
 
