@@ -5,10 +5,6 @@ import importlib.util
 
 import torch
 
-from fused_pref import validate
-from fused_pref.keywords import TokenKeywords, choices
-
-BACKENDS = choices(TokenKeywords, "backend")
 DEVICES = ("cuda", "xpu")
 
 
@@ -52,13 +48,12 @@ def architecture(device: torch.device) -> str:
 
 
 def resolve(backend: str, dtype: torch.dtype, device: torch.device) -> str:
-    """``"triton"`` or ``"torch"``; ``"auto"`` is Triton on the devices it compiles for.
+    """``"triton"`` or ``"torch"`` for a validated backend; ``"auto"`` is Triton on the devices it compiles for.
 
     Raises:
         TypeError: ``backend="triton"`` with float64.
-        ValueError: an unknown or unavailable backend.
+        ValueError: an unavailable backend.
     """
-    validate.choice("backend", backend, BACKENDS)
     if backend == "triton" and dtype == torch.float64:
         raise TypeError('backend="triton" computes in float32; for float64 inputs use backend="torch" or "auto"')
     if backend == "torch" or dtype == torch.float64 or (backend == "auto" and device.type not in DEVICES):

@@ -1,5 +1,6 @@
 """Validated batches, of logits or of hidden states and a weight, and their scores."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ from fused_pref import backend, validate
 from fused_pref.bound import Objective, encode
 from fused_pref.head import linear_ops
 from fused_pref.head.agreement import Agreement
-from fused_pref.head.call import HeadCall, product_dtype, wanted_gradients
+from fused_pref.head.call import HeadCall, operand_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
 from fused_pref.head.logits import TokenLogpsFunction
 from fused_pref.head.ops import accumulator_dtype
@@ -23,13 +24,6 @@ from fused_pref.ranks import local_head, sum_over_ranks
 from fused_pref.reductions import Scores, sequence_scores
 
 Attach = Callable[[Tensor, Tensor], Tensor]
-
-
-class Local(NamedTuple):
-    """What makes the coefficients of a unit known before the batch is done."""
-
-    unit: int  # sequences of a unit: 2 for a pair, else 1
-    objective: Objective
 
 
 class Scored(NamedTuple):
@@ -64,7 +58,7 @@ class KnownSlopeFunction(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(ABC):
     """What every call has; ``sequences`` is S, ``dtype`` that of the results."""
 
     labels: Tensor
@@ -77,12 +71,12 @@ class Batch:
         """Validate an argument with one entry per sequence, (S,), and detach it."""
         return validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.labels.device).detach()
 
+    @abstractmethod
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Log-probs with the gradient, and means of z over the vocabulary, both shaped like the labels."""
-        raise TypeError(f"{type(self).__name__} has no tokens")
 
-    def scores(self, local: Local | None = None) -> Scored:
-        """Score the tokens and sum them per sequence; ``local`` lets a linear head form its gradients at once."""
+    def scores(self, objective: Objective | None = None) -> Scored:
+        """Score the tokens and sum them per sequence; an objective may let a linear head form its gradients at once."""
         scores = self._sums(*self.tokens())
         return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums))
 
@@ -113,7 +107,7 @@ class LogitsBatch(Batch):
             raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
         labels, cu_seqlens, sequences = _labels(labels, logits, keywords, spec, pairs=pairs)
         _check_labels(labels, logits.shape[-1], spec)
-        spec = _resolved(spec, keywords, logits.dtype, logits.device, means=means)
+        spec = _resolved(spec, logits.dtype, logits.device, means=means)
         return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(logits.dtype), logits)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
@@ -145,12 +139,14 @@ class LinearBatch(Batch):
         spec = LinearSpec.of(keywords)
         hidden, weight, bias = local_head(hidden, weight, keywords["bias"])
         hidden = _positions("hidden", hidden, "D", keywords)
-        dtype = product_dtype(hidden)
+        dtype = operand_dtype(hidden)
         weight, bias = _head(weight, bias, hidden, dtype)
         labels, cu_seqlens, sequences = _labels(labels, hidden, keywords, spec, pairs=pairs)
         if spec.tp_group is None:
             _check_labels(labels, weight.shape[0], spec)
-        spec = _resolved(spec, keywords, dtype, hidden.device, means=means)
+            if spec.tp_partial:
+                raise ValueError("tp_partial needs tp_group, or a weight whose rows a DTensor shards; got neither")
+        spec = _resolved(spec, dtype, hidden.device, means=means)
         return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(dtype), hidden, weight, bias)
 
     @property
@@ -165,7 +161,7 @@ class LinearBatch(Batch):
         asked = {
             "D": self.weight.shape[1],
             "dtype": self.hidden.dtype,
-            "the dtype of products": product_dtype(self.hidden),
+            "the dtype of products": operand_dtype(self.hidden),
             "the dtype of weight": self.weight.dtype,
             "the shape of labels": tuple(self.labels.shape),
             "which gradients are wanted": sorted(wanted_gradients(self.hidden, self.weight, self.bias)),
@@ -175,19 +171,22 @@ class LinearBatch(Batch):
         _check_labels(self.labels, sum(sizes), self.spec)
         return Shard(agreement.group, sizes, self.spec.tp_partial)
 
-    def call(self, unit: int = 0) -> HeadCall:
-        """What the head is asked for; ``unit`` as in :class:`Local`, 0 where coefficients are not known."""
+    def call(self, objective: Objective | None) -> HeadCall:
+        """What the head is asked for."""
+        unit = 0 if objective is None else objective.unit
         wanted = wanted_gradients(self.hidden, self.weight, self.bias)
-        return HeadCall(self.spec, product_dtype(self.hidden), wanted, unit, self.shard)
+        return HeadCall(self.spec, operand_dtype(self.hidden), wanted, unit, self.shard)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """See :class:`Batch`."""
         logp, means, *_ = self._score(None)
         return logp, means
 
-    def scores(self, local: Local | None = None) -> Scored:
+    def scores(self, objective: Objective | None = None) -> Scored:
         """See :class:`Batch`."""
-        logp, means, gradients, dropped = self._score(local)
+        # Where sequences are spread over ranks, their coefficients are known once all of them have been summed.
+        known = objective if self.spec.cp_group is None else None
+        logp, means, gradients, dropped = self._score(known)
         scores = self._sums(logp, means)
         if dropped is None and self.spec.skip_mass is not None:
             dropped = torch.zeros_like(means)
@@ -200,29 +199,27 @@ class LinearBatch(Batch):
         tensors = (self.hidden, self.weight, self.bias)
         return Scored(scores, attach, dropped)
 
-    def _score(self, local: Local | None) -> tuple[Tensor, Tensor, Any, Tensor | None]:
+    def _score(self, objective: Objective | None) -> tuple[Tensor, Tensor, Any, Tensor | None]:
         """Log-probs, means of z, the gradients if they are known, and the dropped mass if there is any."""
-        # Where sequences are spread over ranks, their coefficients are known once all of them have been summed.
-        local = None if self.spec.cp_group is not None else local
-        call = self.call(0 if local is None else local.unit)
+        call = self.call(objective)
         tensors = (self.hidden, self.weight, self.bias)
         if torch.compiler.is_compiling():
-            return self._score_compiled(call, local)
+            return self._score_compiled(call, objective)
         rows = call.rows(self.labels, self.cu_seqlens)
         head = call.head(*tensors)
         plan = call.plan(head, rows)
         with call.advising(head, rows):
-            if plan.name == "grouped" and local is not None:
-                return *known_gradients(call, *tensors, self.labels, rows, plan, local.objective.slope), None
+            if plan.name == "grouped" and objective is not None:
+                return *known_gradients(call, *tensors, self.labels, rows, plan, objective.slope), None
             function = LinearTokenLogpsFunction
             logp, means, dropped = function.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
             return logp, means, None, dropped
 
-    def _score_compiled(self, call: HeadCall, local: Local | None) -> tuple[Tensor, Tensor, Any, None]:
+    def _score_compiled(self, call: HeadCall, objective: Objective | None) -> tuple[Tensor, Tensor, Any, None]:
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
-        if local is not None and not call.wanted <= {"hidden"}:
+        if objective is not None and objective.unit and not call.wanted <= {"hidden"}:
             detached = [None if tensor is None else tensor.detach() for tensor in batch]
-            constants, tensors = encode(local.objective)
+            constants, tensors = encode(objective)
             logp, means, *gradients = linear_ops.linear_known_gradients(
                 *detached, tensors, constants, linear_ops.encode(call)
             )
@@ -283,7 +280,7 @@ def _check_labels(labels: Tensor, columns: int, spec: TokenSpec) -> None:
     )
 
 
-def _resolved(spec: Any, keywords: Mapping[str, Any], dtype: torch.dtype, device: torch.device, *, means: bool) -> Any:
+def _resolved(spec: Any, dtype: torch.dtype, device: torch.device, *, means: bool) -> Any:
     """The spec with the backend that was chosen."""
-    chosen = backend.resolve(keywords["backend"], dtype, device)
+    chosen = backend.resolve(spec.backend, dtype, device)
     return replace(spec, backend=chosen, logits_mean=spec.logits_mean if means else None)

@@ -23,6 +23,11 @@ class PairObjective:
     pair_normalizer: float | Tensor | None
     token_normalizer: float | Tensor | None
 
+    @property
+    def unit(self) -> int:
+        """Sequences after which their coefficients are known: a pair."""
+        return 2
+
     def __call__(self, scores: Scores, tokens: TokenSpec, dtype: torch.dtype) -> PairResult:
         """On the whole batch."""
         return evaluate_pair(
@@ -70,13 +75,17 @@ class BCOObjective:
         )
 
     @property
-    def local(self) -> bool:
-        """Whether δ is known before this batch is scored."""
-        return not (isinstance(self.delta, RewardShift) and self.delta.moving())
+    def unit(self) -> int:
+        """Sequences after which their coefficients are known: one, or 0 if not before the batch has moved δ."""
+        return 0 if isinstance(self.delta, RewardShift) and self.delta.moving() else 1
+
+    @property
+    def current_delta(self) -> Tensor | float:
+        """δ before this batch."""
+        return self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
 
     def slope(self, members: tuple[slice, ...], sums: Tensor, lengths: Tensor) -> Tensor:
         """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
-        delta = self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
         rewards = self.spec.beta * (sums - _pick(self.ref_logps, members).double())
         normalizers = dict(self.normalizers)
         if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:
@@ -87,7 +96,7 @@ class BCOObjective:
         terms = bco_objective(
             rewards,
             _pick(self.desirable, members),
-            torch.as_tensor(delta, dtype=torch.float64, device=rewards.device),
+            torch.as_tensor(self.current_delta, dtype=torch.float64, device=rewards.device),
             self.spec,
             sample_weight=weight,
             **normalizers,
@@ -96,6 +105,7 @@ class BCOObjective:
 
 
 Objective = PairObjective | BCOObjective
+SEPARATOR = ";"
 
 
 def encode(objective: Objective) -> tuple[str, list[Tensor]]:
@@ -109,9 +119,8 @@ def encode(objective: Objective) -> tuple[str, list[Tensor]]:
         own = (objective.ref_logps, objective.pair_normalizer, objective.token_normalizer)
     else:
         kind, numbers = "bco", (objective.spec.beta, objective.spec.reduction)
-        delta = objective.delta.current() if isinstance(objective.delta, RewardShift) else objective.delta
         classes = objective.normalizers["class_normalizer"] or (None, None)
-        own = (objective.desirable, objective.ref_logps, delta, objective.sample_weight)
+        own = (objective.desirable, objective.ref_logps, objective.current_delta, objective.sample_weight)
         own = (*own, objective.normalizers["sequence_normalizer"], *classes)
     values = []
     for value in (*own, *numbers):
@@ -120,13 +129,13 @@ def encode(objective: Objective) -> tuple[str, list[Tensor]]:
             tensors.append(value)
         else:
             values.append(f"{value!r}")
-    return ";".join([f"{kind!r}", *values]), tensors
+    return SEPARATOR.join([f"{kind!r}", *values]), tensors
 
 
 def decode(text: str, tensors: list[Tensor]) -> Objective:
     """The objective of :func:`encode`."""
     values: list[Any]
-    kind, *values = [ast.literal_eval(part) for part in text.split(";")]
+    kind, *values = [ast.literal_eval(part) for part in text.split(SEPARATOR)]
     values = [tensors[int(v[1:])] if isinstance(v, str) and v.startswith("#") else v for v in values]
     if kind == "pair":
         own, (_, *numbers) = values[:3], values[3:]

@@ -10,33 +10,32 @@ from fused_pref.head.plan import Plan, candidates, choose
 from fused_pref.picture import draw
 from fused_pref.usage import UsageError
 
-KEYWORDS = tuple(inspect.signature(explain).parameters)
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of :func:`explain`."""
+    """Those of :func:`explain`, with its defaults."""
     parser.add_argument("--model", choices=sorted(MODELS), help="a model whose shapes are known")
-    parser.add_argument("--tokens", type=int, default=8192, help="N, scored tokens (default: %(default)s)")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="cpo", help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, help="N, scored tokens (default: %(default)s)")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, help="D")
     parser.add_argument("--vocab", type=int, help="V")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
     parser.add_argument("--device", choices=DEVICES, help="default: an accelerator if there is one")
-    parser.add_argument("--sequences", type=int, default=16, help="S (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, help="S (default: %(default)s)")
     parser.add_argument("--positions", type=int, help="S·T, scored or not (default: the tokens)")
-    parser.add_argument(
-        "--gradients", nargs="*", choices=GRADIENTS, default=["hidden", "weight"], help="default: hidden weight"
-    )
-    parser.add_argument("--delta", choices=DELTAS, default="batch", help="BCO: who moves δ (default: %(default)s)")
+    parser.add_argument("--gradients", nargs="*", choices=GRADIENTS, help="default: hidden weight")
+    parser.add_argument("--delta", choices=DELTAS, help="BCO: who moves δ (default: %(default)s)")
     parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
     parser.add_argument("--skip-mass", type=float, help="probability that a token's gradient may lose")
     parser.add_argument("--plot", metavar="FILE", help=f"also draw it, as {' or '.join(figures.SUFFIXES)}")
     parser.add_argument("--all", action="store_true", help="also list what other budgets would buy")
+    parser.set_defaults(**DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the explanation, and draw it."""
-    options = {name: value for name, value in vars(args).items() if name in KEYWORDS}
+    options = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     try:
         explanation = explain(**options)
     except (ValueError, TypeError) as error:

@@ -7,7 +7,7 @@ import torch
 
 from fused_pref import backend, validate
 from fused_pref.head.devices import CPU, GPUS, Device, device_of
-from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose
+from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, default_budget
 
 # Public shapes of language models: (D, V).
 MODELS = {
@@ -31,7 +31,6 @@ MODELS = {
 }
 OBJECTIVES = ("cpo", "dpo", "bco", "logps")
 DELTAS = ("batch", "known")
-GRADIENTS = ("hidden", "weight", "bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEVICES = ("cpu", "cuda", "xpu", *GPUS)
 
@@ -174,7 +173,7 @@ def explain(
     """The plan that a call of the linear head would take, and what it costs; nothing is computed.
 
     Args:
-        model: a name in ``fused_pref.explanation.MODELS``; or give ``hidden`` and ``vocab``.
+        model: a name in ``fused_pref.explanation.MODELS``; or give ``hidden`` and ``vocab``, which go before a model's.
         tokens: N, scored tokens.
         objective: ``"cpo"``, ``"dpo"``, ``"bco"``, or ``"logps"`` for the building blocks.
         hidden: D.
@@ -183,7 +182,8 @@ def explain(
         device: ``"cpu"``, ``"cuda"``, ``"xpu"``, or an architecture of ``fused_pref.head.devices.GPUS``
             (``"sm_90"``, …), which need not be there; None: an accelerator if there is one.
         sequences: S, over which the tokens are spread evenly.
-        positions: S·T, scored or not; None: ``tokens``.
+        positions: S·T, scored or not; None: ``tokens``, so that no row has to be gathered (a batch whose labels were
+            shifted beforehand; with ``shift`` at least the last position of a sequence scores nothing).
         gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted; none for evaluation.
         delta: of BCO: ``"batch"`` if this batch moves δ, ``"known"`` if it is known before.
         memory_budget: bytes, as for the call.
@@ -204,7 +204,7 @@ def explain(
     validate.at_least("positions", positions, tokens)
     validate.choice("objective", objective, OBJECTIVES)
     validate.choice("delta", delta, DELTAS)
-    constants = _device(device)
+    constants, fusible = _device(device)
     dtype = _dtype(dtype)
     validate.choices("gradients", gradients, GRADIENTS)
     if skip_mass is not None:
@@ -214,7 +214,7 @@ def explain(
     if unit == 2 and sequences % 2:
         raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
     units = sequences // unit if unit else 0
-    fused = constants is not CPU and device != "xpu" and dtype != torch.float64
+    fused = fusible and dtype != torch.float64
     problem = Problem(
         tokens=tokens,
         positions=positions,
@@ -225,7 +225,7 @@ def explain(
         gradients=frozenset(gradients),
         local=unit > 0,
         units=tuple(tokens // units + (n < tokens % units) for n in range(units)),
-        budget=max(DEFAULT_BUDGET, hidden * vocab * dtype.itemsize) if memory_budget is None else memory_budget,
+        budget=default_budget(vocab, hidden, dtype.itemsize) if memory_budget is None else memory_budget,
         device=constants,
         late_scale=dtype == torch.float16,
         gathered=positions > tokens,
@@ -247,14 +247,17 @@ def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[in
     return hidden, vocab
 
 
-def _device(device: str | None) -> Device:
-    if device is None:
-        device = "cuda" if torch.accelerator.is_available() else "cpu"
-    validate.choice("device", device, DEVICES)
+def _device(device: str | None) -> tuple[Device, bool]:
+    """Constants of a device, and whether it has fused products."""
+    if device is not None:
+        validate.choice("device", device, DEVICES)
+    else:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = "cpu" if accelerator is None else accelerator.type
     if device in GPUS:
-        return GPUS[device]
+        return GPUS[device], True
     here = device == "cuda" and torch.cuda.is_available()
-    return device_of(device, backend.architecture(torch.device(device)) if here else "sm_90")
+    return device_of(device, backend.architecture(torch.device(device)) if here else "sm_90"), device == "cuda"
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_pref import validate
-from fused_pref.batch import Batch, LinearBatch, Local, LogitsBatch
+from fused_pref.batch import Batch, LinearBatch, LogitsBatch
 from fused_pref.bound import BCOObjective, PairObjective
 from fused_pref.head.agreement import across_ranks
 from fused_pref.keywords import (
@@ -73,8 +73,15 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
 def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeywords]) -> PairOutput:
     """Contrastive preference optimisation (arXiv 2401.08417): mean over pairs of L_prefer, plus cpo_alpha · NLL.
 
-    L_prefer is −(1−ε) logσ(βΔ) − ε logσ(−βΔ) with Δ = logps_w − logps_l for ``loss_type="sigmoid"``; or hinge, ipo,
-    simpo, and any of them under AlphaPO (``alpha``). NLL is the negative mean log-prob of the chosen tokens.
+    With Δ = logps_w − logps_l, summed over completions or, for ipo and simpo, averaged, L_prefer is by ``loss_type``
+
+    - ``"sigmoid"``: −(1−ε) logσ(βΔ) − ε logσ(−βΔ);
+    - ``"hinge"``: relu(1 − βΔ) (SLiC, arXiv 2305.10425);
+    - ``"ipo"``: (Δ − 1/(2β))² (arXiv 2310.12036);
+    - ``"simpo"``: as sigmoid, of βΔ − γ (arXiv 2405.14734); ``"alphapo"``: the same without NLL.
+
+    With ``alpha`` ≠ 0 every logps in Δ is replaced by −expm1(min(−α·logps, 80))/α (AlphaPO, arXiv 2501.03884). NLL is
+    the negative mean log-prob of the chosen tokens.
 
     Args:
         logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
@@ -93,6 +100,8 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
 @takes(DPOLogitsKeywords)
 def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
     """Direct preference optimisation (arXiv 2305.18290) with Δ = (logps_w − ref_w) − (logps_l − ref_l).
+
+    ``loss_type`` as in :func:`cpo_loss`, without NLL; for ipo both log-ratios are divided by their length.
 
     Args:
         logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
@@ -276,7 +285,7 @@ def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_lo
     normalizers = pair_normalizers(keywords)
     ref_logps = _ref_logps(batch, ref_logps) if spec.reference else None
     objective = PairObjective(spec, ref_logps, *normalizers)
-    scores, attach, dropped_mass = batch.scores(Local(2, objective))
+    scores, attach, dropped_mass = batch.scores(objective)
     result = objective(scores, batch.spec, batch.dtype)
     pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
     return PairOutput(
@@ -302,18 +311,18 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
     normalizers = bco_normalizers(keywords)
     delta = reward_shift(keywords, batch.labels.device)
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
-    scores, attach, dropped_mass = batch.scores(Local(1, objective) if objective.local else None)
+    scores, attach, dropped_mass = batch.scores(objective)
     result = objective(scores, batch.spec, batch.dtype)
     means = batch.spec.logits_mean is not None
     return BCOOutput(
-        attach(result.loss, result.slope),
-        result.delta,
-        result.logps,
-        result.rewards,
-        result.chosen_logits_mean if means else None,
-        result.rejected_logits_mean if means else None,
-        result.chosen_count,
-        result.rejected_count,
+        loss=attach(result.loss, result.slope),
+        delta=result.delta,
+        logps=result.logps,
+        rewards=result.rewards,
+        chosen_logits_mean=result.chosen_logits_mean if means else None,
+        rejected_logits_mean=result.rejected_logits_mean if means else None,
+        chosen_count=result.chosen_count,
+        rejected_count=result.rejected_count,
         desirable=desirable,
         dropped_mass=dropped_mass,
     )

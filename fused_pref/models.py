@@ -172,6 +172,8 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
         parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
     except (TypeError, ValueError):  # no function, or a builtin
         parameters = {}
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variable}
     if list(parameters)[:2] != ["hidden", "weight"]:
         raise validate.fail("loss", LOSS, loss, TypeError)
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]

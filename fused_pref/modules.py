@@ -25,7 +25,9 @@ Normalizer = float | Tensor | None
 
 
 class ObjectiveModule(nn.Module):
-    """Keeps an objective's keywords, checked at construction; a keyword given per call takes precedence.
+    """Keeps an objective's keywords, checked at construction; one that is given per call, not None, takes precedence.
+
+    Tensors among them (``bias``, normalizers) are kept as they are: no parameters, not moved by ``.to()``, not saved.
 
     Attributes:
         function: what the module evaluates, of :mod:`fused_pref.functional`.
@@ -48,7 +50,7 @@ class ObjectiveModule(nn.Module):
         return self.function(*tensors, **self.call_keywords(**given))
 
     def extra_repr(self) -> str:
-        """The keywords that are set."""
+        """The keywords that are not None."""
         shown = {name: value for name, value in self.keywords.items() if value is not None}
         return ", ".join(f"{name}={validate.describe(value)}" for name, value in shown.items())
 

@@ -138,19 +138,19 @@ def sigmoid(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
 
 
 def simpo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
-    """Sigmoid of βΔ − γ (SimPO)."""
+    """Sigmoid of βΔ − γ (SimPO, arXiv 2405.14734)."""
     loss, slope = _sigmoid(spec.beta * delta - spec.simpo_gamma, spec.label_smoothing)
     return loss, spec.beta * slope
 
 
 def hinge(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
-    """relu(1 − βΔ) (SLiC)."""
+    """relu(1 − βΔ) (SLiC, arXiv 2305.10425)."""
     loss = torch.relu(1 - spec.beta * delta)
     return loss, -spec.beta * (loss > 0).to(loss.dtype)
 
 
 def ipo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
-    """(Δ − 1/(2β))² (IPO)."""
+    """(Δ − 1/(2β))² (IPO, arXiv 2310.12036)."""
     gap = delta - 1 / (2 * spec.beta)
     return gap.square(), 2 * gap
 
@@ -165,7 +165,7 @@ PAIR_LOSSES: dict[str, Callable[[Tensor, PairSpec], tuple[Tensor, Tensor]]] = {
 
 
 def alpha_reward(logps: Tensor, alpha: float) -> tuple[Tensor, Tensor | float]:
-    """AlphaPO's −expm1(min(−α·logps, 80))/α and its derivative, 0 beyond the clamp; the identity for α = 0."""
+    """AlphaPO's r = −expm1(min(−α·logps, 80))/α (arXiv 2501.03884) and dr/dlogps, 0 beyond the clamp; α = 0: logps."""
     if alpha == 0:
         return logps, 1.0
     power = -alpha * logps

@@ -48,6 +48,9 @@ def find_head(model: nn.Module) -> OutputHead:
     Args:
         model: with ``get_output_embeddings`` and ``config``.
 
+    Returns:
+        :class:`OutputHead`, of the model's own tensors.
+
     Raises:
         ValueError: there is no output head, an adapter sits on it, or its weight is quantised.
         TypeError: not such a model.

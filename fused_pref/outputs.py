@@ -99,9 +99,9 @@ class BCOOutput(_Beside, _BCOFields):
     desirable: Tensor
     dropped_mass: Tensor | None = None
 
-    def __new__(cls, *fields: Any, desirable: Tensor, dropped_mass: Tensor | None = None) -> "BCOOutput":
-        """The tuple's items in order, and the classes and the certificate of what was skipped beside them."""
-        self = super().__new__(cls, *fields)
+    def __new__(cls, *fields: Any, desirable: Tensor, dropped_mass: Tensor | None = None, **named: Any) -> "BCOOutput":
+        """The tuple's items, and the classes and the certificate of what was skipped beside them."""
+        self = super().__new__(cls, *fields, **named)
         self.desirable, self.dropped_mass = desirable, dropped_mass
         return self
 

@@ -87,7 +87,7 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
         path: of an SVG or PNG file; one that is there is replaced.
 
     Raises:
-        ValueError: the name does not end in ``.svg`` or ``.png``.
+        ValueError, TypeError: no name of a file, or one that does not end in ``.svg`` or ``.png``.
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written; nothing is left behind.
     """

@@ -23,7 +23,7 @@ def group_of(name: str, value: Any) -> Any:
         if isinstance(value, DeviceMesh) and value.ndim == 1:
             value = value.get_group()
     if not dist.is_available() or not isinstance(value, dist.ProcessGroup):
-        if value is dist.GroupMember.NON_GROUP_MEMBER:
+        if dist.is_available() and value is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(f"{name} must be a group that this rank is in; rank {dist.get_rank()} is not in it")
         raise validate.fail(name, "a torch.distributed.ProcessGroup, a 1-d DeviceMesh or None", value, TypeError)
     if dist.get_rank(value) < 0:

@@ -195,7 +195,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keyword
 def linear_sequence_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
 ) -> Tensor:
-    """:func:`sequence_logps` of the logits hidden · weightᵀ + bias."""
+    """:func:`sequence_logps` of hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
     return sequence_logps(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
 
 
@@ -203,7 +203,7 @@ def linear_sequence_logps(
 def linear_cpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
 ) -> PairOutput:
-    """:func:`cpo_loss` of the logits hidden · weightᵀ + bias."""
+    """:func:`cpo_loss` of hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
     return cpo_loss(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
 
 
@@ -211,7 +211,7 @@ def linear_cpo_loss(
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
 ) -> PairOutput:
-    """:func:`dpo_loss` of the logits hidden · weightᵀ + bias."""
+    """:func:`dpo_loss` of hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
     return dpo_loss(_logits(hidden, weight, keywords), labels, ref_logps, **_of_logits(keywords))
 
 
@@ -224,7 +224,7 @@ def linear_bco_loss(
     ref_logps: Tensor,
     **keywords: Unpack[BCOLinearKeywords],
 ) -> BCOOutput:
-    """:func:`bco_loss` of the logits hidden · weightᵀ + bias."""
+    """:func:`bco_loss` of hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
     return bco_loss(_logits(hidden, weight, keywords), labels, desirable, ref_logps, **_of_logits(keywords))
 
 

@@ -1,16 +1,20 @@
 """BCO's reward shift δ as a module with exactly resumable state."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_pref import validate
+from fused_pref.ranks import group_of
+from fused_pref.state import ExactModule
 
-KINDS = ("running_mean", "ema", "fixed")
-UPDATES = ("forward", "step")
+Kind = Literal["running_mean", "ema", "fixed"]
+Update = Literal["forward", "step"]
+KINDS = get_args(Kind)
+UPDATES = get_args(Update)
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class ShiftState:
     pending_count: Tensor
 
 
-class RewardShift(nn.Module):
+class RewardShift(ExactModule):
     """Reward shift δ of BCO (arXiv 2404.04656), subtracted from every reward.
 
     Args:
@@ -38,12 +42,14 @@ class RewardShift(nn.Module):
         value: of ``"fixed"``, finite.
         update: ``"forward"``: a forward in training mode with gradients enabled updates with its batch, then uses δ.
             ``"step"``: δ is that of the last :meth:`step` (0 before the first); such forwards only gather statistics.
-        process_group: ranks over which statistics are reduced where ``torch.distributed`` is initialised; None is the
-            whole world, as for ``SyncBatchNorm``. Every rank then calls every updating forward (or ``step``).
+        process_group: ranks (or 1-d DeviceMesh) over which statistics are reduced where ``torch.distributed`` is
+            initialised; None is the whole world, as for ``SyncBatchNorm``. Every rank then calls every updating
+            forward (or ``step``).
 
     Evaluation, ``no_grad`` and recomputation inside a backward never update (so reentrant activation checkpointing,
     whose first pass runs without gradients, never does: use the non-reentrant form around a loss). A reward that is
-    NaN or infinite is left out of the statistics, so that one bad batch does not spoil δ for good. The state is float64 and int64, stays so under ``.bfloat16()``, and is part of ``state_dict``.
+    NaN or infinite is left out of the statistics, so that one bad batch does not spoil δ for good. The state is
+    float64 and int64, stays so under ``.bfloat16()``, and is part of ``state_dict``.
 
     Raises:
         ValueError, TypeError: unknown ``kind`` or ``update``, ``decay`` outside [0, 1), ``value`` not finite; of
@@ -57,11 +63,11 @@ class RewardShift(nn.Module):
 
     def __init__(
         self,
-        kind: Literal["running_mean", "ema", "fixed"] = "running_mean",
+        kind: Kind = "running_mean",
         *,
         decay: float = 0.9,
         value: float = 0.0,
-        update: Literal["forward", "step"] = "forward",
+        update: Update = "forward",
         process_group: Any = None,
     ) -> None:
         super().__init__()
@@ -69,9 +75,7 @@ class RewardShift(nn.Module):
         self.decay = validate.within("decay", decay, 0.0, 1.0)
         self.value = validate.finite("value", value)
         self.update = validate.choice("update", update, UPDATES)
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise validate.fail("process_group", "a torch.distributed.ProcessGroup or None", process_group, TypeError)
-        self.process_group = process_group
+        self.process_group = group_of("process_group", process_group)
         self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("pending_sum", torch.zeros(2, dtype=torch.float64))
@@ -98,8 +102,8 @@ class RewardShift(nn.Module):
 
     @property
     def collective(self) -> bool:
-        """Whether an updating forward talks to other ranks."""
-        return self.update == "forward" and dist.is_available() and dist.is_initialized()
+        """Whether a forward would talk to other ranks now."""
+        return self.update == "forward" and self.updating() and dist.is_available() and dist.is_initialized()
 
     def updating(self) -> bool:
         """Whether a forward would update now: training, with gradients, and not a recomputation in a backward."""
@@ -114,11 +118,15 @@ class RewardShift(nn.Module):
 
     def current(self) -> Tensor:
         """δ as the state is now, 0-d float64."""
-        return self._delta(ShiftState(self.mean, self.count, self.pending_sum, self.pending_count))
+        return self._delta(self._state)
+
+    @property
+    def _state(self) -> ShiftState:
+        return ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)
 
     def peek(self, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, ShiftState | None]:
         """δ for a batch, and the state to :meth:`commit` once the batch has succeeded (None: unchanged)."""
-        state = ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)
+        state = self._state
         if not self.updating():
             return self._delta(state), None
         rewards = rewards.detach().double()
@@ -145,7 +153,7 @@ class RewardShift(nn.Module):
         """
         if self.kind == "fixed" or self.update != "step":
             return
-        state = ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)
+        state = self._state
         folded = self._fold(state, *self._reduce(state.pending_sum, state.pending_count))
         self.commit(
             replace(
@@ -188,16 +196,6 @@ class RewardShift(nn.Module):
         for name in ("count", "pending_count"):
             validate.saved(state_dict, prefix + name, "(2,)", (2,), validate.INTEGERS, negative=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "RewardShift":
-        """Move the state with the module but keep its dtypes."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewardShift":
         copied = RewardShift(

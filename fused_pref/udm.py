@@ -3,24 +3,25 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_pref import validate
+from fused_pref.state import ExactModule
 
 
-class DensityRatio(nn.Module):
+class DensityRatio(ExactModule):
     """Density ratio ρ(x) = p(f=1|x) / p(f=0|x) of prompts (BCO paper, arXiv 2404.04656, section 4.2).
 
     A logistic regression with balanced class weights on prompt embeddings, where f=1 marks prompts of desirable
     completions; ρ = p/(1−p+1e-8), clamped. The weights go to ``bco_loss(..., sample_weight=...)``: ρ for undesirable
     sequences, 1 for desirable ones. Fitting needs scikit-learn (``pip install "fused-pref[udm]"``); weights and saved
-    state (coefficients and intercept, plain tensors) do not.
+    state (coefficients and intercept, plain tensors, float64 also under ``.bfloat16()``) do not.
 
     Args:
         min_ratio: lower clamp, > 0.
         max_ratio: upper clamp, >= ``min_ratio``.
         sample_size: at most this many prompts are fitted, drawn without replacement; None: all.
-        seed: of the generator that draws them.
+        seed: of the generator that draws them, an integer that ``torch.Generator.manual_seed`` takes.
     """
 
     coefficients: Tensor
@@ -34,9 +35,7 @@ class DensityRatio(nn.Module):
         self.max_ratio = validate.positive("max_ratio", max_ratio)
         if self.max_ratio < self.min_ratio:
             raise validate.fail("max_ratio", f">= min_ratio = {self.min_ratio}", max_ratio)
-        if sample_size is not None and validate.integer("sample_size", sample_size) < 2:
-            raise validate.fail("sample_size", "at least 2, or None", sample_size)
-        self.sample_size = sample_size
+        self.sample_size = validate.at_least("sample_size", sample_size, 2, optional=True)
         self.generator = torch.Generator().manual_seed(validate.integer("seed", seed, most=2**64 - 1))
         self.register_buffer("coefficients", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("intercept", torch.zeros((), dtype=torch.float64))
@@ -102,7 +101,7 @@ class DensityRatio(nn.Module):
         if embeddings.dim() != 2 or embeddings.shape[1] != features:
             raise validate.fail("embeddings", f"(S, E={features})", embeddings)
         place, shape = embeddings.device, tuple(embeddings.shape[:1])
-        scores = embeddings.detach().double() @ self.coefficients.to(place, torch.float64) + self.intercept.to(place)
+        scores = embeddings.detach().double() @ self.coefficients.to(place) + self.intercept.to(place)
         probability = torch.sigmoid(scores)
         weights = (probability / (1 - probability + 1e-8)).clamp(self.min_ratio, self.max_ratio)
         if desirable is not None:

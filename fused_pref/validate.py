@@ -29,8 +29,9 @@ _checks = contextvars.ContextVar("fused_pref_checks", default=False)
 def checks() -> Iterator[None]:
     """Within this context, also check values that live on a device, at the price of host synchronisations.
 
-    Labels outside the vocabulary, malformed ``cu_seqlens``, NaN or infinite ``ref_logps``, ``sample_weight`` below 0,
-    normalizers that are not positive and log-probs that are NaN or infinite raise ``ValueError`` there.
+    Labels outside the vocabulary, malformed ``cu_seqlens``, ``ref_logps`` and ``delta`` that are NaN or infinite,
+    ``sample_weight`` below 0, normalizers that are not positive and log-probs that are NaN or infinite raise
+    ``ValueError`` there.
     ``FUSED_PREF_CHECKS=1`` in the environment does the same for the whole process. Compiled graphs are not checked.
     """
     token = _checks.set(True)

@@ -249,6 +249,7 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ("linear_cpo_loss", CALL, {"max_valid_tokens": True}, TypeError, "max_valid_tokens"),
     ("linear_cpo_loss", CALL, {"tp_group": object()}, TypeError, "tp_group must be a torch.distributed.ProcessGroup"),
     ("linear_cpo_loss", CALL, {"tp_partial": 1}, TypeError, "tp_partial must be True or False"),
+    ("linear_cpo_loss", CALL, {"tp_partial": True}, ValueError, "tp_partial needs tp_group"),
     ("linear_cpo_loss", CALL, {"inplace_backward": True}, TypeError, "inplace_backward"),
     ("linear_cpo_loss", CALL, {"beta": -1.0}, ValueError, "beta"),
     ("linear_cpo_loss", CALL, {"softcap": 0.0}, ValueError, "softcap"),

@@ -67,7 +67,7 @@ RATIOS: Rows = [
     ({"max_ratio": True}, TypeError, "max_ratio must be a finite number > 0; got True"),
     ({"sample_size": 2.0}, TypeError, "sample_size must be an integer; got 2.0"),
     ({"sample_size": True}, TypeError, "sample_size must be an integer; got True"),
-    ({"sample_size": 0}, ValueError, "sample_size must be at least 2, or None; got 0"),
+    ({"sample_size": 0}, ValueError, "sample_size must be an integer >= 2, or None; got 0"),
     ({"seed": 1.5}, TypeError, "seed must be an integer; got 1.5"),
     ({"seed": None}, TypeError, "seed must be an integer; got None"),
     ({"seed": 2**64}, ValueError, "seed must be an integer of 64 bits.*; got 18446744073709551616"),

@@ -230,6 +230,12 @@ def test_other_losses_take_what_they_need_from_the_batch() -> None:
     logps = models.preference_forward(model, given, functools.partial(fp.linear_sequence_logps, average=True))
     torch.testing.assert_close(logps, fp.reference.sequence_logps(logits, labels, average=True))
 
+    def doubled(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        return 2 * fp.linear_sequence_logps(hidden, weight, labels, **keywords)
+
+    logps = models.preference_forward(model, given, doubled)
+    torch.testing.assert_close(logps, 2 * fp.reference.sequence_logps(logits, labels))
+
 
 def test_packed_sequences() -> None:
     model = llama()

@@ -212,6 +212,17 @@ def test_explanation_of_the_readme() -> None:
     assert str(fp.explain("llama-3-8b", tokens=8192, memory_budget=3_300_000_000, device="sm_90")) in text
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu"])
+def test_explanation_is_of_the_accelerator_that_is_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind != "cpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fp.explain("gemma-2-2b", objective="logps", gradients=()) == fp.explain(
+        "gemma-2-2b", objective="logps", gradients=(), device=kind
+    )
+    assert fp.explain("gemma-2-2b", objective="logps", gradients=()).plan.fused == (kind == "cuda")
+
+
 def test_float32_is_slower_fused() -> None:
     """And never infinitely slow on a GPU, where a budget may leave nothing else."""
     tight = fp.explain("llama-3-8b", device="sm_90", dtype="float32", gradients=(), memory_budget=2**25)

@@ -150,6 +150,16 @@ def test_casting_a_model_keeps_the_state_exact() -> None:
     assert shift.count.dtype == torch.int64
 
 
+def test_only_an_updating_forward_talks_to_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert fp.RewardShift().collective
+    assert not fp.RewardShift("fixed").collective
+    assert not fp.RewardShift(update="step").collective
+    assert not fp.RewardShift().eval().collective
+    with torch.no_grad():
+        assert not fp.RewardShift().collective
+
+
 def test_gradient_does_not_flow_through_delta() -> None:
     logits = logits_of(0)
     output = fp.bco_loss(logits, LABELS, DESIRABLE, REF, delta=fp.RewardShift())

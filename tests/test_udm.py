@@ -60,6 +60,15 @@ def test_state_is_plain_tensors() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(fitted))(embeddings), fitted(embeddings))
 
 
+def test_casting_a_model_keeps_the_state_exact() -> None:
+    embeddings, desirable = prompts()
+    fitted = fp.DensityRatio().fit(embeddings, desirable)
+    exact, weights = fitted.coefficients.clone(), fitted(embeddings)
+    torch.nn.ModuleDict({"ratio": fitted}).bfloat16()
+    assert torch.equal(fitted.coefficients, exact)
+    assert torch.equal(fitted(embeddings), weights)
+
+
 def test_sampling_has_its_own_generator() -> None:
     embeddings, desirable = prompts()
     torch.manual_seed(1)

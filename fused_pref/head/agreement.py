@@ -42,11 +42,13 @@ class Agreement:
     """
 
     def __init__(self, group: Any, asked: Mapping[str, Any], *arguments: Any) -> None:
-        """Args:
-        group: the process group.
-        asked: what must be the same on all ranks, by name: integer or 0-d tensors by their values, others by dtype and
-            shape, numbers by their values, anything else by its ``repr``.
-        arguments: those that tell the device.
+        """What a rank will tell the others.
+
+        Args:
+            group: the process group.
+            asked: what must be the same on all ranks, by name: integer or 0-d tensors by their values, others by dtype
+                and shape, numbers by their values, anything else by its ``repr``.
+            arguments: those that tell the device.
         """
         self.group, self.asked, self.met = group, dict(asked), False
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]

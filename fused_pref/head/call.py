@@ -13,23 +13,21 @@ from fused_pref.head.advice import advising
 from fused_pref.head.devices import device_of
 from fused_pref.head.linear import Forward, Head
 from fused_pref.head.parallel import Shard
-from fused_pref.head.plan import DEFAULT_BUDGET, Plan, Problem, choose
+from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, default_budget
 from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
 from fused_pref.head.streaming import Rows, block_rows, ranges
-
-NAMES = ("hidden", "weight", "bias")
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
     """Which gradients a backward will ask for; asked before ``apply``, inside which every mode says no."""
     if not torch.is_grad_enabled():
         return frozenset()
-    tensors = zip(NAMES, (hidden, weight, bias), strict=True)
+    tensors = zip(GRADIENTS, (hidden, weight, bias), strict=True)
     return frozenset(name for name, tensor in tensors if tensor is not None and tensor.requires_grad)
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
+def operand_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of the products: that of the hidden states, under autocast that of autocast."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
@@ -75,6 +73,7 @@ class HeadCall:
     def problem(self, head: Head, rows: ValidRows) -> Problem:
         """What the planner sees."""
         weight, budget = head.weight, self.spec.memory_budget
+        positions = head.hidden.shape[:-1].numel()
         counts = rows.counts
         if self.unit == 2:
             half = len(counts) // 2
@@ -82,7 +81,7 @@ class HeadCall:
         vocabulary = weight.shape[0] if self.shard is None else self.shard.largest
         return Problem(
             tokens=rows.number,
-            positions=head.hidden.shape[:-1].numel(),
+            positions=positions,
             hidden=weight.shape[1],
             vocabulary=vocabulary,
             itemsize=self.dtype.itemsize,
@@ -90,13 +89,11 @@ class HeadCall:
             gradients=self.wanted,
             local=self.unit > 0,
             units=counts,
-            budget=max(DEFAULT_BUDGET, vocabulary * weight.shape[1] * weight.dtype.itemsize)
-            if budget is None
-            else budget,
+            budget=default_budget(vocabulary, weight.shape[1], weight.dtype.itemsize) if budget is None else budget,
             device=device_of(weight.device.type, architecture(weight.device)),
             late_scale=weight.dtype == torch.float16,
             gathered=rows.places is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
-            unscored=self.unscored(rows, head.hidden.shape[:-1].numel()),
+            unscored=self.unscored(rows, positions),
             # The scale of a fused product's exponentials is that of its own columns.
             fused=head.fusible and (self.shard is None or not self.wanted),
             wide_range=self.dtype != torch.float16,
@@ -114,7 +111,7 @@ class HeadCall:
         return advising(lambda: self.problem(head, rows))
 
     @property
-    def totals(self) -> bool:
+    def wants_totals(self) -> bool:
         """Whether Σ z must be taken from the logits: only a curve hides it."""
         return self.spec.logits_mean is not None and self.spec.transform.curved
 
@@ -122,9 +119,9 @@ class HeadCall:
         """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""
         unscored = self.unscored_totals(head, rows, labels)
         if plan.name == "skipping" and self.spec.skip_mass is not None:
-            left = skipping.forward(head, rows, plan, self.spec.skip_mass, total=self.totals)
+            left = skipping.forward(head, rows, plan, self.spec.skip_mass, total=self.wants_totals)
         else:
-            left = linear.forward(head, rows, plan, total=self.totals)
+            left = linear.forward(head, rows, plan, total=self.wants_totals)
         logp, _ = head.finish(left.statistics, rows.targets)
         totals = rows.spread(left.statistics[torch_slab.TOTAL], labels)
         return logp, self.means(head, rows, labels, totals, unscored), left
@@ -141,7 +138,7 @@ class HeadCall:
         """
         if self.spec.logits_mean is None or labels.numel() == 0:
             return torch.zeros_like(totals)
-        if self.totals:
+        if self.wants_totals:
             return (totals if unscored is None else totals + unscored) / head.vocabulary
         means = linear_means(head).view(labels.shape)
         if self.spec.logits_mean == "completion":
@@ -152,7 +149,7 @@ class HeadCall:
 
     def unscored(self, rows: ValidRows, positions: int) -> int:
         """Rows that are projected for the means alone: a softcap leaves no way around the logits of all positions."""
-        return positions - sum(rows.counts) if self.totals and self.spec.logits_mean == "all" else 0
+        return positions - sum(rows.counts) if self.wants_totals and self.spec.logits_mean == "all" else 0
 
     def unscored_totals(self, head: Head, rows: ValidRows, labels: Tensor) -> Tensor | None:
         """Σ z where nothing is scored, shape of the labels; None where that is not needed."""

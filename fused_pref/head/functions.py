@@ -115,7 +115,7 @@ def known_gradients(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         unscored = call.unscored_totals(head, rows, labels)
         logp, totals, gradients = grouped(
-            head, rows, plan, slope, call.wanted, paired=call.unit == 2, total=call.totals
+            head, rows, plan, slope, call.wanted, paired=call.unit == 2, total=call.wants_totals
         )
         if rows.overflow is not None:
             logp.masked_fill_(rows.overflow, torch.nan)

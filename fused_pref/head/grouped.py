@@ -33,7 +33,7 @@ def grouped(
     bounds = plan.bounds or (0, units)
     positions = head.hidden.shape[:-1].numel()
     logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
-    sums = _Sums(head, wanted, single=len(bounds) == 2)
+    sums = _GroupSums(head, wanted, single=len(bounds) == 2)
     memory = head.new_slab(plan.rows, head.columns, fused=plan.fused)
     for u0, u1 in itertools.pairwise(bounds):
         members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
@@ -50,7 +50,7 @@ def grouped(
     return logp, totals, sums.gradients()
 
 
-class _Sums:
+class _GroupSums:
     """Gradients under way: each group adds to dW and dbias, and fills its own rows of dh."""
 
     def __init__(self, head: Head, wanted: frozenset[str], *, single: bool) -> None:

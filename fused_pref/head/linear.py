@@ -4,7 +4,7 @@
 :mod:`fused_pref.head.grouped`. Rows are the N valid ones throughout.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class Head:
 
     @property
     def kernels(self) -> ModuleType:
-        """``absorb`` and ``gradient`` of the backend."""
+        """The backend's token math on a slab of logits."""
         if self.backend == "triton":
             from fused_pref.kernels import slab as triton_slab
 
@@ -361,11 +361,6 @@ def _add_slices(
             add_product(hidden, q, head.w[columns], fresh=number == 0, terms=head.columns)
     kept.clear()
     return label_q
-
-
-def keeping_nothing(plan: Plan) -> Plan:
-    """The plan without slices kept from the forward for the backward."""
-    return replace(plan, kept=0)
 
 
 def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,17 +4,19 @@ A schema has no dataclasses: constants travel as text. Gradients that are not wa
 """
 
 import ast
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_pref.head import linear
-from fused_pref.head.call import NAMES, HeadCall
+from fused_pref.head.call import HeadCall
 from fused_pref.head.functions import known_gradients
 from fused_pref.head.gradients import Gradients
 from fused_pref.head.linear import late_dtype
 from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.plan import GRADIENTS
 from fused_pref.head.spec import LinearSpec, Transform
 
 SEPARATOR = ";"
@@ -22,7 +24,7 @@ SEPARATOR = ";"
 
 def encode(call: HeadCall) -> str:
     """A call as text, by means that a compiler can see through; without ``skip_mass``: a graph skips nothing."""
-    spec, wanted = call.spec, [name for name in NAMES if name in call.wanted]
+    spec, wanted = call.spec, [name for name in GRADIENTS if name in call.wanted]
     values = (*spec.constants, spec.logits_mean, spec.memory_budget, spec.max_valid_tokens, str(call.dtype), call.unit)
     return SEPARATOR.join([f"{value!r}" for value in (*values, *wanted)])
 
@@ -44,7 +46,7 @@ def linear_token_logps_fwd(
     """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
     request = decode(call)
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
-    plan = linear.keeping_nothing(request.plan(head, rows))
+    plan = replace(request.plan(head, rows), kept=0)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         logp, means, (statistics, u, *_) = request.score(head, rows, plan, labels)
         if plan.name == "logprob":
@@ -86,7 +88,7 @@ def linear_token_logps_bwd(
         if request.wanted == {"hidden"}:
             u = left if rows.places is None else left.index_select(0, rows.places)
             return _filled(Gradients(linear.frozen_head_bwd(head, rows, u, upstream), None, None), hidden)
-        plan = linear.keeping_nothing(request.plan(head, rows))
+        plan = replace(request.plan(head, rows), kept=0)
         statistics = torch.stack([rows.pick(row) for row in left])
         return _filled(linear.vocab_major_bwd(head, rows, plan, statistics, [], upstream, request.wanted), hidden)
 
@@ -174,7 +176,7 @@ def _fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, request: HeadCall, *, late: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = []
-    for name, part in zip(NAMES, (hidden, weight, bias), strict=True):
+    for name, part in zip(GRADIENTS, (hidden, weight, bias), strict=True):
         if part is None or name not in request.wanted:
             parts.append(hidden.new_empty(0))
         else:

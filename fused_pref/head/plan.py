@@ -24,7 +24,9 @@ from dataclasses import dataclass, replace
 
 from fused_pref.head.devices import Device
 
-DEFAULT_BUDGET = 2**28
+# What can be differentiated, in the order of the arguments.
+GRADIENTS = ("hidden", "weight", "bias")
+LEAST_DEFAULT_BUDGET = 2**28
 # Plans within this factor of the cheapest are alike: the smallest of them is taken.
 ALIKE = 1.02
 # Slices and groups are multiples of this, so that only the last tile of a product is cut.
@@ -174,6 +176,11 @@ class Plan:
     bounds: tuple[int, ...] = ()
     kept: int = 0
     fused: bool = False
+
+
+def default_budget(vocabulary: int, hidden: int, itemsize: int) -> int:
+    """Bytes of workspace that a call without a ``memory_budget`` may take: as many as dW, at least 256 MiB."""
+    return max(LEAST_DEFAULT_BUDGET, vocabulary * hidden * itemsize)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -34,33 +34,33 @@ def ranges(length: int, size: int) -> Iterator[slice]:
 
 
 class Rows:
-    """The rows of logits of any strides, read and written by blocks of row numbers, never copied as a whole."""
+    """The rows of a tensor (..., n) of any strides, read and written by row numbers, never copied as a whole."""
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        self.columns = logits.shape[-1]
-        self.count = logits.shape[:-1].numel()
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+        self.columns = source.shape[-1]
+        self.count = source.shape[:-1].numel()
         try:
-            self.flat: Tensor | None = logits.view(self.count, self.columns)
+            self.flat: Tensor | None = source.view(self.count, self.columns)
         except RuntimeError:
             self.flat = None
 
     def _places(self, rows: Tensor) -> tuple[Tensor, ...]:
-        if self.logits.dim() == 2:
+        if self.source.dim() == 2:
             return (rows,)
-        length = self.logits.shape[1]
+        length = self.source.shape[1]
         return torch.div(rows, length, rounding_mode="floor"), rows % length
 
     def read(self, rows: Tensor) -> Tensor:
-        """Copy of these rows, (n, V)."""
-        return self.flat.index_select(0, rows) if self.flat is not None else self.logits[self._places(rows)]
+        """Copy of these rows, (number, n)."""
+        return self.flat.index_select(0, rows) if self.flat is not None else self.source[self._places(rows)]
 
     def write(self, rows: Tensor, block: Tensor) -> None:
         """Overwrite these rows; a 0-d block fills them."""
         if self.flat is not None:
             self.flat[rows] = block
         else:
-            self.logits[self._places(rows)] = block
+            self.source[self._places(rows)] = block
 
 
 def blocks(wanted: Tensor, columns: int) -> Iterator[Tensor]:
