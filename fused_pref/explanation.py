@@ -97,25 +97,26 @@ class Explanation:
         plan, p = self.plan, self.problem
         slices, dh = -(-p.vocabulary // plan.columns), "dh" if "hidden" in p.gradients else ""
         groups = max(len(plan.bounds) - 1, 1) if plan.name == "grouped" else -(-p.tokens // max(plan.rows, 1))
+        slabs, grouped = _number(slices, "slab"), _number(groups, "group")
         made = " and ".join(part for part in (dh, "dW" if "weight" in p.gradients else "") if part) or "dbias"
         if plan.name == "logprob" and plan.fused:
             return (f"forward: a fused product of {plan.rows} x {plan.columns}, no logits are written → log-probs",)
         if plan.name == "logprob":
-            return (f"forward: {groups} x {slices} slabs of {plan.rows} x {plan.columns} logits → log-probs",)
+            return (f"forward: {_number(groups * slices, 'slab')} of {plan.rows} x {plan.columns} logits → log-probs",)
         if plan.name == "frozen_head":
             return (
-                f"forward: {groups} groups of {plan.rows} rows x {p.vocabulary} logits → log-probs, U = ∂logp/∂h",
+                f"forward: {grouped} of {plan.rows} rows x {p.vocabulary} logits → log-probs, U = ∂logp/∂h",
                 "backward: dh = coefficient · U",
             )
         if plan.name == "grouped":
             unit = "sequences" if self.objective == "bco" else "pairs"
             return (
-                f"forward: {groups} groups of whole {unit}, at most {plan.rows} rows x {p.vocabulary} logits → "
+                f"forward: {grouped} of whole {unit}, at most {plan.rows} rows x {p.vocabulary} logits → "
                 f"log-probs, coefficients, {made}",
                 "backward: the upstream gradient scales them",
             )
         if plan.name == "skipping":
-            form = "a fused product, no logits are written" if plan.fused else f"{slices} slabs of logits"
+            form = "a fused product, no logits are written" if plan.fused else f"{slabs} of logits"
             return (
                 f"forward: {form} → log-probs, mass of each of {p.tokens} x {slices} tiles of {plan.columns} words",
                 f"backward: of each tile the rows that need it, computed again → {made}; {plan.products:.2f}NDV in all "
@@ -123,13 +124,13 @@ class Explanation:
             )
         again = f"{slices - plan.kept} of them computed again"
         if plan.fused:
-            kept = f"{plan.kept} slabs of {p.tokens} x {plan.columns} logits, which are kept, and " if plan.kept else ""
+            kept = f"{_number(plan.kept, 'slab')} of {p.tokens} x {plan.columns} logits, kept for later, and "
             return (
-                f"forward: {kept}a fused product of the rest, no logits are written → log-probs",
-                f"backward: each of {slices} slabs, {again} in a fused product → {made}",
+                f"forward: {kept if plan.kept else ''}a fused product of the rest, no logits are written → log-probs",
+                f"backward: each of {slabs}, {again} in a fused product → {made}",
             )
         return (
-            f"forward: {slices} slabs of {p.tokens} x {plan.columns} logits → log-probs; {plan.kept} slabs are kept",
+            f"forward: {slabs} of {p.tokens} x {plan.columns} logits → log-probs; {plan.kept} kept for later",
             f"backward: each slab, {again} → {made}",
         )
 
@@ -266,6 +267,10 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES.values():
         raise validate.fail("dtype", f"one of {tuple(DTYPES)}", dtype)
     return dtype
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def bytes_text(number: float) -> str:
