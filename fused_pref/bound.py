@@ -34,17 +34,17 @@ class PairObjective:
             scores, self.spec, self.ref_logps, self.pair_normalizer, self.token_normalizer, tokens, dtype
         )
 
-    def slope(self, members: tuple[slice, ...], sums: Tensor, lengths: Tensor) -> Tensor:
+    def slope(self, members: tuple[slice, ...], sums: Tensor, counts: Tensor) -> Tensor:
         """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
-        pairs = lengths.shape[0] // 2
+        pairs = counts.shape[0] // 2
         ref_logps = None if self.ref_logps is None else _pick(self.ref_logps, members).double()
         terms = pair_objective(
             sums,
-            _pick(lengths, members),
+            _pick(counts, members),
             self.spec,
             ref_logps=ref_logps,
             pair_normalizer=pairs if self.pair_normalizer is None else self.pair_normalizer,
-            token_normalizer=lengths[:pairs].sum() if self.token_normalizer is None else self.token_normalizer,
+            token_normalizer=counts[:pairs].sum() if self.token_normalizer is None else self.token_normalizer,
         )
         return saturate(terms.slope, torch.float32)
 
@@ -84,12 +84,12 @@ class BCOObjective:
         """δ before this batch."""
         return self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
 
-    def slope(self, members: tuple[slice, ...], sums: Tensor, lengths: Tensor) -> Tensor:
+    def slope(self, members: tuple[slice, ...], sums: Tensor, counts: Tensor) -> Tensor:
         """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
         rewards = self.spec.beta * (sums - _pick(self.ref_logps, members).double())
         normalizers = dict(self.normalizers)
         if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:
-            normalizers["sequence_normalizer"] = lengths.shape[0]
+            normalizers["sequence_normalizer"] = counts.shape[0]
         if self.spec.reduction == "class_mean" and normalizers["class_normalizer"] is None:
             normalizers["class_normalizer"] = (self.desirable.sum(), (~self.desirable).sum())
         weight = None if self.sample_weight is None else _pick(self.sample_weight, members).double()

@@ -74,7 +74,7 @@ class HeadCall:
         """What the planner sees."""
         weight, budget = head.weight, self.spec.memory_budget
         positions = head.hidden.shape[:-1].numel()
-        counts = rows.counts
+        counts = rows.host_counts
         if self.unit == 2:
             half = len(counts) // 2
             counts = tuple(w + l for w, l in zip(counts[:half], counts[half:], strict=True))
@@ -149,7 +149,7 @@ class HeadCall:
 
     def unscored(self, rows: ValidRows, positions: int) -> int:
         """Rows that are projected for the means alone: a softcap leaves no way around the logits of all positions."""
-        return positions - sum(rows.counts) if self.wants_totals and self.spec.logits_mean == "all" else 0
+        return positions - sum(rows.host_counts) if self.wants_totals and self.spec.logits_mean == "all" else 0
 
     def unscored_totals(self, head: Head, rows: ValidRows, labels: Tensor) -> Tensor | None:
         """Σ z where nothing is scored, shape of the labels; None where that is not needed."""
@@ -160,7 +160,7 @@ class HeadCall:
         valid = torch.ones_like(rows.targets, dtype=torch.bool) if rows.padding is None else ~rows.padding
         rows.put(scored, valid)
         places = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
-        others = ValidRows(places, torch.full((number,), head.ignore_index, device=labels.device), rows.lengths)
+        others = ValidRows(places, torch.full((number,), head.ignore_index, device=labels.device), rows.counts)
         plan = choose(replace(self.problem(head, rows), tokens=number, gradients=frozenset(), unscored=0))
         statistics = linear.logprob(head, others, plan, total=True)
         found = others.spread(statistics[torch_slab.TOTAL], labels)

@@ -28,7 +28,7 @@ def grouped(
 
     Gradients of float16 tensors are float32: scaled down by the loss, they would underflow.
     """
-    sequences = rows.lengths.shape[0]
+    sequences = rows.counts.shape[0]
     units = sequences // 2 if paired else sequences
     bounds = plan.bounds or (0, units)
     positions = head.hidden.shape[:-1].numel()
@@ -45,7 +45,7 @@ def grouped(
         miss = miss if multiple is None else miss / multiple
         group.put(logp, values)
         group.put(totals, statistics[torch_slab.TOTAL])
-        known = slope(members, group.sums(values), rows.lengths)
+        known = slope(members, group.sums(values), rows.counts)
         sums.add(group, h, q, group.share(known).to(miss.dtype) * miss * head.transform.slope)
     return logp, totals, sums.gradients()
 

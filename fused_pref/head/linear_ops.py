@@ -121,8 +121,8 @@ def linear_known_gradients(
         return logp, means, *_filled(gradients, hidden)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         values, means, (statistics, _, kept, _) = request.score(head, rows, plan, labels)
-        sequences = (slice(0, rows.lengths.shape[0]),)
-        upstream = rows.share(slope(sequences, rows.sums(values), rows.lengths)).to(values.dtype)
+        sequences = (slice(0, rows.counts.shape[0]),)
+        upstream = rows.share(slope(sequences, rows.sums(values), rows.counts)).to(values.dtype)
         gradients = linear.vocab_major_bwd(head, rows, plan, statistics, kept, upstream, request.wanted)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
     return rows.spread(values, labels), means, *_filled(late, hidden)

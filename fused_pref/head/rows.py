@@ -17,16 +17,16 @@ class ValidRows:
     Attributes:
         places: (N,) int64 positions in the flattened labels; None where every position is scored.
         targets: (N,) labels.
-        lengths: (S,) int64 rows of each sequence.
-        counts: the same on the host; empty under ``max_valid_tokens``, which asks the device nothing.
+        counts: (S,) int64 rows of each sequence.
+        host_counts: the same on the host; empty under ``max_valid_tokens``, which asks the device nothing.
         padding: (N,) bool, rows beyond the valid ones; None where there is none.
         overflow: 0-d bool, whether there are more valid rows than ``max_valid_tokens``; None where there is no bound.
     """
 
     places: Tensor | None
     targets: Tensor
-    lengths: Tensor
-    counts: tuple[int, ...] = ()
+    counts: Tensor
+    host_counts: tuple[int, ...] = ()
     padding: Tensor | None = None
     overflow: Tensor | None = None
 
@@ -37,28 +37,28 @@ class ValidRows:
 
     def part(self, members: tuple[slice, ...]) -> "ValidRows":
         """The rows of these runs of sequences, one run after the other."""
-        ends = [0, *itertools.accumulate(self.counts)]
+        ends = [0, *itertools.accumulate(self.host_counts)]
         runs = [slice(ends[run.start], ends[run.stop]) for run in members]
-        lengths = torch.cat([self.lengths[run] for run in members])
+        counts = torch.cat([self.counts[run] for run in members])
         if self.places is None:
             places = torch.cat([torch.arange(run.start, run.stop, device=self.targets.device) for run in runs])
         else:
             places = torch.cat([self.places[run] for run in runs])
-        counts = tuple(count for run in members for count in self.counts[run])
-        return ValidRows(places, torch.cat([self.targets[run] for run in runs]), lengths, counts)
+        host_counts = tuple(count for run in members for count in self.host_counts[run])
+        return ValidRows(places, torch.cat([self.targets[run] for run in runs]), counts, host_counts)
 
     def sums(self, values: Tensor) -> Tensor:
         """Float64 sum of each sequence's rows, (N,) → (S,)."""
-        return sequence_sums(values, F.pad(self.lengths.cumsum(0), (1, 0)))
+        return sequence_sums(values, F.pad(self.counts.cumsum(0), (1, 0)))
 
     def share(self, values: Tensor) -> Tensor:
         """Each sequence's value at its rows, (S,) → (N,); 0 at padding."""
         if self.padding is None:
-            return torch.repeat_interleave(values, self.lengths, output_size=self.number)
+            return torch.repeat_interleave(values, self.counts, output_size=self.number)
         if values.shape[0] == 0:
             return values.new_zeros(self.number)
         row = torch.arange(self.number, device=values.device)
-        sequence = torch.searchsorted(self.lengths.cumsum(0), row, right=True).clamp_(max=values.shape[0] - 1)
+        sequence = torch.searchsorted(self.counts.cumsum(0), row, right=True).clamp_(max=values.shape[0] - 1)
         return values[sequence].masked_fill_(self.padding, 0)
 
     def put(self, flat: Tensor, values: Tensor) -> None:
@@ -93,18 +93,18 @@ def valid_rows(
     """
     targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
     scored = targets != ignore_index
-    lengths = sequence_sums(scored, cu_seqlens).long()
+    counts = sequence_sums(scored, cu_seqlens).long()
     flat, total = targets.flatten().contiguous(), targets.numel()
     if max_valid_tokens is None:
         # The one host synchronisation of a head call: the sizes of the products.
-        counts = tuple(lengths.tolist())
-        number = sum(counts)
+        host_counts = tuple(counts.tolist())
+        number = sum(host_counts)
         if number == total:
-            return ValidRows(None, flat, lengths, counts)
+            return ValidRows(None, flat, counts, host_counts)
         places = torch.nonzero_static(scored.flatten(), size=number)[:, 0]
-        return ValidRows(places, flat.index_select(0, places), lengths, counts)
+        return ValidRows(places, flat.index_select(0, places), counts, host_counts)
     bound = min(max_valid_tokens, total)
-    number = lengths.sum()
+    number = counts.sum()
     if labels.device.type == "cpu" and number > bound:
         raise ValueError(f"max_valid_tokens must be at least N = {int(number)}; got {max_valid_tokens}")
     places = torch.nonzero_static(scored.flatten(), size=bound, fill_value=-1)[:, 0]
@@ -112,4 +112,4 @@ def valid_rows(
     # Where there is padding there is a position that scores nothing: the padding points at it.
     spare = scored.flatten().to(torch.uint8).argmin() if total else places.new_zeros(())
     places = torch.where(padding, spare, places)
-    return ValidRows(places, flat.index_select(0, places), lengths, (), padding, number > bound)
+    return ValidRows(places, flat.index_select(0, places), counts, (), padding, number > bound)
