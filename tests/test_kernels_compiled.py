@@ -35,7 +35,7 @@ def command(*arguments: str, before: str = "", **environment: str) -> subprocess
     """Run the command, after the statements of ``before``."""
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     call = [sys.executable, "-c", before + COMMAND, *arguments]
-    return subprocess.run(call, env=clean | environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(call, env=clean | environment, capture_output=True, text=True, timeout=2400)
 
 
 @pytest.fixture(scope="session")
