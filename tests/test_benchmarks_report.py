@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import scaling, skipping
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.report import command as report
 from benchmarks.report import sections
@@ -47,6 +47,15 @@ def test_report(tmp_path: Path) -> None:
     assert {row["status"] for row in rows if row["implementation"] == "fused_pref"} == {"ok"}
     assert "not measured" in (tmp_path / "static.log").read_text()
     assert (tmp_path / "profile" / "profile.txt").exists()
+
+
+def test_skipping(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["skipping", "--shape", "8x16x300", "--rounds", "1", "--device", "cpu"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:4]] == ["bare products", "skip_mass=None"]
+    assert rows[2][1:4] == ["3.00", "1.00", "1.00"]
+    assert len(rows) == 2 + 1 + len(skipping.MASSES)
+    assert float(rows[-1][4]) <= 2**-6
 
 
 def test_report_that_is_ended_keeps_what_is_done(tmp_path: Path) -> None:
@@ -185,6 +194,9 @@ def test_measured_must_be_results(tmp_path: Path) -> None:
         (["report"], "--out"),
         (["report", "--out", "/dev/null/x"], "--out must be a directory that can be written; got /dev/null/x"),
         (["scaling", "--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["skipping", "--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["skipping", "--shape", "1536x1024"], "--shape must be NxDxV with an even N, as 1536x1024x32768; got '1536x"),
+        (["skipping", "--shape", "15x16x32"], "--shape must be NxDxV with an even N"),
         (["static", "--targets", "sm_70"], "invalid choice: 'sm_70'"),
         (["measure"], "invalid choice: 'measure'"),
     ],

@@ -21,6 +21,19 @@ FLATNESS, LARGEST, DEPTH = 1e-3, 1e4, -60.0
 BLOCK = 2**27
 
 
+def parse_shape(text: str, form: str, example: str) -> tuple[int, ...]:
+    """The sizes that a text of this form, as ``"SxTxDxV"``, says; the first of them is of pairs.
+
+    Raises:
+        ValueError: another number of sizes, one below 1 or of more than 31 bits, or an odd first one.
+    """
+    numbers = tuple(int(number) for number in text.split("x") if number.isdecimal())
+    whole = len(numbers) == len(text.split("x")) == len(form.split("x"))
+    if not whole or not 0 < min(numbers) <= max(numbers) < 2**31 or numbers[0] % 2:
+        raise ValueError(f"--shape must be {form} with an even {form[0]}, as {example}; got {text!r}")
+    return numbers
+
+
 @dataclass(frozen=True)
 class Sizes:
     """S sequences of T positions, of which a first share is not scored; D and V.
@@ -49,11 +62,7 @@ class Sizes:
         Raises:
             ValueError: anything else, or an odd S.
         """
-        numbers = [int(number) for number in text.split("x") if number.isdecimal()]
-        if text.count("x") != 3 or len(numbers) != 4 or not 0 < min(numbers) <= max(numbers) < 2**31 or numbers[0] % 2:
-            raise ValueError(f"--shape must be SxTxDxV with an even S, as 8x128x512x32768; got {text!r}")
-        sequences, length, features, vocabulary = numbers
-        return cls(sequences, length, features, vocabulary)
+        return cls(*parse_shape(text, "SxTxDxV", "8x128x512x32768"))
 
     @property
     def scored(self) -> int:
