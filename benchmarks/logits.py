@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_pref as fp
+from fused_pref.testing.problems import parse_shape
 
 OPERATIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss")
 BETA = 0.1
@@ -25,12 +26,12 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """From ``"SxTxV"``."""
-        sequences, length, columns = (int(number) for number in text.split("x"))
-        return cls(sequences, length, columns)
+        """From ``"SxTxV"``.
 
-    def __str__(self) -> str:
-        return f"{self.sequences}x{self.length}x{self.columns}"
+        Raises:
+            ValueError: anything else, or an odd S.
+        """
+        return cls(*parse_shape(text, "SxTxV", "8x64x32768"))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ import torch
 import fused_pref as fp
 from benchmarks import launches
 from benchmarks.compare.tables import line
-from benchmarks.measure import alternate, check, default_device, describe, environment, folder, write
+from benchmarks.measure import (
+    alternate,
+    check_device,
+    check_rounds,
+    default_device,
+    describe,
+    environment,
+    folder,
+    write,
+)
 from fused_pref.testing.peers import bare_products
 from fused_pref.testing.problems import BETA, BOTH, Problem, Sizes, Work
 
@@ -58,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table for each kind of work and axis."""
-    check(args.device, args.rounds)
+    check_device(args.device)
+    check_rounds(args.rounds)
     folder(args.out)
     if args.device == "cpu":
         # For the launches, which are counted and not run.

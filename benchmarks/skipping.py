@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_pref as fp
 from benchmarks.compare.tables import line
-from benchmarks.measure import alternate, check, default_device, describe
+from benchmarks.measure import alternate, check_device, check_rounds, default_device, describe
 from fused_pref.testing.peers import bare_products
 from fused_pref.testing.problems import Problem, Sizes, parse_shape
 from fused_pref.usage import UsageError
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for the bare products and for each threshold."""
-    check(args.device, args.rounds)
+    check_device(args.device)
+    check_rounds(args.rounds)
     try:
         tokens, features, vocabulary = parse_shape(args.shape, "NxDxV", SHAPE)
     except ValueError as error:

@@ -12,7 +12,7 @@ from benchmarks.compare import tables
 from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import DEFAULT, DTYPES, PRESETS, Preset
 from benchmarks.compare.run import FAILS, GATES, RAISED, measure
-from benchmarks.measure import check, default_device, describe, environment, folder
+from benchmarks.measure import check_device, check_rounds, default_device, describe, environment, folder
 from fused_pref.testing.peers import PEERS
 from fused_pref.testing.problems import LOGITS, WORKS, Sizes
 from fused_pref.usage import UsageError
@@ -82,7 +82,8 @@ def chosen_presets(args: argparse.Namespace) -> dict[str, Preset]:
     Raises:
         UsageError: a preset that is not there, or options that exclude each other.
     """
-    check(args.device, args.rounds)
+    check_device(args.device)
+    check_rounds(args.rounds)
     if args.shape is None:
         if args.masked or args.logits != "random":
             raise UsageError("--masked and --logits need --shape; presets say theirs")
