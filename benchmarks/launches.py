@@ -34,19 +34,19 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_gpu(step: Callable[[], object], architecture: str = "sm_90") -> int:
-    """Operations and kernels that a step on CPU tensors with ``backend="triton"`` would launch on this architecture.
+def without_gpu(step: Callable[[], object]) -> int:
+    """Operations and kernels that a step on CPU tensors with ``backend="triton"`` would launch on an H200.
 
-    The plan and the blocks of rows are those of the architecture, and kernels are counted in place of being run. Needs
+    The plan and the blocks of rows are those of that GPU, and kernels are counted in place of being run. Needs
     Triton's interpreter: ``TRITON_INTERPRET=1`` before Triton is imported.
     """
-    with _counting(architecture) as operations:
+    with _counting() as operations:
         step()
     return operations.count
 
 
 @contextmanager
-def _counting(architecture: str) -> Iterator[Operations]:
+def _counting() -> Iterator[Operations]:
     from fused_pref.head import call, devices, streaming
     from fused_pref.kernels import logprob
 
@@ -56,7 +56,7 @@ def _counting(architecture: str) -> Iterator[Operations]:
         operations.count += 1
 
     kind = type(logprob._token_logps_fwd_kernel)
-    planned = mock.patch.object(call, "device_of", return_value=devices.GPUS[architecture])
+    planned = mock.patch.object(call, "device_of", return_value=devices.GPUS["sm_90"])
     blocks = mock.patch.object(streaming, "CPU_BLOCK", streaming.DEVICE_BLOCK)
     with planned, blocks, mock.patch.object(kind, "run", run), operations:
         yield operations
