@@ -6,6 +6,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -93,14 +94,15 @@ def check_device(device: str) -> None:
 
 
 def folder(out: Path | None) -> None:
-    """Make the folder of ``--out``.
+    """Make the folder of ``--out``, and see that it can be written before there is anything to write.
 
     Raises:
-        UsageError: it cannot be made.
+        UsageError: it cannot be made or written.
     """
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UsageError(f"--out must be a directory that can be written; got {out} ({error})") from error
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -242,6 +243,21 @@ def test_options_are_refused_before_anything_is_measured(
     assert main(options) == 2
     captured = capsys.readouterr()
     assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", ["compare --preset tiny", "scaling --small", "memory --small", "report"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("benchmarks.measure.seconds_of", None)
+    assert main([*command.split(), "--device", "cpu", "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert f"--out must be a directory that can be written; got {tmp_path} ([Errno 13]" in captured.err
     assert captured.out == ""
 
 
