@@ -51,13 +51,13 @@ class Peer:
             return f"{self.package} is not installed"
         if self.needs is not None and not hasattr(F, self.needs):
             return f"PyTorch {torch.__version__} has no F.{self.needs}"
-        if device != "cuda" and (self.gpu or self.device == "cuda"):
+        if torch.device(device).type != "cuda" and (self.gpu or self.device == "cuda"):
             return "it needs a GPU"
         return None
 
     def does(self, work: str, device: str) -> bool:
         """Whether it has a row for this kind of work on this device."""
-        return (not self.works or work in self.works) and self.device in (None, device)
+        return (not self.works or work in self.works) and self.device in (None, torch.device(device).type)
 
 
 def ours(**common: Any) -> Callable[[str], Loss]:
