@@ -89,9 +89,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         check_args(args, BCOConfig)
         check_tokenizer(processing_class)
         check_rows("train_dataset", train_dataset, FORMS)
-        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, dataset in parts.items():
-            check_rows(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset, FORMS)
+        check_rows("eval_dataset", eval_dataset, FORMS, parts=dict)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"BCOTrainer trains causal language models; {type(model).__name__} is an encoder-decoder")
         self.reward_shift = args.shift()
