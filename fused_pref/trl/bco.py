@@ -255,12 +255,9 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = os.path.join(checkpoint, SHIFT_FILE)
-        if not os.path.isfile(path):
-            raise ValueError(f"checkpoint {checkpoint} has no {SHIFT_FILE}, so that BCO cannot go on from it")
-        self.reward_shift.load_state_dict(load_file(path))
+        self.reward_shift.load_state_dict(_saved(checkpoint, SHIFT_FILE))
         if self.density_ratio is not None:
-            saved, fitted = load_file(os.path.join(checkpoint, RATIO_FILE)), self.density_ratio.state_dict()
+            saved, fitted = _saved(checkpoint, RATIO_FILE), self.density_ratio.state_dict()
             if not all(torch.equal(saved[name], fitted[name]) for name in fitted):
                 raise ValueError(
                     f"the density ratio in {checkpoint} is not the one of this dataset, seed and embedding_func, by "
@@ -277,6 +274,18 @@ class ShiftCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fold in what the microbatches of the step gathered."""
         self.shift.step()
+
+
+def _saved(checkpoint: str, name: str) -> dict[str, Tensor]:
+    """Tensors of a file of a checkpoint.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = os.path.join(checkpoint, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {checkpoint} has no {name}, so that BCO cannot go on from it")
+    return load_file(path)
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
