@@ -43,8 +43,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             and ``rejected``, which become two; texts or messages.
         eval_dataset: the same, or a dictionary of them.
         embedding_func: for underlying distribution matching: embeddings (n, E) of n prompts, from a list of texts, or
-            with ``embedding_tokenizer`` from its ``input_ids`` and ``attention_mask``. Every prompt of an undesirable
-            row is embedded once, before training.
+            with ``embedding_tokenizer`` from its ``input_ids`` and ``attention_mask``. Before training it gets the
+            prompt of every undesirable row, and of the desirable ones that are drawn, once.
         embedding_tokenizer: see there.
         data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, peft_config: as
             for TRL's ``KTOTrainer``; ``compute_metrics`` gets the rewards as predictions and the labels.
@@ -139,8 +139,10 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             return dataset
         prompts, desirable = prompt_texts(dataset["prompt"], processing_class), list(dataset["label"])
         if dataset_name == "train":
-            self.prompt_weights.fit(prompts, desirable, args.prompt_sample_size, args.seed)
-        return dataset.add_column(WEIGHT, self.prompt_weights.weights(prompts, desirable))
+            weights = self.prompt_weights.fit(prompts, desirable, args.prompt_sample_size, args.seed)
+        else:
+            weights = self.prompt_weights.weights(prompts, desirable)
+        return dataset.add_column(WEIGHT, weights)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
