@@ -69,7 +69,8 @@ def test_report_that_is_ended_keeps_what_is_done(tmp_path: Path) -> None:
     assert process.returncode == 130
     text = page.read_text()
     assert "| environment | machine | done in " in text
-    assert "| compare | compare-tiny | running |" in text
+    assert "| compare | compare-tiny | interrupted: [compare-tiny.log](compare-tiny.log) |" in text
+    assert "running" not in text
     assert "torch" in (tmp_path / "machine.log").read_text()
 
 
@@ -231,8 +232,9 @@ def test_defaults_of_the_report() -> None:
     [
         (["compare", "--preset", "tiny", "--out", "FILE"], "--out must be a directory that can be written"),
         (["scaling", "--small", "--out", "FILE"], "--out must be a directory that can be written"),
-        (["compare", "--preset", "tiny", "--seconds", "-5"], "--seconds must be at least 0; got -5"),
-        (["compare", "--preset", "tiny", "--seconds", "nan"], "--seconds must be at least 0; got nan"),
+        (["compare", "--preset", "tiny", "--seconds", "-5"], "--seconds must be above 0; got -5"),
+        (["compare", "--preset", "tiny", "--seconds", "0"], "--seconds must be above 0; got 0"),
+        (["compare", "--preset", "tiny", "--seconds", "nan"], "--seconds must be above 0; got nan"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(

@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(listing(args.device)))
         return 0
     presets = chosen_presets(args)
-    if args.seconds is not None and not args.seconds >= 0:
-        raise UsageError(f"--seconds must be at least 0; got {args.seconds:g}")
+    if args.seconds is not None and not args.seconds > 0:
+        raise UsageError(f"--seconds must be above 0; got {args.seconds:g}")
     folder(args.out)
     start, machine, rows = time.monotonic(), environment(args.device), []
     deadline = None if args.seconds is None else start + args.seconds

@@ -70,7 +70,12 @@ class Report:
                 )
                 continue
             self.note(name, command.name, "running", last=False)
-            self.note(name, command.name, self.run(command, left))
+            try:
+                result = self.run(command, left)
+            except KeyboardInterrupt:
+                self.note(name, command.name, f"interrupted: [{command.name}.log]({command.name}.log)")
+                raise
+            self.note(name, command.name, result)
 
     def run(self, command: Command, seconds: float) -> str:
         """Run a command for at most so long; what became of it."""
