@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.traffic import ALLOCATIONS
+from benchmarks.traffic import computes
 
 
 def on_gpu(step: Callable[[], object]) -> int:
@@ -28,9 +28,7 @@ class Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        name = func._schema.name.split("::")[1]
-        self.count += func.namespace == "aten" and not views and name not in ALLOCATIONS
+        self.count += func.namespace == "aten" and computes(func)
         return func(*args, **(kwargs or {}))
 
 

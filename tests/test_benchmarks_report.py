@@ -134,7 +134,7 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scaling", "--device", "cpu", "--small", "--rounds", "1", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert len(rows) == 3 * sum(map(len, scaling.AXES["small"].values()))
-    for work in scaling.GRADIENTS:
+    for work in scaling.MEASURED:
         found = [row["launches"] for row in rows if row["work"] == work and row["axis"] == "N"]
         assert found[0] > 10
         assert set(found) == {found[0]}

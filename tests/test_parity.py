@@ -140,7 +140,7 @@ def test_a_slow_peer_is_left_out_on_a_cpu_with_an_index(monkeypatch: pytest.Monk
 
 def test_a_plan_that_cannot_be_taken_is_not_replaced() -> None:
     """An objective of one's own that no plan but one serves must not be measured under the name of another."""
-    p = Problem.make(Sizes(2, 4, 8, 33), torch.float32, "cpu").of(WORKS["bco"])
+    p = Problem.make(Sizes(2, 4, 8, 33), torch.float32, "cpu").of(WORKS["bco"].gradients)
     for name, fused in (("grouped", False), ("vocab_major", True)):
         loss = by_plan(ours(backend="torch")("bco"), name, fused=fused, small=False)
         with pytest.raises(ValueError, match=f"no plan {name}"):
@@ -150,7 +150,7 @@ def test_a_plan_that_cannot_be_taken_is_not_replaced() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("work", WORKS)
 def test_every_form_has_a_plan(work: str, dtype: str) -> None:
-    p = Problem.make(Sizes(2, 2, 8, 20), getattr(torch, dtype), "cpu").of(WORKS[work])
+    p = Problem.make(Sizes(2, 2, 8, 20), getattr(torch, dtype), "cpu").of(WORKS[work].gradients)
     forms = dict(implementations(work, "triton", p.hidden.dtype))
     fused = [form for form in forms if "fused" in form]
     # float16 does not reach as far as exponentials do.

@@ -18,9 +18,9 @@ from fused_pref.head import call
 from fused_pref.head import plan as planner
 from fused_pref.head.plan import Plan
 from fused_pref.testing import problems
-from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Loss, Parity, compare
+from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Parity, compare
 from fused_pref.testing.peers import PEERS, ours, ours_of_logits
-from fused_pref.testing.problems import LOGITS, WORKS, Problem, Sizes
+from fused_pref.testing.problems import LOGITS, WORKS, Loss, Problem, Sizes
 from fused_pref.usage import UsageError
 
 # Plans by kind of work; each is taken in its largest form, and in groups or slices.
@@ -35,8 +35,6 @@ PLANS = {
 }
 # Plans whose fused forms wait for a sum as exponentials, which float16 does not reach far enough for.
 WIDE = ("grouped", "frozen_head")
-# Peers that are this library, or the same code as another one.
-LEFT_OUT = ("fused_pref", "fused_pref_3g", "fused_pref_1g", "fused_pref_512m", "torch.compile")
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("torch", "triton")
 
@@ -65,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     backends = args.backends or (BACKENDS if obstacle is None else BACKENDS[:1])
     if "triton" in backends and obstacle is not None:
         raise UsageError(f"--backends triton is not available: {obstacle}")
-    absent = {peer.name: peer.obstacle(args.device) for peer in PEERS.values() if peer.name not in LEFT_OUT}
+    absent = {peer.name: peer.obstacle(args.device) for peer in PEERS.values() if peer.judges}
     print("peers: " + ", ".join(f"{name} ({why})" if why else name for name, why in absent.items()), flush=True)
     lines: list[Line] = []
     for name, dtype, logits in itertools.product(args.works, args.dtypes, args.logits):
@@ -96,7 +94,8 @@ def judges(peer: str, work: str, dtype: torch.dtype, device: str) -> bool:
     """Whether lines of this work are held against a peer."""
     # On a CPU it multiplies 16-bit numbers in float32, at a tenth of the speed of others.
     slow = peer == "torch_ce" and torch.device(device).type == "cpu" and dtype.itemsize == 2
-    return peer not in LEFT_OUT and not slow and PEERS[peer].does(work, device) and PEERS[peer].obstacle(device) is None
+    found = PEERS[peer]
+    return found.judges and not slow and found.does(work, device) and found.obstacle(device) is None
 
 
 def summary(lines: Sequence[Line]) -> str:

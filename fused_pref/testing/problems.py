@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,13 +150,13 @@ class Problem:
         desirable = torch.arange(S, device=device) % 2 == 0
         return cls(sizes, hidden, weight, labels, desirable, mean.expand(S).contiguous())
 
-    def of(self, work: Work) -> "Problem":
-        """The same on tensors of their own, which share the memory; leaves where the gradients are wanted."""
+    def of(self, gradients: Collection[str]) -> "Problem":
+        """The same on tensors of their own, which share the memory; leaves where these gradients are wanted."""
         # An implementation may mark the tensors that it gets (Liger: as dynamic), and must not mark those of others.
         return replace(
             self,
-            hidden=self.hidden.detach().requires_grad_("hidden" in work.gradients),
-            weight=self.weight.detach().requires_grad_("weight" in work.gradients),
+            hidden=self.hidden.detach().requires_grad_("hidden" in gradients),
+            weight=self.weight.detach().requires_grad_("weight" in gradients),
             labels=self.labels.detach(),
         )
 
@@ -174,6 +175,10 @@ class Problem:
     def rows(self) -> tuple[Tensor, Tensor]:
         """Hidden states (N, D) and labels (N,) of what is scored."""
         return self.hidden.detach()[self.scored], self.labels[self.scored]
+
+
+# A value, by the work's objective, of a problem.
+Loss = Callable[[Problem], Tensor]
 
 
 def objective(name: str, logp: Tensor, problem: Problem) -> Tensor:
