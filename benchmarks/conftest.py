@@ -37,8 +37,8 @@ class Chosen:
         """
         device = str(config.getoption("--device"))
         check_device(device)
-        defaults = {"--shape": SHAPES, "--features": FEATURES, "--dtypes": DEFAULT_DTYPES}
-        given = {name: config.getoption(name) for name in defaults}
+        defaults: dict[str, dict[str, Any]] = {"--shape": SHAPES, "--features": FEATURES, "--dtypes": DEFAULT_DTYPES}
+        given: dict[str, Any] = {name: config.getoption(name) for name in defaults}
         shape, features, dtypes = (
             each[device] if given[name] is None else given[name] for name, each in defaults.items()
         )

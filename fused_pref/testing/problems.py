@@ -63,7 +63,8 @@ class Sizes:
         Raises:
             ValueError: anything else, or an odd S.
         """
-        return cls(*parse_shape(text, "SxTxDxV", "8x128x512x32768"))
+        sequences, length, features, vocabulary = parse_shape(text, "SxTxDxV", "8x128x512x32768")
+        return cls(sequences, length, features, vocabulary)
 
     @property
     def scored(self) -> int:
