@@ -7,6 +7,7 @@ from fused_pref.usage import run_command
 COMMANDS = {
     "compare": ("benchmarks.compare.command", "the linear head beside its peers and the bare products"),
     "scaling": ("benchmarks.scaling", "time per token against N, V and D, and launches per call"),
+    "skipping": ("benchmarks.skipping", "what skip_mass saves on peaked logits: products, time, and the mass dropped"),
     "memory": ("benchmarks.memory", "workspace against tokens, of the linear head and its peers"),
     "static": (
         "benchmarks.static.command",

@@ -11,7 +11,7 @@ from torch import Tensor
 import fused_pref as fp
 from benchmarks.measure import finish, seconds_of
 from fused_pref.testing.peers import bare_products
-from fused_pref.testing.problems import BETA, BOTH, Problem, Work
+from fused_pref.testing.problems import BETA, BOTH, Problem
 
 ROUNDS = 5
 # Gradients that are wanted: none (log-probs only), of the hidden states (a frozen head), of both.
@@ -50,7 +50,7 @@ def test_operation(
     operation: str, mode: str, dtype: str, problem: Problem, linear_rows: list[dict[str, Any]], benchmark: Any
 ) -> None:
     """One operation with one set of gradients."""
-    device, own = problem.hidden.device.type, problem.of(Work("", MODES[mode], ""))
+    device, own = problem.hidden.device.type, problem.of(MODES[mode])
 
     def step() -> None:
         with torch.set_grad_enabled(bool(own.leaves)):

@@ -1,19 +1,57 @@
 """Options of the benchmarks, the stamp of the machine in their JSON, and tables at the end."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.logits import OPERATIONS, Batch, Shape, implementations
-from benchmarks.measure import default_device, describe, environment
+from benchmarks.measure import check_device, default_device, describe, environment
+from fused_pref.testing.command import DTYPES
 from fused_pref.testing.problems import Problem, Sizes
+from fused_pref.usage import UsageError
 
 SHAPES = {"cpu": "8x64x32768", "cuda": "16x512x128256"}
 FEATURES = {"cpu": 256, "cuda": 4096}
-DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
+DEFAULT_DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 ROWS: list[dict[str, Any]] = []
 LINEAR_ROWS: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Where and on what to measure."""
+
+    device: str
+    shape: Shape
+    features: int
+    dtypes: list[str]
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> "Chosen":
+        """What the options say, or the defaults of the device.
+
+        Raises:
+            UsageError, ValueError: an option that nothing can be measured with.
+        """
+        device = str(config.getoption("--device"))
+        check_device(device)
+        defaults: dict[str, dict[str, Any]] = {"--shape": SHAPES, "--features": FEATURES, "--dtypes": DEFAULT_DTYPES}
+        given: dict[str, Any] = {name: config.getoption(name) for name in defaults}
+        shape, features, dtypes = (
+            each[device] if given[name] is None else given[name] for name, each in defaults.items()
+        )
+        if features < 1:
+            raise UsageError(f"--features must be at least 1; got {features}")
+        kinds = dtypes.split(",")
+        unknown = [kind for kind in kinds if kind not in DTYPES]
+        if unknown:
+            raise UsageError(f"--dtypes must be of {', '.join(DTYPES)}; got {unknown[0]!r}")
+        return cls(device, Shape.parse(shape), features, kinds)
+
+
+CHOSEN = pytest.StashKey[Chosen]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,14 +63,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtypes", help="comma-separated, as float32,bfloat16")
 
 
-def device_of(config: pytest.Config) -> str:
-    """The device to measure on."""
-    return str(config.getoption("--device"))
-
-
-def shape_of(config: pytest.Config) -> Shape:
-    """Sequences, positions and vocabulary."""
-    return Shape.parse(config.getoption("--shape") or SHAPES[device_of(config)])
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the options once, before anything is collected."""
+    try:
+        config.stash[CHOSEN] = Chosen.of(config)
+    except (UsageError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,28 +76,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     Implementations that cannot run here show as skipped.
     """
-    device = device_of(metafunc.config)
-    dtypes = (metafunc.config.getoption("--dtypes") or DTYPES[device]).split(",")
+    chosen = metafunc.config.stash[CHOSEN]
     if "implementation" in metafunc.fixturenames:
-        found = implementations(device)
+        found = implementations(chosen.device)
         metafunc.parametrize("implementation", found, ids=[implementation.name for implementation in found])
         metafunc.parametrize("backward", [False, True], ids=["forward", "both"])
         metafunc.parametrize("operation", OPERATIONS)
-    metafunc.parametrize("dtype", dtypes, scope="session")
+    metafunc.parametrize("dtype", chosen.dtypes, scope="session")
 
 
 @pytest.fixture(scope="session")
 def batch(request: pytest.FixtureRequest, dtype: str) -> Batch:
     """The batch of a dtype, kept while that dtype is measured."""
-    return Batch.make(shape_of(request.config), getattr(torch, dtype), device_of(request.config))
+    chosen = request.config.stash[CHOSEN]
+    return Batch.make(chosen.shape, getattr(torch, dtype), chosen.device)
 
 
 @pytest.fixture(scope="session")
 def problem(request: pytest.FixtureRequest, dtype: str) -> Problem:
     """The hidden states and the head of a dtype, kept while that dtype is measured."""
-    device, shape = device_of(request.config), shape_of(request.config)
-    features = request.config.getoption("--features") or FEATURES[device]
-    return Problem.make(Sizes(shape.sequences, shape.length, features, shape.columns), getattr(torch, dtype), device)
+    chosen = request.config.stash[CHOSEN]
+    sizes = Sizes(chosen.shape.sequences, chosen.shape.length, chosen.features, chosen.shape.columns)
+    return Problem.make(sizes, getattr(torch, dtype), chosen.device)
 
 
 @pytest.fixture
@@ -78,12 +114,12 @@ def linear_rows() -> list[dict[str, Any]]:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Device and software, beside what pytest-benchmark records."""
-    machine_info.update(environment(device_of(config)))
+    machine_info.update(environment(config.stash[CHOSEN].device))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """The machine and the peers."""
-    device = device_of(config)
+    device = config.stash[CHOSEN].device
     obstacles = [implementation.obstacle(device) for implementation in implementations(device)]
     return [f"measured on: {describe(device)}", *(obstacle for obstacle in obstacles if obstacle)]
 

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.traffic import ALLOCATIONS
+from benchmarks.traffic import computes
 
 
 def on_gpu(step: Callable[[], object]) -> int:
@@ -28,25 +28,23 @@ class Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        name = func._schema.name.split("::")[1]
-        self.count += func.namespace == "aten" and not views and name not in ALLOCATIONS
+        self.count += func.namespace == "aten" and computes(func)
         return func(*args, **(kwargs or {}))
 
 
-def without_gpu(step: Callable[[], object], architecture: str = "sm_90") -> int:
-    """Operations and kernels that a step on CPU tensors with ``backend="triton"`` would launch on this architecture.
+def without_gpu(step: Callable[[], object]) -> int:
+    """Operations and kernels that a step on CPU tensors with ``backend="triton"`` would launch on an H200.
 
-    The plan and the blocks of rows are those of the architecture, and kernels are counted in place of being run. Needs
+    The plan and the blocks of rows are those of that GPU, and kernels are counted in place of being run. Needs
     Triton's interpreter: ``TRITON_INTERPRET=1`` before Triton is imported.
     """
-    with _counting(architecture) as operations:
+    with _counting() as operations:
         step()
     return operations.count
 
 
 @contextmanager
-def _counting(architecture: str) -> Iterator[Operations]:
+def _counting() -> Iterator[Operations]:
     from fused_pref.head import call, devices, streaming
     from fused_pref.kernels import logprob
 
@@ -56,7 +54,7 @@ def _counting(architecture: str) -> Iterator[Operations]:
         operations.count += 1
 
     kind = type(logprob._token_logps_fwd_kernel)
-    planned = mock.patch.object(call, "device_of", return_value=devices.GPUS[architecture])
+    planned = mock.patch.object(call, "device_of", return_value=devices.GPUS["sm_90"])
     blocks = mock.patch.object(streaming, "CPU_BLOCK", streaming.DEVICE_BLOCK)
     with planned, blocks, mock.patch.object(kind, "run", run), operations:
         yield operations

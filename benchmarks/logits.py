@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_pref as fp
+from fused_pref.testing.problems import BETA, parse_shape
 
 OPERATIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss")
-BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """From ``"SxTxV"``."""
-        sequences, length, columns = (int(number) for number in text.split("x"))
-        return cls(sequences, length, columns)
+        """From ``"SxTxV"``.
 
-    def __str__(self) -> str:
-        return f"{self.sequences}x{self.length}x{self.columns}"
+        Raises:
+            ValueError: anything else, or an odd S.
+        """
+        return cls(*parse_shape(text, "SxTxV", "8x64x32768"))
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class Implementation:
     """One way to compute the operations. ``load`` gives log-probs (S, T) from logits and labels; None: this library."""
 
     name: str
-    requires: str | None = None  # package
-    needs_gpu: bool = False
+    package: str | None = None
+    gpu: bool = False
     load: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None
     # Launches kernels that PyTorch's dispatcher does not see, so that their traffic cannot be counted.
     opaque: bool = False
 
     def obstacle(self, device: str) -> str | None:
         """Why this one cannot run here; None if it can."""
-        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
-            return f"{self.name} is absent: {self.requires} is not installed"
-        if self.needs_gpu and device != "cuda":
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.name} is absent: {self.package} is not installed"
+        if self.gpu and device != "cuda":
             return f"{self.name} is absent: it needs a GPU"
         return None
 
@@ -156,6 +156,6 @@ def implementations(device: str) -> list[Implementation]:
     return [
         Implementation("fused_pref"),
         Implementation("eager", load=load_eager),
-        Implementation("trl", requires="trl", load=load_trl, opaque=device == "cuda"),
-        Implementation("liger", requires="liger_kernel", needs_gpu=True, load=load_liger, opaque=True),
+        Implementation("trl", package="trl", load=load_trl, opaque=device == "cuda"),
+        Implementation("liger", package="liger_kernel", gpu=True, load=load_liger, opaque=True),
     ]

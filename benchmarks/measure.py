@@ -6,6 +6,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -72,27 +73,36 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(device: str, rounds: int) -> None:
-    """Refuse what cannot be measured.
+def check_rounds(rounds: int) -> None:
+    """Refuse to measure nothing.
 
     Raises:
-        UsageError: a device that is not there, or no rounds.
+        UsageError: no rounds.
     """
     if rounds < 1:
         raise UsageError(f"--rounds must be at least 1; got {rounds}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UsageError: there is no GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda needs a GPU; PyTorch finds none")
 
 
 def folder(out: Path | None) -> None:
-    """Make the folder of ``--out``.
+    """Make the folder of ``--out``, and see that it can be written before there is anything to write.
 
     Raises:
-        UsageError: it cannot be made.
+        UsageError: it cannot be made or written.
     """
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UsageError(f"--out must be a directory that can be written; got {out} ({error})") from error
 
@@ -175,9 +185,9 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
 
 
 @functools.cache
-def copy_seconds(nbytes: int, device: str, rounds: int = 7) -> float:
+def copy_seconds(nbytes: int, device: str) -> float:
     """Median time of a plain copy that moves ``nbytes``, half of them read and half written."""
     source = torch.ones(max(nbytes // 2, 1), dtype=torch.uint8, device=device)
     sink = torch.empty_like(source)
-    times = [seconds_of(lambda: sink.copy_(source), device) for _ in range(rounds + 2)]
+    times = [seconds_of(lambda: sink.copy_(source), device) for _ in range(9)]
     return statistics.median(times[2:])

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.compare.run import GATES, OK, admitted
 from benchmarks.compare.tables import line
-from benchmarks.measure import check, default_device, describe, folder, write
+from benchmarks.measure import check_device, default_device, describe, folder, write
 from fused_pref import figures
 from fused_pref.explanation import MODELS
 from fused_pref.testing.peers import PEERS
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if this library fails its gate or does not run."""
-    check(args.device, rounds=1)
+    check_device(args.device)
     shape, tokens = SMALL if args.small else (MODELS[args.model], args.tokens)
     wrong = [number for number in tokens if number < SEQUENCES or number % SEQUENCES]
     if wrong:

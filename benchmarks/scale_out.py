@@ -15,6 +15,9 @@ DEVICE = GPUS["sm_90"]
 # 400 Gb/s.
 NODE, INSIDE, BETWEEN = 8, 4.5e11, 5.0e10
 MIB = 2**20
+# Bytes of what ranks exchange, and how many a rank gets of every other one in the forward: of a token what
+# `head.parallel` merges, and what `head.call.linear_means` adds up, the mean row of the weight and the mean bias.
+FLOAT, STATISTICS, MEANS = 4, 3, HIDDEN + 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ def row(layout: Layout) -> str:
     plan = choose(problem(layout.shards))
     weight = VOCABULARY // layout.shards * HIDDEN * 2
     others = (layout.shards - 1) / layout.shards
-    forward = 12 * TOKENS * (layout.shards - 1) + 4 * (HIDDEN + 1) * (layout.shards - 1)
-    backward = 2 * others * 4 * TOKENS * HIDDEN
+    forward = (layout.shards - 1) * FLOAT * (STATISTICS * TOKENS + MEANS)
+    # A ring sends every entry of the sum, dh in float32, twice.
+    backward = 2 * others * FLOAT * TOKENS * HIDDEN
     seconds = (forward + backward) / link(layout.shards)
     data = (layout.replicas - 1) / layout.replicas
     if layout.gathered:

@@ -16,11 +16,21 @@ import torch
 import fused_pref as fp
 from benchmarks import launches
 from benchmarks.compare.tables import line
-from benchmarks.measure import alternate, check, default_device, describe, environment, folder, write
+from benchmarks.measure import (
+    alternate,
+    check_device,
+    check_rounds,
+    default_device,
+    describe,
+    environment,
+    folder,
+    quantile,
+    write,
+)
 from fused_pref.testing.peers import bare_products
-from fused_pref.testing.problems import BETA, BOTH, Problem, Sizes, Work
+from fused_pref.testing.problems import BETA, WORKS, Problem, Sizes
 
-GRADIENTS = {"cpo": BOTH, "frozen": ("hidden",), "logps": ()}
+MEASURED = ("cpo", "frozen", "logps")
 # (N, D, V) of each axis: by device, and small ones to see that it runs.
 AXES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
     "cpu": {
@@ -47,7 +57,7 @@ HEADER = ("N", "D", "V", "ms", "p10-p90", "of the floor", "ns per unit", "of the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--works", nargs="+", choices=GRADIENTS, default=list(GRADIENTS), help="default: all of them")
+    parser.add_argument("--works", nargs="+", choices=MEASURED, default=list(MEASURED), help="default: all of them")
     parser.add_argument("--axes", nargs="+", choices=PLACE, default=list(PLACE), help="default: all of them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device(), help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
@@ -58,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table for each kind of work and axis."""
-    check(args.device, args.rounds)
+    check_device(args.device)
+    check_rounds(args.rounds)
     folder(args.out)
     if args.device == "cpu":
         # For the launches, which are counted and not run.
@@ -85,7 +96,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each size, in alternating rounds."""
     problems = {f"{n}": problem_of(each, work, dtype, args.device) for n, each in enumerate(sizes)}
-    steps: dict[str, Callable[[], object]] = {name: step_of(work, problem) for name, problem in problems.items()}
+    steps: dict[str, Callable[[], object]] = {name: step_of(problem) for name, problem in problems.items()}
     floors = {f"{name}, bare": bare_products(problem) for name, problem in problems.items()}
     for step in (*steps.values(), *floors.values()):
         step()
@@ -97,7 +108,7 @@ def measure(
         row: dict[str, Any] = {"work": work, "axis": axis, **dict(zip(("N", "D", "V"), each, strict=True))}
         row |= {"ms": [1e3 * second for second in times[name]], "ns_per_unit": 1e9 * unit_seconds}
         row["of_floor"] = statistics.median(times[name]) / statistics.median(times[f"{name}, bare"])
-        rows.append(row | {"of_last": unit_seconds / per_unit[-1], "launches": launches_of(work, problems[name])})
+        rows.append(row | {"of_last": unit_seconds / per_unit[-1], "launches": launches_of(problems[name])})
     return rows
 
 
@@ -105,39 +116,38 @@ def problem_of(sizes: tuple[int, int, int], work: str, dtype: str, device: str) 
     """One pair of sequences, every position scored."""
     tokens, features, vocabulary = sizes
     problem = Problem.make(Sizes(2, tokens // 2, features, vocabulary), getattr(torch, dtype), device)
-    return problem.of(Work("", GRADIENTS[work], ""))
+    return problem.of(WORKS[work].gradients)
 
 
-def step_of(work: str, p: Problem, **keywords: Any) -> Callable[[], None]:
+def step_of(p: Problem, **keywords: Any) -> Callable[[], None]:
     """A forward, and a backward where gradients are wanted."""
-    common: dict[str, Any] = {"shift": False, "memory_budget": BUDGET, "logits_mean": None, **keywords}
+    common: dict[str, Any] = {"shift": False, "memory_budget": BUDGET, **keywords}
+    tensors, leaves = (p.hidden, p.weight, p.labels), tuple(p.leaves.values())
 
-    def step() -> None:
-        if work == "logps":
-            common.pop("logits_mean", None)
-            with torch.no_grad():
-                fp.linear_sequence_logps(p.hidden, p.weight, p.labels, **common)
-        else:
-            loss = fp.linear_cpo_loss(p.hidden, p.weight, p.labels, beta=BETA, **common).loss
-            torch.autograd.grad(loss, tuple(p.leaves.values()))
+    def evaluation() -> None:
+        with torch.no_grad():
+            fp.linear_sequence_logps(*tensors, **common)
 
-    return step
+    def training() -> None:
+        torch.autograd.grad(fp.linear_cpo_loss(*tensors, beta=BETA, logits_mean=None, **common).loss, leaves)
+
+    return training if leaves else evaluation
 
 
-def launches_of(work: str, problem: Problem) -> int | None:
+def launches_of(problem: Problem) -> int | None:
     """What a call launches; without a GPU, what it would on an H200, None where Triton is not installed."""
     if problem.hidden.is_cuda:
-        return launches.on_gpu(step_of(work, problem))
+        return launches.on_gpu(step_of(problem))
     try:
-        return launches.without_gpu(step_of(work, problem, backend="triton"))
+        return launches.without_gpu(step_of(problem, backend="triton"))
     except (ImportError, ValueError):
         return None
 
 
 def cells(row: dict[str, Any]) -> str:
     """A line of the table."""
-    spread = torch.tensor(row["ms"]).quantile(torch.tensor([0.1, 0.9])).tolist()
-    numbers = [f"{statistics.median(row['ms']):.1f}", f"{spread[0]:.1f}-{spread[1]:.1f}", f"{row['of_floor']:.2f}"]
+    least, most = (quantile(row["ms"], share) for share in (0.1, 0.9))
+    numbers = [f"{statistics.median(row['ms']):.1f}", f"{least:.1f}-{most:.1f}", f"{row['of_floor']:.2f}"]
     numbers.append(f"{row['ns_per_unit']:.4g}")
     launched = "" if row["launches"] is None else f"{row['launches']}"
     return line([f"{row['N']}", f"{row['D']}", f"{row['V']}", *numbers, f"{row['of_last']:.2f}", launched])

@@ -13,6 +13,12 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 SPARSE = {"gather", "scatter_add_", "scatter_add", "index_select", "embedding"}
 
 
+def computes(function: Any) -> bool:
+    """Whether a PyTorch operation touches memory: it is neither a view nor an allocation."""
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+    return not views and function._schema.name.split("::")[1] not in ALLOCATIONS
+
+
 class Traffic(TorchDispatchMode):
     """Bytes of the operands of every operation that PyTorch dispatches, results included, each counted once.
 
@@ -26,9 +32,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and name not in ALLOCATIONS:
+        if computes(func):
+            name = func._schema.name.split("::")[1]
             read = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
             written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             if name in SPARSE:

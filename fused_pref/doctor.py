@@ -13,9 +13,9 @@ from torch import Tensor
 import fused_pref as fp
 from fused_pref import backend
 
-# Bounds of the numerics contract: values, and gradients beyond what rounding them to the dtype costs.
+# Bounds of docs/numerics.md: values, and gradients beyond what rounding them to the dtype costs.
 VALUE_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
-# The same for the linear head; in 16 bits its products round.
+# The same through the linear head, whose logits carry the rounding of their products; in 16 bits those round, too.
 LINEAR_BOUNDS = {torch.float32: (3e-5, 1e-4), torch.bfloat16: (2e-2, 2e-2)}
 
 

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.traffic import computes
 from fused_pref.kernels import configs, dlogits, logprob, objective, sequences
 
 LAUNCHERS = [
@@ -22,19 +23,12 @@ LAUNCHERS = [
     (objective, "pair_objective"),
     (objective, "bco_objective"),
 ]
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_unique2"}
 # Kernels whose programs may write the same value to one place: rows beyond the valid ones under ``max_valid_tokens``
 # all stand for one row that is not scored, whose gradient is 0.
 ALIKE = {"_place_rows_kernel"}
 # Class of the kernels: compiled or interpreted functions.
 KERNEL: Any = type(logprob._token_logps_fwd_kernel)
-
-
-def computes(function: Any) -> bool:
-    """Whether a PyTorch operation launches something: it is neither a view nor an allocation."""
-    views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-    return not views and function._schema.name.split("::")[1] not in ALLOCATIONS
 
 
 class Launches(TorchDispatchMode):

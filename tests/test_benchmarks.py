@@ -16,10 +16,14 @@ from benchmarks.traffic import occupied, traffic
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def suite(name: str, *options: str) -> str:
+def started(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", f"benchmarks/{name}.py", "--shape", "2x3x17", "--device", "cpu"]
     command += ["--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def suite(name: str, *options: str) -> str:
+    result = started(name, *options)
     assert result.returncode == 0, result.stdout
     return result.stdout
 
@@ -37,6 +41,27 @@ def test_suite_of_logits_runs() -> None:
 def test_suite_of_the_linear_head_runs() -> None:
     out = suite("bench_linear", "--features", "8", "--dtypes", "bfloat16")
     assert f"{len(bench_linear.OPERATIONS) * len(bench_linear.MODES)} passed" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "8x64"], "--shape must be SxTxV with an even S, as 8x64x32768; got '8x64'"),
+        (["--shape", ""], "--shape must be SxTxV"),
+        (["--dtypes", "float32,floatx"], "--dtypes must be of float32, bfloat16, float16; got 'floatx'"),
+        (["--features", "0"], "--features must be at least 1; got 0"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_options_are_refused_once(options: list[str], message: str) -> None:
+    result = started("bench_linear", *options)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert result.stderr.startswith(f"ERROR: {message}")
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_suites_cover_every_function() -> None:
@@ -75,7 +100,6 @@ def test_traffic_of_eager_and_of_ours() -> None:
 
 def test_shape() -> None:
     assert Shape.parse("8x64x32768") == Shape(8, 64, 32_768)
-    assert str(Shape(8, 64, 32_768)) == "8x64x32768"
 
 
 def test_rounds_alternate_and_stop_at_the_deadline() -> None:

@@ -58,7 +58,7 @@ def reference(name: str, p: Problem) -> Tensor:
 def test_truth_is_the_reference_in_float64(name: str, logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_pref.testing.problems.BLOCK", 4 * 33)
     single = problem(logits=logits)
-    double = replace(single, hidden=single.hidden.double(), weight=single.weight.double()).of(WORKS["cpo"])
+    double = replace(single, hidden=single.hidden.double(), weight=single.weight.double()).of(WORKS["cpo"].gradients)
     value, true = reference(name, double), truth(name, single)
     torch.testing.assert_close(true["value"], value.detach(), rtol=1e-10, atol=1e-10, check_dtype=False)
     if name != "logps":
@@ -95,7 +95,7 @@ def test_masked_positions() -> None:
 def test_floor_is_the_products(work: str, products: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    p = problem().of(WORKS[work])
+    p = problem().of(WORKS[work].gradients)
     step = bare_products(p)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -178,12 +178,12 @@ def test_command_writes_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_time_that_is_over_leaves_tables_out(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--shape", "2x6x8x33", "--works", "cpo", "logps", "--peers", "fused_pref", "--dtypes", "float32"]
-    assert main(["compare", *options, "--seconds", "0"]) == 0
-    assert "2 tables left out: 0 s are over" in capsys.readouterr().out
+    assert main(["compare", *options, "--seconds", "1e-9"]) == 0
+    assert "2 tables left out: 1e-09 s are over" in capsys.readouterr().out
 
 
 def test_own_failure_is_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PEERS, "fused_pref", Peer("fused_pref", by_position(wrong)))
+    monkeypatch.setitem(PEERS, "fused_pref", Peer("fused_pref", by_position(wrong), own=True))
     assert main(["compare", "--shape", "2x6x8x33", "--works", "cpo", "--peers", "fused_pref", "--rounds", "1"]) == 1
 
 

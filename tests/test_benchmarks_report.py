@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import scaling, skipping
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.report import command as report
 from benchmarks.report import sections
@@ -49,6 +50,15 @@ def test_report(tmp_path: Path) -> None:
     assert (tmp_path / "profile" / "profile.txt").exists()
 
 
+def test_skipping(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["skipping", "--shape", "8x16x300", "--rounds", "1", "--device", "cpu"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:4]] == ["bare products", "skip_mass=None"]
+    assert rows[2][1:4] == ["3.00", "1.00", "1.00"]
+    assert len(rows) == 2 + 1 + len(skipping.MASSES)
+    assert float(rows[-1][4]) <= 2**-6
+
+
 def test_report_that_is_ended_keeps_what_is_done(tmp_path: Path) -> None:
     process = benchmarks("report", "--device", "cpu", "--sections", "environment", "compare", "--out", str(tmp_path))
     page, deadline = tmp_path / "report.md", time.monotonic() + 60
@@ -59,7 +69,8 @@ def test_report_that_is_ended_keeps_what_is_done(tmp_path: Path) -> None:
     assert process.returncode == 130
     text = page.read_text()
     assert "| environment | machine | done in " in text
-    assert "| compare | compare-tiny | running |" in text
+    assert "| compare | compare-tiny | interrupted: [compare-tiny.log](compare-tiny.log) |" in text
+    assert "running" not in text
     assert "torch" in (tmp_path / "machine.log").read_text()
 
 
@@ -123,7 +134,7 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scaling", "--device", "cpu", "--small", "--rounds", "1", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert len(rows) == 3 * sum(map(len, scaling.AXES["small"].values()))
-    for work in scaling.GRADIENTS:
+    for work in scaling.MEASURED:
         found = [row["launches"] for row in rows if row["work"] == work and row["axis"] == "N"]
         assert found[0] > 10
         assert set(found) == {found[0]}
@@ -185,6 +196,9 @@ def test_measured_must_be_results(tmp_path: Path) -> None:
         (["report"], "--out"),
         (["report", "--out", "/dev/null/x"], "--out must be a directory that can be written; got /dev/null/x"),
         (["scaling", "--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["skipping", "--rounds", "0"], "--rounds must be at least 1; got 0"),
+        (["skipping", "--shape", "1536x1024"], "--shape must be NxDxV with an even N, as 1536x1024x32768; got '1536x"),
+        (["skipping", "--shape", "15x16x32"], "--shape must be NxDxV with an even N"),
         (["static", "--targets", "sm_70"], "invalid choice: 'sm_70'"),
         (["measure"], "invalid choice: 'measure'"),
     ],
@@ -218,8 +232,9 @@ def test_defaults_of_the_report() -> None:
     [
         (["compare", "--preset", "tiny", "--out", "FILE"], "--out must be a directory that can be written"),
         (["scaling", "--small", "--out", "FILE"], "--out must be a directory that can be written"),
-        (["compare", "--preset", "tiny", "--seconds", "-5"], "--seconds must be at least 0; got -5"),
-        (["compare", "--preset", "tiny", "--seconds", "nan"], "--seconds must be at least 0; got nan"),
+        (["compare", "--preset", "tiny", "--seconds", "-5"], "--seconds must be above 0; got -5"),
+        (["compare", "--preset", "tiny", "--seconds", "0"], "--seconds must be above 0; got 0"),
+        (["compare", "--preset", "tiny", "--seconds", "nan"], "--seconds must be above 0; got nan"),
     ],
 )
 def test_options_are_refused_before_anything_is_measured(
@@ -230,6 +245,21 @@ def test_options_are_refused_before_anything_is_measured(
     assert main(options) == 2
     captured = capsys.readouterr()
     assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", ["compare --preset tiny", "scaling --small", "memory --small", "report"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("benchmarks.measure.seconds_of", None)
+    assert main([*command.split(), "--device", "cpu", "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert f"--out must be a directory that can be written; got {tmp_path} ([Errno 13]" in captured.err
     assert captured.out == ""
 
 

@@ -171,7 +171,7 @@ def test_bad_option(option: str, value: str, message: str, capsys: pytest.Captur
 def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = mini(tmp_path / "mine.jsonl")
     assert main(["demo", "--data", str(path), "--out", str(path / "below")]) == 2
-    assert f"argument --out: cannot make the folder {path / 'below'}: Not a directory" in capsys.readouterr().err
+    assert f"argument --out: cannot write to the folder {path / 'below'}: Not a directory" in capsys.readouterr().err
 
 
 def test_missing_extra_says_how_to_install_it(

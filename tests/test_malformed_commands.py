@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,7 @@ DEMO = [
     ("--Steps 3", "unrecognized arguments: --Steps 3"),
     ("--data", "argument --data: expected one argument"),
     ("--data /dev/null", "/dev/null: at least 4 records are needed; got 0"),
-    ("--out /dev/null", "argument --out: cannot make the folder /dev/null: File exists"),
+    ("--out /dev/null", "argument --out: cannot write to the folder /dev/null: File exists"),
     ("records.jsonl", "unrecognized arguments: records.jsonl"),
 ]
 TABLES = {"": TOP, "explain": EXPLAIN, "parity": PARITY, "kernels": KERNELS, "demo": DEMO}
@@ -218,3 +219,15 @@ def test_kernels_cannot_be_compiled_in_the_interpreter(
 def test_a_backend_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fused_pref.testing.command.triton_obstacle", lambda device: "there is none")
     assert "--backends triton is not available: there is none" in refused(["parity", "--backends", "triton"], capsys)
+
+
+def test_a_folder_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("fused_pref.demo.cli.train_objectives", None)
+    message = f"argument --out: cannot write to the folder {tmp_path}: Permission denied"
+    assert message in refused(["demo", "--out", str(tmp_path)], capsys)

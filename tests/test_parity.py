@@ -9,9 +9,12 @@ from torch import Tensor
 import fused_pref as fp
 from fused_pref.__main__ import main
 from fused_pref.testing import check_parity
-from fused_pref.testing.command import DTYPES, table
+from fused_pref.testing.command import DTYPES, PLANS, by_plan, implementations, judges, table
+from fused_pref.testing.parity import evaluate
+from fused_pref.testing.peers import PEERS, Peer, by_position, eager, ours
 from fused_pref.testing.problems import LOGITS, WORKS, Problem, Sizes
 
+eager_loss = by_position(eager)
 SMALL: dict[str, Any] = {"dtypes": (torch.bfloat16,), "logits": ("random", "peaked")}
 
 
@@ -115,6 +118,45 @@ def test_kinds_of_logits() -> None:
             assert logp.max() < -30
         elif kind == "peaked":
             assert logp.median() > -0.1
+
+
+@pytest.mark.parametrize("gpu", ["cuda", "cuda:1"])
+def test_peers_of_a_device_with_an_index(gpu: str) -> None:
+    needs_gpu = Peer("kernel", eager_loss, gpu=True)
+    assert needs_gpu.obstacle(gpu) is None
+    assert needs_gpu.obstacle("cpu:0") == "it needs a GPU"
+    elsewhere = Peer("elsewhere", eager_loss, device="cuda")
+    assert elsewhere.does("cpo", gpu)
+    assert elsewhere.obstacle(gpu) is None
+    assert not elsewhere.does("cpo", "cpu:0")
+
+
+def test_a_slow_peer_is_left_out_on_a_cpu_with_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "torch_ce", Peer("torch_ce", eager_loss))
+    for device in ("cpu", "cpu:0"):
+        assert judges("torch_ce", "cross_entropy", torch.float32, device)
+        assert not judges("torch_ce", "cross_entropy", torch.bfloat16, device)
+
+
+def test_a_plan_that_cannot_be_taken_is_not_replaced() -> None:
+    """An objective of one's own that no plan but one serves must not be measured under the name of another."""
+    p = Problem.make(Sizes(2, 4, 8, 33), torch.float32, "cpu").of(WORKS["bco"].gradients)
+    for name, fused in (("grouped", False), ("vocab_major", True)):
+        loss = by_plan(ours(backend="torch")("bco"), name, fused=fused, small=False)
+        with pytest.raises(ValueError, match=f"no plan {name}"):
+            loss(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("work", WORKS)
+def test_every_form_has_a_plan(work: str, dtype: str) -> None:
+    p = Problem.make(Sizes(2, 2, 8, 20), getattr(torch, dtype), "cpu").of(WORKS[work].gradients)
+    forms = dict(implementations(work, "triton", p.hidden.dtype))
+    fused = [form for form in forms if "fused" in form]
+    # float16 does not reach as far as exponentials do.
+    assert len(fused) == 2 * sum(dtype != "float16" or plan in ("vocab_major", "logprob") for plan in PLANS[work])
+    for form in fused:
+        assert evaluate(forms[form], p)["value"].isfinite().all()
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The BCO trainer: its numbers against TRL 1.13's formulas, its data, references, checkpoints and density ratio."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,12 @@ def test_resuming_goes_on_bit_for_bit(tmp_path: Path, update: str) -> None:
     assert not any(name.endswith((".pkl", ".joblib")) for name in saved)
 
 
-def test_a_checkpoint_without_delta_is_refused(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+@pytest.mark.parametrize("name", ["reward_shift.safetensors", "density_ratio.safetensors"])
+def test_a_checkpoint_without_a_file_of_ours_is_refused(tmp_path: Path, name: str) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "options": {"embedding_func": embedded}}
     made(tmp_path, **options).train()
-    (tmp_path / "checkpoint-2" / "reward_shift.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no reward_shift\.safetensors"):
+    (tmp_path / "checkpoint-2" / name).unlink()
+    with pytest.raises(ValueError, match=f"has no {re.escape(name)}"):
         made(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -311,6 +313,17 @@ def test_the_prompts_fitted_are_drawn_by_the_seed(tmp_path: Path) -> None:
 
     assert torch.equal(fitted(1), fitted(1))
     assert not torch.equal(fitted(1), fitted(2))
+
+
+def test_every_prompt_is_embedded_once(tmp_path: Path) -> None:
+    """Those of undesirable rows, and of the desirable ones that are drawn."""
+    seen: list[str] = []
+    rows = unpaired(40).map(lambda row, number: {"prompt": f"w{number} w1"}, with_indices=True)
+    options = {"embedding_func": lambda prompts: seen.extend(prompts) or embedded(prompts)}
+    made(tmp_path, rows, options=options, prompt_sample_size=6)
+    undesirable = {row["prompt"] for row in rows if not row["label"]}
+    assert undesirable < set(seen)
+    assert len(seen) == len(set(seen)) == len(undesirable) + 6
 
 
 def test_an_embedding_model_with_its_own_tokenizer(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from transformers import set_seed
 from trl_models import TRAINING, bart, llama, mixtral, pairs, t5, tokenizer
@@ -37,14 +37,21 @@ def config(folder: Path, kind: type = StockCPOConfig, **changes: Any) -> Any:
     return kind(str(folder), **options)
 
 
-def trained(kind: type, folder: Path, make: Any = llama, options: dict[str, Any] | None = None, **changes: Any) -> Any:
+def trained(
+    kind: type,
+    folder: Path,
+    make: Any = llama,
+    options: dict[str, Any] | None = None,
+    eval_dataset: Any = None,
+    **changes: Any,
+) -> Any:
     """A trainer after its steps."""
     set_seed(0)
     trainer = kind(
         model=make(),
         args=config(folder, **changes),
         train_dataset=pairs(),
-        eval_dataset=pairs(6),
+        eval_dataset=eval_dataset or pairs(6),
         processing_class=tokenizer(),
         **(options or {}),
     )
@@ -200,6 +207,15 @@ def test_a_subclass_with_its_own_loss_gets_trl_s_path(tmp_path: Path, name: str)
     assert calls
     assert not ours.head
     assert ours.state.log_history[0]["loss"] == pytest.approx(stock.state.log_history[0]["loss"], rel=1e-6)
+
+
+def test_several_datasets_are_evaluated(tmp_path: Path) -> None:
+    """A ``DatasetDict``: the only dictionary that TRL's trainer can map."""
+    parts = DatasetDict({"short": pairs(4), "long": pairs(6)})
+    ours, stock = (trained(kind, tmp_path, eval_dataset=parts) for kind in (CPOTrainer, StockCPOTrainer))
+    assert_same_run(ours, stock, tolerance=2e-5)
+    logged = {name for entry in ours.state.log_history for name in entry}
+    assert {"eval_short_loss", "eval_long_loss"} <= logged
 
 
 def test_evaluation_with_compute_metrics_reads_the_logits_means(tmp_path: Path) -> None:

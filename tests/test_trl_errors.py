@@ -128,9 +128,13 @@ def test_datasets_of_another_kind(kind: Kind, tmp_path: Path) -> None:
     assert_refused("train_dataset must be a datasets.Dataset", kind, tmp_path, TypeError, train_dataset=parts)
     if kind.trainer is CPOTrainer:
         stream = kind.rows.to_iterable_dataset()
-        match = "must be a datasets.Dataset; got"
-        assert_refused(f"train_dataset {match} IterableDataset", kind, tmp_path, TypeError, train_dataset=stream)
-        assert_refused(f"eval_dataset {match} dict", kind, tmp_path, TypeError, eval_dataset={"a": kind.rows})
+        match = "train_dataset must be a datasets.Dataset; got IterableDataset"
+        assert_refused(match, kind, tmp_path, TypeError, train_dataset=stream)
+        match = "eval_dataset must be a datasets.Dataset, or a DatasetDict of them; got dict"
+        assert_refused(match, kind, tmp_path, TypeError, eval_dataset={"a": kind.rows})
+        parts = DatasetDict({"a": kind.rows, "b": changed(kind, "chosen", None)})
+        match = r"eval_dataset\['b'\]\[2\]\['chosen'\] must be a text"
+        assert_refused(match, kind, tmp_path, eval_dataset=parts)
     else:
         stream = changed(kind, "completion", None).select([2]).to_iterable_dataset()
         assert_refused(r"train_dataset\[0\]\['completion'\] must be", kind, tmp_path, train_dataset=stream)

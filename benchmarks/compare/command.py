@@ -12,7 +12,7 @@ from benchmarks.compare import tables
 from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import DEFAULT, DTYPES, PRESETS, Preset
 from benchmarks.compare.run import FAILS, GATES, RAISED, measure
-from benchmarks.measure import check, default_device, describe, environment, folder
+from benchmarks.measure import check_device, check_rounds, default_device, describe, environment, folder
 from fused_pref.testing.peers import PEERS
 from fused_pref.testing.problems import LOGITS, WORKS, Sizes
 from fused_pref.usage import UsageError
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(listing(args.device)))
         return 0
     presets = chosen_presets(args)
-    if args.seconds is not None and not args.seconds >= 0:
-        raise UsageError(f"--seconds must be at least 0; got {args.seconds:g}")
+    if args.seconds is not None and not args.seconds > 0:
+        raise UsageError(f"--seconds must be above 0; got {args.seconds:g}")
     folder(args.out)
     start, machine, rows = time.monotonic(), environment(args.device), []
     deadline = None if args.seconds is None else start + args.seconds
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
             draw(rows, args.out / "plots")
         except ImportError as error:
             print(f"no plots: {error}")
-    ours = [row for row in rows if row["implementation"].startswith("fused_pref")]
+    own = {peer.name for peer in PEERS.values() if peer.own}
+    ours = [row for row in rows if row["implementation"] in own]
     return int(any(row["status"] in (FAILS, RAISED) for row in ours))
 
 
@@ -82,7 +83,8 @@ def chosen_presets(args: argparse.Namespace) -> dict[str, Preset]:
     Raises:
         UsageError: a preset that is not there, or options that exclude each other.
     """
-    check(args.device, args.rounds)
+    check_device(args.device)
+    check_rounds(args.rounds)
     if args.shape is None:
         if args.masked or args.logits != "random":
             raise UsageError("--masked and --logits need --shape; presets say theirs")

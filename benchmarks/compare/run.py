@@ -4,12 +4,14 @@ import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import alternate, peak_bytes, progress, quantile
+from fused_pref.testing.parity import evaluate
 from fused_pref.testing.peers import Peer, bare_products
 from fused_pref.testing.problems import WORKS, Problem, Sizes, Work, error, truth
 
@@ -61,19 +63,6 @@ class Contender:
         self.step = step
 
 
-def step_of(peer: Peer, work: Work, problem: Problem) -> Callable[[], dict[str, Tensor]]:
-    """A forward, and a backward where gradients are wanted: the value, and the gradients by name."""
-    loss, leaves = peer.load(work.objective), problem.leaves
-
-    def step() -> dict[str, Tensor]:
-        with torch.set_grad_enabled(bool(leaves)):
-            value = loss(problem)
-        gradients = torch.autograd.grad(value, tuple(leaves.values())) if leaves else ()
-        return {"value": value.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-    return step
-
-
 def measure(
     sizes: Sizes,
     dtype: torch.dtype,
@@ -111,7 +100,7 @@ def admitted(work: Work, name: str, problem: Problem, peers: list[Peer]) -> dict
     """The floor, and every implementation of this work: absent, or held against the truth."""
     device, dtype = problem.hidden.device.type, problem.hidden.dtype
     floor = Contender({"status": OK, "note": f"{work.products} products, the floor"}, device)
-    floor.step = bare_products(problem.of(work))
+    floor.step = bare_products(problem.of(work.gradients))
     floor()
     contenders, true = {FLOOR: floor}, truth(work.objective, problem)
     for peer in progress([peer for peer in peers if peer.does(name, device)], f"{name}: gates"):
@@ -119,8 +108,12 @@ def admitted(work: Work, name: str, problem: Problem, peers: list[Peer]) -> dict
         contender = Contender({"status": ABSENT if obstacle else OK, "note": obstacle or peer.note}, device)
         contenders[peer.name] = contender
         if obstacle is None:
-            own = problem.of(work)
-            contender.attempt(lambda c=contender, peer=peer, own=own: c.admit(step_of(peer, work, own), dtype, true))
+            own = problem.of(work.gradients)
+
+            def admit(contender: Contender = contender, peer: Peer = peer, own: Problem = own) -> None:
+                contender.admit(partial(evaluate, peer.load(work.objective), own), dtype, true)
+
+            contender.attempt(admit)
     return contenders
 
 

@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks.measure import ROOT, check, default_device, describe, folder, progress, write
+from benchmarks.measure import ROOT, check_device, default_device, describe, folder, progress, write
 from benchmarks.report.sections import SECTIONS, Command, Context
 from fused_pref.usage import UsageError
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the report; 1 if a command failed."""
     # Whoever ends this ends the command that is running, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    check(args.device, 1)
+    check_device(args.device)
     if not args.minutes > 0:
         raise UsageError(f"--minutes must be above 0; got {args.minutes:g}")
     folder(args.out)
@@ -70,7 +70,12 @@ class Report:
                 )
                 continue
             self.note(name, command.name, "running", last=False)
-            self.note(name, command.name, self.run(command, left))
+            try:
+                result = self.run(command, left)
+            except KeyboardInterrupt:
+                self.note(name, command.name, f"interrupted: [{command.name}.log]({command.name}.log)")
+                raise
+            self.note(name, command.name, result)
 
     def run(self, command: Command, seconds: float) -> str:
         """Run a command for at most so long; what became of it."""

@@ -3,13 +3,14 @@
 import argparse
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.compare.presets import PRESETS
-from benchmarks.compare.run import step_of
 from benchmarks.measure import default_device, finish, write
+from fused_pref.testing.parity import evaluate
 from fused_pref.testing.peers import PEERS
 from fused_pref.testing.problems import WORKS, Problem
 
@@ -30,7 +31,9 @@ def main() -> int:
         return nsight(args.out)
     sizes = PRESETS[SIZES[args.device]].sizes[0]
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    step = step_of(PEERS["fused_pref"], WORKS["cpo"], Problem.make(sizes, dtype, args.device).of(WORKS["cpo"]))
+    work = WORKS["cpo"]
+    problem = Problem.make(sizes, dtype, args.device).of(work.gradients)
+    step = partial(evaluate, PEERS["fused_pref"].load(work.objective), problem)
     step()
     finish(args.device)
     if args.once:

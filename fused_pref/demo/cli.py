@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,10 @@ def run(args: argparse.Namespace) -> int:
     require_extras()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        # Now rather than after the training.
+        tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
-        raise UsageError(f"argument --out: cannot make the folder {args.out}: {error.strerror}") from error
+        raise UsageError(f"argument --out: cannot write to the folder {args.out}: {error.strerror}") from error
 
     from fused_pref.demo import report, texts
     from fused_pref.demo.quiet import quiet

@@ -36,7 +36,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether both are within the numerics contract."""
+        """Whether both are within the numerics contract of the linear head in float32."""
         return self.loss_error <= VALUE_BOUND and self.gradient_error <= GRADIENT_BOUND
 
 

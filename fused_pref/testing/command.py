@@ -15,11 +15,12 @@ from torch import Tensor
 from fused_pref import validate
 from fused_pref.backend import triton_obstacle
 from fused_pref.head import call
-from fused_pref.head.plan import Plan, Problem, candidates
+from fused_pref.head import plan as planner
+from fused_pref.head.plan import Plan
 from fused_pref.testing import problems
-from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Loss, Parity, compare
+from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Parity, compare
 from fused_pref.testing.peers import PEERS, ours, ours_of_logits
-from fused_pref.testing.problems import LOGITS, WORKS, Sizes
+from fused_pref.testing.problems import LOGITS, WORKS, Loss, Problem, Sizes
 from fused_pref.usage import UsageError
 
 # Plans by kind of work; each is taken in its largest form, and in groups or slices.
@@ -32,8 +33,8 @@ PLANS = {
     "frozen": ("frozen_head",),
     "logps": ("logprob",),
 }
-# Peers that are this library, or the same code as another one.
-LEFT_OUT = ("fused_pref", "fused_pref_3g", "fused_pref_1g", "fused_pref_512m", "torch.compile")
+# Plans whose fused forms wait for a sum as exponentials, which float16 does not reach far enough for.
+WIDE = ("grouped", "frozen_head")
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("torch", "triton")
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     backends = args.backends or (BACKENDS if obstacle is None else BACKENDS[:1])
     if "triton" in backends and obstacle is not None:
         raise UsageError(f"--backends triton is not available: {obstacle}")
-    absent = {peer.name: peer.obstacle(args.device) for peer in PEERS.values() if peer.name not in LEFT_OUT}
+    absent = {peer.name: peer.obstacle(args.device) for peer in PEERS.values() if peer.judges}
     print("peers: " + ", ".join(f"{name} ({why})" if why else name for name, why in absent.items()), flush=True)
     lines: list[Line] = []
     for name, dtype, logits in itertools.product(args.works, args.dtypes, args.logits):
@@ -82,7 +83,7 @@ def table(
     """Lines of this library's implementations of a kind of work."""
     work = WORKS[name]
     peers = {peer: loaded(peer, work.objective) for peer in PEERS if judges(peer, name, dtype, device)}
-    mine = {form: loss for backend in backends for form, loss in implementations(name, backend)}
+    mine = {form: loss for backend in backends for form, loss in implementations(name, backend, dtype)}
     truth = functools.partial(problems.truth, work.objective)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers' own
@@ -92,8 +93,9 @@ def table(
 def judges(peer: str, work: str, dtype: torch.dtype, device: str) -> bool:
     """Whether lines of this work are held against a peer."""
     # On a CPU it multiplies 16-bit numbers in float32, at a tenth of the speed of others.
-    slow = peer == "torch_ce" and device == "cpu" and dtype.itemsize == 2
-    return peer not in LEFT_OUT and not slow and PEERS[peer].does(work, device) and PEERS[peer].obstacle(device) is None
+    slow = peer == "torch_ce" and torch.device(device).type == "cpu" and dtype.itemsize == 2
+    found = PEERS[peer]
+    return found.judges and not slow and found.does(work, device) and found.obstacle(device) is None
 
 
 def summary(lines: Sequence[Line]) -> str:
@@ -117,13 +119,13 @@ def loaded(peer: str, objective: str) -> Loss:
     return PEERS[peer].load(objective)
 
 
-def implementations(name: str, backend: str) -> Iterator[tuple[str, Loss]]:
-    """From logits, and by every plan."""
+def implementations(name: str, backend: str, dtype: torch.dtype) -> Iterator[tuple[str, Loss]]:
+    """From logits, and by every plan in every form that it has in this dtype."""
     objective = WORKS[name].objective
     yield f"{backend}, logits", ours_of_logits(backend=backend)(objective)
-    forms = list(itertools.product((False, True) if backend == "triton" else (False,), (False, True)))
     for plan in PLANS[name]:
-        for fused, small in forms:
+        fusible = backend == "triton" and (dtype != torch.float16 or plan not in WIDE)
+        for fused, small in itertools.product((False, True) if fusible else (False,), (False, True)):
             form = f"{backend}, {plan}{', fused' if fused else ''}{', in parts' if small else ''}"
             yield form, by_plan(ours(backend=backend)(objective), plan, fused=fused, small=small)
 
@@ -131,7 +133,7 @@ def implementations(name: str, backend: str) -> Iterator[tuple[str, Loss]]:
 def by_plan(loss: Loss, name: str, *, fused: bool, small: bool) -> Loss:
     """A loss by one plan, in its largest form or in parts."""
 
-    def forced(problem: problems.Problem) -> Tensor:
+    def forced(problem: Problem) -> Tensor:
         with only(name, fused=fused, small=small):
             return loss(problem)
 
@@ -140,12 +142,15 @@ def by_plan(loss: Loss, name: str, *, fused: bool, small: bool) -> Loss:
 
 @contextlib.contextmanager
 def only(name: str, *, fused: bool, small: bool) -> Iterator[None]:
-    """Within this context, calls take plans of this name where they can: the largest, or one of about three parts."""
+    """Within this context, calls take a plan of this name: the largest, or one of about three parts.
 
-    def choose(problem: Problem) -> Plan:
-        every = list(candidates(problem))
-        named = [plan for plan in every if plan.name == name]
-        plans = [plan for plan in named if plan.fused == fused] or named or every
+    A call without such a plan raises ValueError: another one would be measured under its name.
+    """
+
+    def choose(problem: planner.Problem) -> Plan:
+        plans = [plan for plan in planner.candidates(problem) if plan.name == name and plan.fused == fused]
+        if not plans:
+            raise ValueError(f"there is no plan {name}{', fused,' if fused else ''} of this call")
         if not small:
             return max(plans, key=lambda plan: plan.workspace)
         entries = problem.tokens * problem.vocabulary

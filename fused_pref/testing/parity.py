@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.testing.problems import LOGITS, Problem, Sizes, Work, error
+from fused_pref.testing.problems import LOGITS, Loss, Problem, Sizes, error
 
 # What passes whatever the peers do.
 BOUNDS = {"value": 2e-5, "hidden": 1e-4, "weight": 1e-4}
@@ -24,7 +24,6 @@ SEEDS = 5
 TITLES = {"value": "value", "hidden": "dh", "weight": "dW"}
 # Of the tensors that losses get: (hidden (S, T, D), weight (V, D), labels (S, T)) → 0-d.
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
-Loss = Callable[[Problem], Tensor]
 Truth = Callable[[Problem], Mapping[str, Tensor]]
 
 
@@ -112,7 +111,7 @@ def compare(
     """
     found: dict[str, list[dict[str, float]]] = {key: [] for key in (*candidates, *peers)}
     for seed in range(seeds):
-        problem = Problem.make(sizes, dtype, device, seed).of(Work("", gradients, ""))
+        problem = Problem.make(sizes, dtype, device, seed).of(gradients)
         true = truth(problem)
         for key, loss in {**candidates, **peers}.items():
             found[key].append({part: error(value, true[part]) for part, value in evaluate(loss, problem).items()})

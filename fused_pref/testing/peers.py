@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_pref as fp
-from fused_pref.testing.problems import BETA, GAMMA, WORKS, Problem, objective
+from fused_pref.testing.problems import BETA, GAMMA, WORKS, Loss, Problem, objective
 
-# A value, by the work's objective, of a problem.
-Loss = Callable[[Problem], Tensor]
 # Log-probs (N,) of rows (N, D) with targets (N,) under a weight (V, D).
 TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
 # QuACK's own choice of rows at a time.
@@ -34,6 +32,8 @@ class Peer:
         note: what a reader of its row must know.
         needs: an attribute of ``torch.nn.functional`` that must be there.
         device: where it says something that another row does not; None for everywhere.
+        own: whether it is this library.
+        twin: whether it is the code of another row.
     """
 
     name: str
@@ -44,6 +44,13 @@ class Peer:
     note: str = ""
     needs: str | None = None
     device: str | None = None
+    own: bool = False
+    twin: bool = False
+
+    @property
+    def judges(self) -> bool:
+        """Whether the exactness of this library is held against it."""
+        return not self.own and not self.twin
 
     def obstacle(self, device: str) -> str | None:
         """Why it cannot run here; None if it can."""
@@ -51,66 +58,47 @@ class Peer:
             return f"{self.package} is not installed"
         if self.needs is not None and not hasattr(F, self.needs):
             return f"PyTorch {torch.__version__} has no F.{self.needs}"
-        if device != "cuda" and (self.gpu or self.device == "cuda"):
+        if torch.device(device).type != "cuda" and (self.gpu or self.device == "cuda"):
             return "it needs a GPU"
         return None
 
     def does(self, work: str, device: str) -> bool:
         """Whether it has a row for this kind of work on this device."""
-        return (not self.works or work in self.works) and self.device in (None, device)
+        return (not self.works or work in self.works) and self.device in (None, torch.device(device).type)
 
 
 def ours(**common: Any) -> Callable[[str], Loss]:
     """This library; ``common``: keywords of every call, as ``memory_budget`` and ``backend``."""
-    common = {"shift": False, **common}
-
-    def bco(p: Problem) -> Tensor:
-        shift = fp.RewardShift().to(p.hidden.device)
-        tensors = (p.hidden, p.weight, p.labels, p.desirable, p.ref_logps)
-        return fp.linear_bco_loss(*tensors, delta=shift, beta=BETA, **common).loss
-
-    def simpo(p: Problem) -> Tensor:
-        options = {"loss_type": "simpo", "simpo_gamma": GAMMA, "cpo_alpha": 0.0}
-        return fp.linear_cpo_loss(p.hidden, p.weight, p.labels, beta=BETA, **options, **common).loss
-
-    calls: dict[str, Loss] = {
-        "cpo": lambda p: fp.linear_cpo_loss(p.hidden, p.weight, p.labels, beta=BETA, **common).loss,
-        "simpo": simpo,
-        "dpo": lambda p: fp.linear_dpo_loss(p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **common).loss,
-        "bco": bco,
-        "cross_entropy": lambda p: (
-            -fp.linear_token_logps(p.hidden, p.weight, p.labels, **common).sum() / p.sizes.tokens
-        ),
-        "logps": lambda p: fp.linear_sequence_logps(p.hidden, p.weight, p.labels, **common),
-    }
-    return calls.__getitem__
+    return _ours("linear_", lambda p: (p.hidden, p.weight), common)
 
 
 def ours_of_logits(**common: Any) -> Callable[[str], Loss]:
     """This library's losses of logits that PyTorch has made; ``common`` as in :func:`ours`."""
-    common = {"shift": False, **common}
+    return _ours("", lambda p: (p.hidden @ p.weight.t(),), common)
 
-    def bco(p: Problem, z: Tensor) -> Tensor:
-        shift = fp.RewardShift().to(z.device)
-        return fp.bco_loss(z, p.labels, p.desirable, p.ref_logps, delta=shift, beta=BETA, **common).loss
 
-    def simpo(p: Problem, z: Tensor) -> Tensor:
-        options = {"loss_type": "simpo", "simpo_gamma": GAMMA, "cpo_alpha": 0.0}
-        return fp.cpo_loss(z, p.labels, beta=BETA, **options, **common).loss
+def _ours(
+    prefix: str, scores: Callable[[Problem], tuple[Tensor, ...]], common: dict[str, Any]
+) -> Callable[[str], Loss]:
+    """The functions of this prefix, by objective, on what stands before the labels in their arguments."""
 
-    calls: dict[str, Callable[[Problem, Tensor], Tensor]] = {
-        "cpo": lambda p, z: fp.cpo_loss(z, p.labels, beta=BETA, **common).loss,
-        "simpo": simpo,
-        "dpo": lambda p, z: fp.dpo_loss(z, p.labels, p.ref_logps, beta=BETA, **common).loss,
+    def call(name: str, p: Problem, *tensors: Tensor, **keywords: Any) -> Any:
+        return getattr(fp, prefix + name)(*scores(p), p.labels, *tensors, **{"shift": False, **common, **keywords})
+
+    def bco(p: Problem) -> Tensor:
+        shift = fp.RewardShift().to(p.hidden.device)
+        return call("bco_loss", p, p.desirable, p.ref_logps, delta=shift, beta=BETA).loss
+
+    simpo = {"loss_type": "simpo", "simpo_gamma": GAMMA, "cpo_alpha": 0.0}
+    calls: dict[str, Loss] = {
+        "cpo": lambda p: call("cpo_loss", p, beta=BETA).loss,
+        "simpo": lambda p: call("cpo_loss", p, beta=BETA, **simpo).loss,
+        "dpo": lambda p: call("dpo_loss", p, p.ref_logps, beta=BETA).loss,
         "bco": bco,
-        "cross_entropy": lambda p, z: -fp.token_logps(z, p.labels, **common).sum() / p.sizes.tokens,
-        "logps": lambda p, z: fp.sequence_logps(z, p.labels, **common),
+        "cross_entropy": lambda p: -call("token_logps", p).sum() / p.sizes.tokens,
+        "logps": lambda p: call("sequence_logps", p),
     }
-
-    def load(name: str) -> Loss:
-        return lambda p: calls[name](p, p.hidden @ p.weight.t())
-
-    return load
+    return calls.__getitem__
 
 
 def by_position(token_logps: TokenLogps) -> Callable[[str], Loss]:
@@ -217,14 +205,16 @@ TRAINED = tuple(name for name, work in WORKS.items() if "weight" in work.gradien
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("fused_pref", ours()),
-        Peer("fused_pref_3g", ours(memory_budget=3 << 30), ("cpo",), note="memory_budget of 3 GiB", device="cuda"),
-        Peer("fused_pref_1g", ours(memory_budget=1 << 30), ("cpo",), note="memory_budget of 1 GiB", device="cuda"),
-        Peer(
-            "fused_pref_512m", ours(memory_budget=512 << 20), ("cpo",), note="memory_budget of 512 MiB", device="cuda"
+        Peer("fused_pref", ours(), own=True),
+        *(
+            Peer(
+                f"fused_pref_{name}", ours(memory_budget=mib << 20), ("cpo",), note=f"memory_budget of {words}",
+                device="cuda", own=True,
+            )
+            for name, mib, words in (("3g", 3072, "3 GiB"), ("1g", 1024, "1 GiB"), ("512m", 512, "512 MiB"))
         ),
         Peer("eager", by_position(eager)),
-        Peer("torch.compile", load_compiled, TRAINED, note="of eager"),
+        Peer("torch.compile", load_compiled, TRAINED, note="of eager", twin=True),
         Peer("trl_chunked", load_trl, package="trl", note="TRL's log-prob head, PyTorch's objective"),
         Peer("liger_pairs", load_liger_pairs, PAIRS, package="liger_kernel", note="a pair at a time"),
         Peer("liger_ce", load_liger, ("cross_entropy",), package="liger_kernel", gpu=True, note=ONLY_CE),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,19 @@ PEAK, SPREAD = 4.0, 3.0
 FLATNESS, LARGEST, DEPTH = 1e-3, 1e4, -60.0
 # Entries of a block of float64 logits.
 BLOCK = 2**27
+
+
+def parse_shape(text: str, form: str, example: str) -> tuple[int, ...]:
+    """The sizes that a text of this form, as ``"SxTxDxV"``, says; the first of them is of pairs.
+
+    Raises:
+        ValueError: another number of sizes, one below 1 or of more than 31 bits, or an odd first one.
+    """
+    numbers = tuple(int(number) for number in text.split("x") if number.isdecimal())
+    whole = len(numbers) == len(text.split("x")) == len(form.split("x"))
+    if not whole or not 0 < min(numbers) <= max(numbers) < 2**31 or numbers[0] % 2:
+        raise ValueError(f"--shape must be {form} with an even {form[0]}, as {example}; got {text!r}")
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,7 @@ class Sizes:
         Raises:
             ValueError: anything else, or an odd S.
         """
-        numbers = [int(number) for number in text.split("x") if number.isdecimal()]
-        if text.count("x") != 3 or len(numbers) != 4 or not 0 < min(numbers) <= max(numbers) < 2**31 or numbers[0] % 2:
-            raise ValueError(f"--shape must be SxTxDxV with an even S, as 8x128x512x32768; got {text!r}")
-        sequences, length, features, vocabulary = numbers
+        sequences, length, features, vocabulary = parse_shape(text, "SxTxDxV", "8x128x512x32768")
         return cls(sequences, length, features, vocabulary)
 
     @property
@@ -140,13 +151,13 @@ class Problem:
         desirable = torch.arange(S, device=device) % 2 == 0
         return cls(sizes, hidden, weight, labels, desirable, mean.expand(S).contiguous())
 
-    def of(self, work: Work) -> "Problem":
-        """The same on tensors of their own, which share the memory; leaves where the gradients are wanted."""
+    def of(self, gradients: Collection[str]) -> "Problem":
+        """The same on tensors of their own, which share the memory; leaves where these gradients are wanted."""
         # An implementation may mark the tensors that it gets (Liger: as dynamic), and must not mark those of others.
         return replace(
             self,
-            hidden=self.hidden.detach().requires_grad_("hidden" in work.gradients),
-            weight=self.weight.detach().requires_grad_("weight" in work.gradients),
+            hidden=self.hidden.detach().requires_grad_("hidden" in gradients),
+            weight=self.weight.detach().requires_grad_("weight" in gradients),
             labels=self.labels.detach(),
         )
 
@@ -165,6 +176,10 @@ class Problem:
     def rows(self) -> tuple[Tensor, Tensor]:
         """Hidden states (N, D) and labels (N,) of what is scored."""
         return self.hidden.detach()[self.scored], self.labels[self.scored]
+
+
+# A value, by the work's objective, of a problem.
+Loss = Callable[[Problem], Tensor]
 
 
 def objective(name: str, logp: Tensor, problem: Problem) -> Tensor:

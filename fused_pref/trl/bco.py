@@ -43,8 +43,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             and ``rejected``, which become two; texts or messages.
         eval_dataset: the same, or a dictionary of them.
         embedding_func: for underlying distribution matching: embeddings (n, E) of n prompts, from a list of texts, or
-            with ``embedding_tokenizer`` from its ``input_ids`` and ``attention_mask``. Every prompt of an undesirable
-            row is embedded once, before training.
+            with ``embedding_tokenizer`` from its ``input_ids`` and ``attention_mask``. Before training it gets the
+            prompt of every undesirable row, and of the desirable ones that are drawn, once.
         embedding_tokenizer: see there.
         data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, peft_config: as
             for TRL's ``KTOTrainer``; ``compute_metrics`` gets the rewards as predictions and the labels.
@@ -89,9 +89,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         check_args(args, BCOConfig)
         check_tokenizer(processing_class)
         check_rows("train_dataset", train_dataset, FORMS)
-        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, dataset in parts.items():
-            check_rows(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset, FORMS)
+        check_rows("eval_dataset", eval_dataset, FORMS, parts=dict)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"BCOTrainer trains causal language models; {type(model).__name__} is an encoder-decoder")
         self.reward_shift = args.shift()
@@ -141,8 +139,10 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             return dataset
         prompts, desirable = prompt_texts(dataset["prompt"], processing_class), list(dataset["label"])
         if dataset_name == "train":
-            self.prompt_weights.fit(prompts, desirable, args.prompt_sample_size, args.seed)
-        return dataset.add_column(WEIGHT, self.prompt_weights.weights(prompts, desirable))
+            weights = self.prompt_weights.fit(prompts, desirable, args.prompt_sample_size, args.seed)
+        else:
+            weights = self.prompt_weights.weights(prompts, desirable)
+        return dataset.add_column(WEIGHT, weights)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -257,12 +257,9 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = os.path.join(checkpoint, SHIFT_FILE)
-        if not os.path.isfile(path):
-            raise ValueError(f"checkpoint {checkpoint} has no {SHIFT_FILE}, so that BCO cannot go on from it")
-        self.reward_shift.load_state_dict(load_file(path))
+        self.reward_shift.load_state_dict(_saved(checkpoint, SHIFT_FILE))
         if self.density_ratio is not None:
-            saved, fitted = load_file(os.path.join(checkpoint, RATIO_FILE)), self.density_ratio.state_dict()
+            saved, fitted = _saved(checkpoint, RATIO_FILE), self.density_ratio.state_dict()
             if not all(torch.equal(saved[name], fitted[name]) for name in fitted):
                 raise ValueError(
                     f"the density ratio in {checkpoint} is not the one of this dataset, seed and embedding_func, by "
@@ -279,6 +276,18 @@ class ShiftCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fold in what the microbatches of the step gathered."""
         self.shift.step()
+
+
+def _saved(checkpoint: str, name: str) -> dict[str, Tensor]:
+    """Tensors of a file of a checkpoint.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = os.path.join(checkpoint, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {checkpoint} has no {name}, so that BCO cannot go on from it")
+    return load_file(path)
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

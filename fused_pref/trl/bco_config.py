@@ -10,6 +10,7 @@ from fused_pref.shift import KINDS, UPDATES, RewardShift
 
 # The loss of TRL's trainer whose data pipeline BCO shares: it asks for no KL completions.
 PIPELINE = "apo_zero_unpaired"
+STRATEGIES = ("random", "sequential")
 
 
 @dataclass
@@ -40,15 +41,12 @@ class BCOConfig(KTOConfig):
     learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate for AdamW."})
     train_sampling_strategy: str = field(
         default="random",
-        metadata={
-            "help": "Sampler of the training rows.",
-            "choices": ["random", "sequential"],
-        },
+        metadata={"help": "Sampler of the training rows.", "choices": list(STRATEGIES)},
     )
     loss_type: str = field(default=PIPELINE, metadata={"help": "The data pipeline; leave it.", "choices": [PIPELINE]})
     delta_kind: str = field(
         default="running_mean",
-        metadata={"help": "How the reward shift is estimated.", "choices": ["running_mean", "ema", "fixed"]},
+        metadata={"help": "How the reward shift is estimated.", "choices": list(KINDS)},
     )
     delta_decay: float = field(default=0.9, metadata={"help": "Decay of the moving averages of delta_kind='ema'."})
     delta_value: float = field(default=0.0, metadata={"help": "The reward shift of delta_kind='fixed'."})
@@ -56,7 +54,7 @@ class BCOConfig(KTOConfig):
         default="step",
         metadata={
             "help": "When the reward shift moves: once per optimiser step, or with every microbatch (TRL 1.13).",
-            "choices": ["step", "forward"],
+            "choices": list(UPDATES),
         },
     )
     prompt_sample_size: int = field(
@@ -72,7 +70,7 @@ class BCOConfig(KTOConfig):
     def __post_init__(self) -> None:
         if self.loss_type != PIPELINE:
             raise ValueError(f"loss_type must stay {PIPELINE!r}: BCO is the loss; got {self.loss_type!r}")
-        validate.choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
+        validate.choice("train_sampling_strategy", self.train_sampling_strategy, STRATEGIES)
         validate.choice("delta_kind", self.delta_kind, KINDS)
         validate.within("delta_decay", self.delta_decay, 0.0, 1.0)
         validate.finite("delta_value", self.delta_value)

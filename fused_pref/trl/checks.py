@@ -89,6 +89,7 @@ def check_rows(
     dataset: Any,
     forms: Sequence[tuple[str, ...]],
     kinds: tuple[type, ...] = (Dataset, IterableDataset),
+    parts: type[dict] | None = None,
 ) -> None:
     """A dataset must have rows of one of the forms, each column a text or a list of messages, or a boolean label.
 
@@ -97,6 +98,7 @@ def check_rows(
         dataset: one of the kinds (of an IterableDataset the first row alone is looked at), or None.
         forms: the columns that a row must have, one tuple for each form.
         kinds: of datasets that the trainer takes.
+        parts: of dictionaries whose datasets it takes, too.
 
     Raises:
         TypeError: not a dataset.
@@ -104,8 +106,13 @@ def check_rows(
     """
     if dataset is None:
         return
+    if parts is not None and isinstance(dataset, parts):
+        for key, part in dataset.items():
+            check_rows(f"{name}[{key!r}]", part, forms, kinds)
+        return
     if not isinstance(dataset, kinds):
         allowed = " or ".join(f"datasets.{kind.__name__}" for kind in kinds)
+        allowed += "" if parts is None else f", or a {parts.__name__} of them"
         raise TypeError(f"{name} must be a {allowed}; got {type(dataset).__name__}")
     first = next(iter(dataset), None)
     columns = list(dataset.column_names or first or ())

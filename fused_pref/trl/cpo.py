@@ -5,7 +5,7 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
 from fused_pref import validate
@@ -51,8 +51,9 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         config = given.get("args")
         check_args(config, StockCPOConfig)
         check_tokenizer(given.get("processing_class"))
-        for name in ("train_dataset", "eval_dataset"):
-            check_rows(name, given.get(name), [("chosen", "rejected")], kinds=(Dataset,))
+        # TRL's trainer maps its datasets, which a plain dictionary of them cannot.
+        for name, parts in (("train_dataset", None), ("eval_dataset", DatasetDict)):
+            check_rows(name, given.get(name), [("chosen", "rejected")], kinds=(Dataset,), parts=parts)
         changed = [name for name in STEPS if getattr(type(self), name) is not getattr(StockCPOTrainer, name)]
         self.head = not changed
         if changed:

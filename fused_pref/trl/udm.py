@@ -14,7 +14,7 @@ WEIGHT = "sample_weight"
 
 
 class PromptWeights:
-    """Weighs rows by the density ratio of their prompts, whose embeddings are computed once.
+    """Weighs rows by the density ratio of their prompts.
 
     Args:
         embed: the prompts' embeddings (n, E): with a tokenizer, a function of ``input_ids`` and ``attention_mask``
@@ -41,15 +41,22 @@ class PromptWeights:
         self.tokenizer: Any = tokenizer
         self.batch_size, self.device = batch_size, device
 
-    def fit(self, prompts: list[str], desirable: list[bool], sample_size: int, seed: int) -> None:
-        """Fit the ratio on at most ``sample_size`` prompts of each class, drawn without replacement by the seed."""
+    def fit(self, prompts: list[str], desirable: list[bool], sample_size: int, seed: int) -> list[float]:
+        """Fit the ratio on at most ``sample_size`` prompts of each class, drawn without replacement by the seed.
+
+        Returns:
+            What :meth:`weights` says of these rows, by the same embeddings.
+        """
         generator = torch.Generator().manual_seed(seed)
         members = torch.tensor(desirable)
-        drawn: list[int] = []
-        for kind in (members, ~members):
-            rows = kind.nonzero().flatten()
-            drawn += rows[torch.randperm(len(rows), generator=generator)[:sample_size]].tolist()
-        self.ratio.fit(self._embeddings([prompts[row] for row in drawn]), members[drawn])
+        wanted, others = members.nonzero().flatten(), (~members).nonzero().flatten()
+        wanted = wanted[torch.randperm(len(wanted), generator=generator)[:sample_size]]
+        drawn = torch.randperm(len(others), generator=generator)[:sample_size]
+        embeddings = self._embeddings([prompts[row] for row in (*wanted.tolist(), *others.tolist())])
+        rest = embeddings[len(wanted) :]
+        classes = torch.arange(len(wanted) + len(drawn)) < len(wanted)
+        self.ratio.fit(torch.cat([embeddings[: len(wanted)], rest[drawn]]), classes)
+        return torch.ones(len(prompts)).index_copy(0, others, self.ratio(rest)).tolist()
 
     def weights(self, prompts: list[str], desirable: list[bool]) -> list[float]:
         """ρ of the undesirable rows, 1 for the others, which need no embedding."""
