@@ -72,7 +72,7 @@ def _token_logps_fwd_kernel(
     logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
     ignore_index, inner, outer,
     PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr,
-    MEANS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * split_columns
@@ -106,7 +106,7 @@ def _token_logps_fwd_kernel(
             others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
             top = risen
     highest, remainder = _joined(top, others)
-    if SPLIT:
+    if partials is not None:
         part = (tl.program_id(1).to(tl.int64) * 3) * rows + row
         tl.store(partials + part, highest)
         tl.store(partials + (part + rows), remainder)
@@ -210,7 +210,7 @@ def token_logps_fwd(
         arguments = (logits, labels, cu_seqlens, logp, statistics, means if logits_mean else None, partials)
         _token_logps_fwd_kernel[rows, splits](
             *arguments, rows=rows, split_columns=split_columns, ignore_index=ignore_index, **batch, **flags,
-            ALIGNED=aligned(logits), SPLIT=splits > 1, BLOCK=config.block, **config.options,
+            ALIGNED=aligned(logits), BLOCK=config.block, **config.options,
         )  # fmt: skip
         if splits > 1:
             _token_logps_combine_kernel[rows,](

@@ -22,9 +22,9 @@ UPDATES = {None: 0, "forward": 1, "step": 2}
 
 
 @triton.jit
-def _count(value, pointer, POINTER: tl.constexpr):
+def _count(value, pointer):
     """A normalizer, as a number or in memory; infinity for 0, so that a finite total over it is 0."""
-    if POINTER:
+    if pointer is not None:
         value = tl.load(pointer).to(tl.float64)
     else:
         value = tl.cast(value, tl.float64)
@@ -49,11 +49,10 @@ def _pair_objective_kernel(
     slope,  # [S] float64
     pairs, pair_count: tl.float64, token_count: tl.float64,
     beta: tl.float64, smoothing: tl.float64, cpo_alpha: tl.float64, gamma: tl.float64, alpha: tl.float64,
-    LOSS: tl.constexpr, AVERAGE: tl.constexpr, ALPHA: tl.constexpr, REFERENCE: tl.constexpr, NLL: tl.constexpr,
-    MEANS: tl.constexpr, PAIR_POINTER: tl.constexpr, TOKEN_POINTER: tl.constexpr, TOKEN_COUNT: tl.constexpr,
+    LOSS: tl.constexpr, AVERAGE: tl.constexpr, ALPHA: tl.constexpr, NLL: tl.constexpr, TOKEN_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pair_number = _count(pair_count, pair_normalizer, PAIR_POINTER)
+    pair_number = _count(pair_count, pair_normalizer)
     nll_number = pair_number
     if NLL == 1:
         if TOKEN_COUNT:
@@ -64,7 +63,7 @@ def _pair_objective_kernel(
             found = _total(tokens).to(tl.float64)
             nll_number = tl.where(found > 0, found, float("inf"))
         else:
-            nll_number = _count(token_count, token_normalizer, TOKEN_POINTER)
+            nll_number = _count(token_count, token_normalizer)
     summed = tl.zeros([BLOCK], tl.float64)
     chosen = tl.zeros([BLOCK], tl.float64)
     w_total = tl.zeros([BLOCK], tl.float64)
@@ -85,7 +84,7 @@ def _pair_objective_kernel(
             l_length = w_length
         w_logps = w_sum / w_length
         l_logps = l_sum / l_length
-        if REFERENCE:
+        if ref_logps is not None:
             w_reward = w_sum - tl.load(ref_logps + w, mask=inside, other=0.0).to(tl.float64)
             l_reward = l_sum - tl.load(ref_logps + l, mask=inside, other=0.0).to(tl.float64)
             w_enters = w_reward / w_length
@@ -110,7 +109,7 @@ def _pair_objective_kernel(
         tl.store(rewards + l, saturate(beta * l_reward).to(tl.float32), mask=inside)
         tl.store(slope + w, saturate(w_slope), mask=inside)
         tl.store(slope + l, saturate(l_slope), mask=inside)
-        if MEANS:
+        if totals is not None:
             w_total += tl.load(totals + w, mask=inside, other=0.0)
             l_total += tl.load(totals + l, mask=inside, other=0.0)
             w_places += tl.load(positions + w, mask=inside, other=0)
@@ -123,7 +122,7 @@ def _pair_objective_kernel(
         nll = tl.zeros_like(result)
     tl.store(loss, saturate(result).to(tl.float32))
     tl.store(scalars, saturate(nll).to(tl.float32))
-    if MEANS:
+    if totals is not None:
         w_mean = _total(w_total) / tl.maximum(_total(w_places), 1).to(tl.float64)
         l_mean = _total(l_total) / tl.maximum(_total(l_places), 1).to(tl.float64)
         tl.store(scalars + 1, saturate(w_mean).to(tl.float32))
@@ -159,9 +158,8 @@ def _bco_objective_kernel(
     slope,  # [S] float64
     sequences, delta_value: tl.float64, sequence_count: tl.float64, positive_count: tl.float64,
     negative_count: tl.float64, beta: tl.float64, decay: tl.float64,
-    CLASS_MEAN: tl.constexpr, CLASS_COUNT: tl.constexpr, WEIGHT: tl.constexpr, MEANS: tl.constexpr,
-    DELTA_POINTER: tl.constexpr, SEQUENCE_POINTER: tl.constexpr, POSITIVE_POINTER: tl.constexpr,
-    NEGATIVE_POINTER: tl.constexpr, KIND: tl.constexpr, UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+    CLASS_MEAN: tl.constexpr, CLASS_COUNT: tl.constexpr, KIND: tl.constexpr, UPDATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     w_sum = tl.zeros([BLOCK], tl.float64)
     l_sum = tl.zeros([BLOCK], tl.float64)
@@ -191,7 +189,7 @@ def _bco_objective_kernel(
     tl.store(numbers + 1, negatives)
 
     if KIND == 0:
-        if DELTA_POINTER:
+        if delta is not None:
             shift = tl.load(delta).to(tl.float64)
         else:
             shift = tl.cast(delta_value, tl.float64)
@@ -234,10 +232,10 @@ def _bco_objective_kernel(
             w_count = tl.maximum(positives, 1).to(tl.float64)
             l_count = tl.maximum(negatives, 1).to(tl.float64)
         else:
-            w_count = _count(positive_count, positive_normalizer, POSITIVE_POINTER)
-            l_count = _count(negative_count, negative_normalizer, NEGATIVE_POINTER)
+            w_count = _count(positive_count, positive_normalizer)
+            l_count = _count(negative_count, negative_normalizer)
     else:
-        w_count = _count(sequence_count, sequence_normalizer, SEQUENCE_POINTER)
+        w_count = _count(sequence_count, sequence_normalizer)
         l_count = w_count
     summed = tl.zeros([BLOCK], tl.float64)
     w_total = tl.zeros([BLOCK], tl.float64)
@@ -254,11 +252,11 @@ def _bco_objective_kernel(
         sign = tl.where(w, 1.0, -1.0)
         x = sign * (reward - shift)
         weight = sign / tl.where(w, w_count, l_count)
-        if WEIGHT:
+        if sample_weight is not None:
             weight *= tl.load(sample_weight + s, mask=inside, other=0.0).to(tl.float64)
         summed += tl.where(inside, -log_logistic(x) * (sign * weight), 0.0)
         tl.store(slope + s, saturate(-beta * logistic(-x) * weight), mask=inside)
-        if MEANS:
+        if totals is not None:
             mean = tl.load(totals + s, mask=inside, other=0.0)
             place = tl.load(positions + s, mask=inside, other=0)
             w_total += tl.where(w, mean, 0.0)
@@ -267,7 +265,7 @@ def _bco_objective_kernel(
             l_places += tl.where(l, place, 0)
     tl.store(loss, saturate(_total(summed)).to(tl.float32))
     tl.store(scalars, saturate(shift).to(tl.float32))
-    if MEANS:
+    if totals is not None:
         w_logits = _total(w_total) / tl.maximum(_total(w_places), 1).to(tl.float64)
         l_logits = _total(l_total) / tl.maximum(_total(l_places), 1).to(tl.float64)
         tl.store(scalars + 1, saturate(w_logits).to(tl.float32))
@@ -314,10 +312,8 @@ def pair_objective(
         loss, scalars, logps, rewards, slope,
         pairs=sequences // 2, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
         cpo_alpha=cpo_alpha, gamma=simpo_gamma, alpha=alpha,
-        LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, REFERENCE=ref_logps is not None,
-        NLL=NLL[nll_reduction if cpo_alpha else None], MEANS=means, PAIR_POINTER=pair_pointer is not None,
-        TOKEN_POINTER=token_pointer is not None, TOKEN_COUNT=token_normalizer is None,
-        BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
+        LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, NLL=NLL[nll_reduction if cpo_alpha else None],
+        TOKEN_COUNT=token_normalizer is None, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, logps, rewards, slope
 
@@ -360,10 +356,7 @@ def bco_objective(
         loss, scalars, numbers, rewards, logps, slope,
         sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,
         negative_count=negative_count, beta=beta, decay=decay,
-        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, WEIGHT=sample_weight is not None,
-        MEANS=means, DELTA_POINTER=delta_pointer is not None, SEQUENCE_POINTER=sequence_pointer is not None,
-        POSITIVE_POINTER=positive_pointer is not None, NEGATIVE_POINTER=negative_pointer is not None,
-        KIND=SHIFTS[kind], UPDATE=UPDATES[update], BLOCK=configs.OBJECTIVE.block,
-        **configs.OBJECTIVE.options,
+        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, KIND=SHIFTS[kind],
+        UPDATE=UPDATES[update], BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, numbers, logps, rewards, slope

@@ -22,7 +22,7 @@ def _sequence_scores_kernel(
     totals,  # [S] float64 or None
     positions,  # [S] int64 or None
     length, labels_stride_s, labels_stride_t, ignore_index,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, MEANS: tl.constexpr, EVERYWHERE: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, SHIFT: tl.constexpr, EVERYWHERE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     if PACKED:
@@ -39,7 +39,7 @@ def _sequence_scores_kernel(
     for block in range(0, number, BLOCK):
         t = block + tl.arange(0, BLOCK)
         total += tl.load(logp + start + t, mask=t < number, other=0.0).to(tl.float64)
-        if MEANS:
+        if means is not None:
             mean += tl.load(means + start + t, mask=t < number, other=0.0).to(tl.float64)
         target = t + 1 if SHIFT else t
         y = tl.load(places + target.to(tl.int64) * labels_stride_t, mask=target < number, other=ignore_index)
@@ -47,7 +47,7 @@ def _sequence_scores_kernel(
     counted = tl.sum(count, 0)
     tl.store(sums + s, tl.sum(total, 0))
     tl.store(counts + s, counted)
-    if MEANS:
+    if means is not None:
         tl.store(totals + s, tl.sum(mean, 0))
         if EVERYWHERE:
             tl.store(positions + s, number)
@@ -93,7 +93,7 @@ def sequence_scores(
             sums, counts, totals if asked else None, positions if asked else None,
             length=labels.shape[-1], labels_stride_s=0 if packed else labels.stride(0),
             labels_stride_t=labels.stride(-1), ignore_index=ignore_index,
-            PACKED=packed, SHIFT=shift, MEANS=asked, EVERYWHERE=logits_mean == "all",
+            PACKED=packed, SHIFT=shift, EVERYWHERE=logits_mean == "all",
             BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
         )  # fmt: skip
     return sums, counts, totals, positions
