@@ -12,8 +12,6 @@ from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, tune
 from fused_pref.kernels.helpers import column_of, exp, log1p, row_offset, target_of, transform
 
-MEANS = {None: 0, "completion": 1, "all": 2}
-
 
 @triton.jit
 def _columns(start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
@@ -87,7 +85,7 @@ def _token_logps_fwd_kernel(
     top = tl.full([BLOCK // WIDTH], float("-inf"), tl.float32)
     others = tl.zeros([BLOCK // WIDTH], tl.float32)
     total = tl.zeros([BLOCK // WIDTH], tl.float32)
-    if scored | (MEANS == 2):
+    if scored | (MEANS == "all"):
         # Entries that are read one by one have addresses a constant apart from one that moves with the block.
         moving = base + _columns(0, BLOCK, WIDTH, ALIGNED).to(tl.int64) * logits_stride_v
         # The quotient tells the compiler that the end falls between two accesses.
@@ -97,7 +95,7 @@ def _token_logps_fwd_kernel(
             pointers = base + cols if ALIGNED else moving + tl.cast(start, tl.int64) * logits_stride_v
             x = tl.load(pointers, mask=cols < end, other=0.0).to(tl.float32)
             z = transform(x, inner, outer, TRANSFORM)
-            if MEANS > 0:
+            if means is not None:
                 total += tl.sum(z, 1)  # z is 0 beyond the end
             if (start + BLOCK > columns) | ((start <= column) & (column < start + BLOCK)):
                 z = tl.where((cols < columns) & (cols != column), z, float("-inf"))
@@ -116,8 +114,8 @@ def _token_logps_fwd_kernel(
             row, rows, base, logits_stride_v, column, scored, highest, remainder, inner, outer, logp, statistics,
             TRANSFORM,
         )  # fmt: skip
-        if MEANS > 0:
-            tl.store(means + row, tl.where(scored | (MEANS == 2), tl.sum(total, 0) / columns, 0.0))
+        if means is not None:
+            tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(total, 0) / columns, 0.0))
 
 
 @triton.jit
@@ -146,8 +144,8 @@ def _token_logps_combine_kernel(
         row, rows, base, logits_stride_v, column_of(y, columns), scored, top, others, inner, outer, logp, statistics,
         TRANSFORM,
     )  # fmt: skip
-    if MEANS > 0:
-        tl.store(means + row, tl.where(scored | (MEANS == 2), tl.sum(totals, 0) / columns, 0.0))
+    if means is not None:
+        tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(totals, 0) / columns, 0.0))
 
 
 def geometry(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
@@ -198,7 +196,7 @@ def token_logps_fwd(
     if rows == 0:
         return logp, statistics, means
     batch = geometry(logits, labels, cu_seqlens)
-    flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": MEANS[logits_mean], **factors(constants)}
+    flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": logits_mean, **factors(constants)}
 
     def launch(config: configs.Config) -> None:
         chunks = triton.cdiv(columns, config.block)

@@ -16,10 +16,6 @@ from torch import Tensor
 from fused_pref.kernels import configs
 from fused_pref.kernels.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
 
-NLL = {None: 0, "token": 1, "sequence": 2}
-SHIFTS = {"fixed": 0, "running_mean": 1, "ema": 2}
-UPDATES = {None: 0, "forward": 1, "step": 2}
-
 
 @triton.jit
 def _count(value, pointer):
@@ -54,7 +50,7 @@ def _pair_objective_kernel(
 ):  # fmt: skip
     pair_number = _count(pair_count, pair_normalizer)
     nll_number = pair_number
-    if NLL == 1:
+    if NLL == "token":
         if TOKEN_COUNT:
             tokens = tl.zeros([BLOCK], tl.int64)
             for start in range(0, pairs, BLOCK):
@@ -100,7 +96,7 @@ def _pair_objective_kernel(
         summed += tl.where(inside, losses, 0.0)
         w_slope = rises * w_grown / w_length / pair_number
         l_slope = -rises * l_grown / l_length / pair_number
-        if NLL > 0:
+        if NLL is not None:
             chosen += w_sum
             w_slope -= cpo_alpha / nll_number
         tl.store(logps + w, saturate(w_logps).to(tl.float32), mask=inside)
@@ -115,7 +111,7 @@ def _pair_objective_kernel(
             w_places += tl.load(positions + w, mask=inside, other=0)
             l_places += tl.load(positions + l, mask=inside, other=0)
     result = _total(summed) / pair_number
-    if NLL > 0:
+    if NLL is not None:
         nll = -_total(chosen) / nll_number
         result += cpo_alpha * nll
     else:
@@ -134,7 +130,7 @@ def _folded(mean, count, added, number, decay, KIND: tl.constexpr):
     """A class's mean and count with a batch's sum and number folded in; unchanged where the number is 0."""
     risen = count + number
     fresh = added / tl.maximum(number, 1).to(tl.float64)
-    if KIND == 1:
+    if KIND == "running_mean":
         moved = mean + (fresh - mean) * (number.to(tl.float64) / tl.maximum(risen, 1).to(tl.float64))
     else:
         moved = tl.where(count > 0, decay * mean + (1.0 - decay) * fresh, fresh)
@@ -188,7 +184,7 @@ def _bco_objective_kernel(
     tl.store(numbers, positives)
     tl.store(numbers + 1, negatives)
 
-    if KIND == 0:
+    if KIND == "fixed":
         if delta is not None:
             shift = tl.load(delta).to(tl.float64)
         else:
@@ -204,13 +200,13 @@ def _bco_objective_kernel(
         l_new = _total(l_finite)
         # Every thread has read the state before one of them writes it.
         tl.debug_barrier()
-        if UPDATE == 2:
+        if UPDATE == "step":
             tl.store(pending_sum, tl.load(pending_sum) + added)
             tl.store(pending_sum + 1, tl.load(pending_sum + 1) + l_added)
             tl.store(pending_count, tl.load(pending_count) + number)
             tl.store(pending_count + 1, tl.load(pending_count + 1) + l_new)
-        if UPDATE == 1:
-            if KIND == 1:
+        if UPDATE == "forward":
+            if KIND == "running_mean":
                 added += l_added
                 number += l_new
             else:
@@ -220,7 +216,7 @@ def _bco_objective_kernel(
             w_mean, w_seen = _folded(w_mean, w_seen, added, number, decay, KIND)
             tl.store(shift_mean, w_mean)
             tl.store(shift_count, w_seen)
-        if KIND == 1:
+        if KIND == "running_mean":
             shift = w_mean
         else:
             w_exists = tl.where(w_seen > 0, 1.0, 0.0).to(tl.float64)
@@ -312,7 +308,7 @@ def pair_objective(
         loss, scalars, logps, rewards, slope,
         pairs=sequences // 2, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
         cpo_alpha=cpo_alpha, gamma=simpo_gamma, alpha=alpha,
-        LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, NLL=NLL[nll_reduction if cpo_alpha else None],
+        LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, NLL=nll_reduction if cpo_alpha else None,
         TOKEN_COUNT=token_normalizer is None, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, logps, rewards, slope
@@ -356,7 +352,7 @@ def bco_objective(
         loss, scalars, numbers, rewards, logps, slope,
         sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,
         negative_count=negative_count, beta=beta, decay=decay,
-        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, KIND=SHIFTS[kind],
-        UPDATE=UPDATES[update], BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
+        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, KIND=kind,
+        UPDATE=update, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, numbers, logps, rewards, slope
