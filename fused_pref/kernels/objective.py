@@ -237,7 +237,7 @@ def _bco_objective_kernel(
     loss,  # 0-d
     scalars,  # [3]
     numbers,  # [2] int64
-    rewards, logps,  # [S]
+    logps, rewards,  # [S]
     slope,  # [S] float64
     sequences, delta_value: tl.float64, sequence_count: tl.float64, positive_count: tl.float64,
     negative_count: tl.float64, beta: tl.float64, decay: tl.float64,
@@ -284,11 +284,11 @@ def _bco_objective_kernel(
         _store_mean(scalars + 2, l_total, l_places)
 
 
-def number_and_pointer(value: float | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
-    """A number by value; a 0-d tensor by pointer where it is on the device, else by value."""
-    if isinstance(value, Tensor):
-        return (0.0, value) if value.device == device else (float(value), None)
-    return float(value or 0.0), None
+def value_and_pointer(number: float | None, tensor: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """What a kernel takes for a number or a 0-d tensor: a pointer where that is on the device, else its value."""
+    if tensor is None:
+        return float(number or 0.0), None
+    return (0.0, tensor) if tensor.device == device else (float(tensor), None)
 
 
 def pair_objective(
@@ -297,11 +297,13 @@ def pair_objective(
     totals: Tensor,
     positions: Tensor,
     ref_logps: Tensor | None,
-    pair_normalizer: float | Tensor | None,
-    token_normalizer: float | Tensor | None,
+    pair_number: float | None,
+    pair_tensor: Tensor | None,
+    token_number: float | None,
+    token_tensor: Tensor | None,
     logits_mean: str | None,
-    loss_type: str,
     average: bool,
+    loss_type: str,
     beta: float,
     label_smoothing: float,
     cpo_alpha: float,
@@ -309,23 +311,24 @@ def pair_objective(
     alpha: float,
     nll_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars, logps, rewards and slope of :func:`fused_pref.objectives.pair_objective`. One launch."""
+    """See :func:`fused_pref.reductions.pair_objective_op`. One launch."""
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
     rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
-    given = sequences // 2 if pair_normalizer is None else pair_normalizer
-    pair_count, pair_pointer = number_and_pointer(given, device)
-    token_count, token_pointer = number_and_pointer(token_normalizer, device)
+    pairs = sequences // 2
+    pair_count, pair_normalizer = value_and_pointer(pairs if pair_number is None else pair_number, pair_tensor, device)
+    token_count, token_normalizer = value_and_pointer(token_number, token_tensor, device)
     means = logits_mean is not None
     _pair_objective_kernel[1,](
-        sums, counts, totals if means else None, positions if means else None, ref_logps, pair_pointer, token_pointer,
-        loss, scalars, logps, rewards, slope,
-        pairs=sequences // 2, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
+        sums, counts, totals if means else None, positions if means else None, ref_logps,
+        pair_normalizer, token_normalizer, loss, scalars, logps, rewards, slope,
+        pairs=pairs, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
         cpo_alpha=cpo_alpha, gamma=simpo_gamma, alpha=alpha,
         LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, NLL=nll_reduction if cpo_alpha else None,
-        TOKEN_COUNT=token_normalizer is None, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
+        TOKEN_COUNT=token_number is None and token_tensor is None,
+        BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, logps, rewards, slope
 
@@ -337,10 +340,18 @@ def bco_objective(
     desirable: Tensor,
     ref_logps: Tensor,
     sample_weight: Tensor | None,
-    delta: float | Tensor | None,
-    state: tuple[Tensor | None, ...],
-    sequence_normalizer: float | Tensor | None,
-    class_normalizer: tuple[float | Tensor, float | Tensor] | None,
+    delta_number: float | None,
+    delta_tensor: Tensor | None,
+    shift_mean: Tensor | None,
+    shift_count: Tensor | None,
+    pending_sum: Tensor | None,
+    pending_count: Tensor | None,
+    sequence_number: float | None,
+    sequence_tensor: Tensor | None,
+    positive_number: float | None,
+    positive_tensor: Tensor | None,
+    negative_number: float | None,
+    negative_tensor: Tensor | None,
     logits_mean: str | None,
     reduction: str,
     beta: float,
@@ -348,27 +359,26 @@ def bco_objective(
     update: str | None,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars, class counts, logps, rewards, slope of BCO; ``state`` of a RewardShift is updated. One launch."""
+    """See :func:`fused_pref.reductions.bco_objective_op`. One launch."""
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)
     numbers = torch.empty(2, dtype=torch.int64, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
     rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
-    given = sequences if sequence_normalizer is None else sequence_normalizer
-    sequence_count, sequence_pointer = number_and_pointer(given, device)
-    positives, negatives = class_normalizer or (None, None)
-    positive_count, positive_pointer = number_and_pointer(positives, device)
-    negative_count, negative_pointer = number_and_pointer(negatives, device)
-    delta_value, delta_pointer = number_and_pointer(delta, device)
+    given = sequences if sequence_number is None else sequence_number
+    sequence_count, sequence_normalizer = value_and_pointer(given, sequence_tensor, device)
+    positive_count, positive_normalizer = value_and_pointer(positive_number, positive_tensor, device)
+    negative_count, negative_normalizer = value_and_pointer(negative_number, negative_tensor, device)
+    delta_value, delta = value_and_pointer(delta_number, delta_tensor, device)
     means = logits_mean is not None
     _bco_objective_kernel[1,](
         sums, totals if means else None, positions if means else None, desirable, ref_logps, sample_weight,
-        delta_pointer, *state, sequence_pointer, positive_pointer, negative_pointer,
-        loss, scalars, numbers, rewards, logps, slope,
+        delta, shift_mean, shift_count, pending_sum, pending_count,
+        sequence_normalizer, positive_normalizer, negative_normalizer, loss, scalars, numbers, logps, rewards, slope,
         sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,
         negative_count=negative_count, beta=beta, decay=decay,
-        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, KIND=kind,
-        UPDATE=update, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
+        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=positive_number is None and positive_tensor is None,
+        KIND=kind, UPDATE=update, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, numbers, logps, rewards, slope
