@@ -167,8 +167,13 @@ def tile(table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch
     if hidden.device.type == "cpu":
         return INTERPRETER_TILE
     own = (HEAVY_TILE if heavy or weight.shape[0] % 16 else table)[architecture(hidden.device), hidden.dtype.itemsize]
-    apart = [x.stride(0) * x.dtype.itemsize % 16 for x in (hidden, weight)]
-    return UNALIGNED_TILE if any(apart) or hidden.shape[1] % own.depth else own
+    aligned = rows_aligned(hidden) and rows_aligned(weight)
+    return own if aligned and hidden.shape[1] % own.depth == 0 else UNALIGNED_TILE
+
+
+def rows_aligned(x: torch.Tensor) -> bool:
+    """Whether rows begin whole 16 bytes apart."""
+    return x.stride(0) * x.dtype.itemsize % 16 == 0
 
 
 def tile_candidates(default: Tile, dtype: torch.dtype) -> Iterator[Tile]:
