@@ -212,7 +212,7 @@ def bco(
     sums, counts, flags = meta(8, dtype=dtype), meta(8, dtype=torch.int64), meta(8, dtype=torch.bool)
     means, numbers = meta(2, dtype=torch.float64), meta(2, dtype=torch.int64)
     state = (None, None, None, None) if kind == "fixed" else (means, numbers, means, numbers)
-    normalizers, constants = 3 * (None, number), (mean, reduction, 0.1, kind, update, 0.9)
+    normalizers, constants = (None, number, None, number, None, number), (mean, reduction, 0.1, kind, update, 0.9)
     return objective.bco_objective(
         sums, sums, counts, flags, meta(8), weight, None, number, *state, *normalizers, *constants
     )

@@ -79,11 +79,13 @@ def quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def biased(x, bias, cols, columns):
-    """Part of a tile with the bias of its columns."""
+def quarter(parts, NUMBER: tl.constexpr, bias, column, columns, COLUMNS: tl.constexpr):
+    """Columns of one of the quarters of the tile at ``column``, and the quarter with their bias."""
+    cols = column + NUMBER * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+    x = parts[NUMBER]
     if bias is not None:
         x += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
-    return x
+    return cols, x
 
 
 @triton.jit

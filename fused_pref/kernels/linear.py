@@ -22,7 +22,7 @@ from torch import Tensor
 from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, tune
-from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order, vocabulary_splits
+from fused_pref.kernels.gemm import Operands, logits_tile, quarter, quarters, store, tile_order, vocabulary_splits
 from fused_pref.kernels.helpers import bend, exp, transform
 from fused_pref.kernels.logprob import factors
 
@@ -39,6 +39,15 @@ def _targets(targets, row, rows, first, ROWS: tl.constexpr):
     """
     r = row + tl.arange(0, ROWS)
     return (tl.load(targets + r, mask=r < rows, other=-1).to(tl.int64) - first).to(tl.int32)
+
+
+@triton.jit
+def _places(places, r, rows):
+    """Rows (int64) of the hidden states that rows ``r`` stand for; those beyond the end stand for one that is there."""
+    if places is None:
+        return tl.minimum(r, rows - 1).to(tl.int64)
+    else:
+        return tl.load(places + r, mask=r < rows, other=0)
 
 
 @triton.jit
@@ -70,10 +79,7 @@ def _linear_statistics_kernel(
     r = row + tl.arange(0, ROWS)
     if pivots is not None:
         pivot = tl.load(pivots + r, mask=r < rows, other=0.0)
-    if places is None:
-        place = tl.minimum(r, rows - 1).to(tl.int64)
-    else:
-        place = tl.load(places + r, mask=r < rows, other=0)
+    place = _places(places, r, rows)
     y = _targets(targets, row, rows, first, ROWS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     others = tl.zeros([ROWS], tl.float32)
@@ -90,10 +96,9 @@ def _linear_statistics_kernel(
             hidden, weight, place, row, column, columns, features, hidden_stride, weight_stride,
             HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        a, b, c, d = quarters(x, ROWS, COLUMNS)
+        parts = quarters(x, ROWS, COLUMNS)
         for i in tl.static_range(4):
-            cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
-            part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
+            cols, part = quarter(parts, i, bias, column, columns, COLUMNS)
             own, z, total = _others(part, cols, y, end, total, inner, outer, TRANSFORM, TOTALS)
             risen = tl.maximum(top, tl.max(z, 1))
             if pivots is None:
@@ -160,10 +165,7 @@ def _linear_gradient_kernel(
         if row >= rows:
             return
     r = row + tl.arange(0, ROWS)
-    if places is None:
-        place = tl.minimum(r, rows - 1).to(tl.int64)
-    else:
-        place = tl.load(places + r, mask=r < rows, other=0)
+    place = _places(places, r, rows)
     x = logits_tile(
         hidden, weight, place, row, column, columns, features, hidden_stride,
         weight_stride, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
@@ -171,10 +173,9 @@ def _linear_gradient_kernel(
     y = _targets(targets, row, rows, first, ROWS)
     top = tl.load(statistics + r, mask=r < rows, other=0.0)
     inverse = 1.0 / tl.maximum(tl.load(statistics + statistics_stride + r, mask=r < rows, other=1.0), 0.5)
-    a, b, c, d = quarters(x, ROWS, COLUMNS)
+    parts = quarters(x, ROWS, COLUMNS)
     for i in tl.static_range(4):
-        cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
-        part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
+        cols, part = quarter(parts, i, bias, column, columns, COLUMNS)
         q = exp(transform(part, inner, outer, TRANSFORM) - top[:, None]) * inverse[:, None]
         q = bend(tl.where(cols[None, :] == y[:, None], -1.0, q), part, inner, outer, TRANSFORM)
         store(sink, q, row, r < rows, cols, columns, sink_stride, ROWS)
