@@ -62,7 +62,7 @@ def token_logps_bwd(
     grad_logp: Tensor,
     shift: bool,
     ignore_index: int,
-    constants: Transform,
+    transform: Transform,
 ) -> None:
     """Write the gradient into ``dlogits``, which may be ``logits``. One launch."""
     rows, columns = labels.numel(), logits.shape[-1]
@@ -81,7 +81,7 @@ def token_logps_bwd(
     def launch(config: configs.Config) -> None:
         _token_logps_bwd_kernel[rows, triton.cdiv(columns, config.block)](
             logits, labels, cu_seqlens, statistics, grad_logp, dlogits,
-            rows=rows, ignore_index=ignore_index, **batch, **strides, **factors(constants),
+            rows=rows, ignore_index=ignore_index, **batch, **strides, **factors(transform),
             PACKED=packed, SHIFT=shift, ALIGNED=aligned(logits) and aligned(dlogits),
             BLOCK=config.block, **config.options,
         )  # fmt: skip

@@ -122,9 +122,9 @@ class Operands:
         """Columns of this slice of the vocabulary."""
         return self.weight.shape[0]
 
-    def tile(self, table: dict[tuple[str, int], configs.Tile], constants: Transform) -> configs.Tile:
+    def tile(self, table: dict[tuple[str, int], configs.Tile], transform: Transform) -> configs.Tile:
         """The tile of a table that suits them and their transform."""
-        heavy = constants.curved or self.bias is not None
+        heavy = transform.curved or self.bias is not None
         return configs.tile(table, self.hidden, self.weight, heavy=heavy)
 
     def arguments(self, tile: configs.Tile) -> dict[str, Any]:

@@ -170,12 +170,12 @@ def aligned(x: Tensor) -> bool:
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in sizes)
 
 
-def factors(constants: Transform) -> dict[str, float | str]:
+def factors(transform: Transform) -> dict[str, float | str]:
     """``inner``, ``outer`` and TRANSFORM of the device function ``transform``."""
     return {
-        "inner": constants.inner,
-        "outer": constants.outer,
-        "TRANSFORM": "identity" if constants.identity else constants.curve,
+        "inner": transform.inner,
+        "outer": transform.outer,
+        "TRANSFORM": "identity" if transform.identity else transform.curve,
     }
 
 
@@ -186,7 +186,7 @@ def token_logps_fwd(
     logits_mean: str | None,
     shift: bool,
     ignore_index: int,
-    constants: Transform,
+    transform: Transform,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.ops.token_logps_fwd`. One launch, and one to combine where rows are split."""
     rows, columns, device = labels.numel(), logits.shape[-1], logits.device
@@ -196,7 +196,7 @@ def token_logps_fwd(
     if rows == 0:
         return logp, statistics, means
     batch = geometry(logits, labels, cu_seqlens)
-    flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": logits_mean, **factors(constants)}
+    flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": logits_mean, **factors(transform)}
 
     def launch(config: configs.Config) -> None:
         chunks = triton.cdiv(columns, config.block)

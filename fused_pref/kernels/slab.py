@@ -149,7 +149,7 @@ def absorb(
     slab: Tensor,
     targets: Tensor,
     first: int,
-    constants: Transform,
+    transform: Transform,
     *,
     total: bool,
     sink: Tensor | None = None,
@@ -161,13 +161,13 @@ def absorb(
     config = configs.choose(configs.FORWARD, slab.device, slab.dtype, columns)
     _slab_statistics_kernel[rows,](
         slab, targets, statistics, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
-        **factors(constants), ALIGNED=aligned(slab), TOTAL=total, BLOCK=config.block, **config.options,
+        **factors(transform), ALIGNED=aligned(slab), TOTAL=total, BLOCK=config.block, **config.options,
     )  # fmt: skip
     if sink is not None:
-        gradient(sink, slab, statistics, targets, first, constants)
+        gradient(sink, slab, statistics, targets, first, transform)
 
 
-def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, first: int, constants: Transform) -> None:
+def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform) -> None:
     """See :func:`fused_pref.head.slab.gradient`. One launch."""
     rows, columns = slab.shape
     if rows == 0:
@@ -175,7 +175,7 @@ def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, fi
     config = configs.choose(configs.BACKWARD, slab.device, slab.dtype, columns)
     _slab_gradient_kernel[rows,](
         slab, targets, statistics, sink, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
-        sink.stride(0), **factors(constants), ALIGNED=aligned(slab) and aligned(sink), BLOCK=config.block,
+        sink.stride(0), **factors(transform), ALIGNED=aligned(slab) and aligned(sink), BLOCK=config.block,
         **config.options,
     )  # fmt: skip
 
