@@ -378,5 +378,6 @@ def _labels(statistics: Tensor, operands: Operands, targets: Tensor, first: int,
     _linear_label_kernel[operands.rows,](
         hidden, weight, operands.bias, operands.places, targets, statistics[LABEL], operands.columns, hidden.shape[1],
         hidden.stride(0), weight.stride(0), first, **factors(transform),
-        BLOCK=min(configs.LABEL.block, triton.next_power_of_2(hidden.shape[1])), **configs.LABEL.options,
+        BLOCK=min(configs.LABEL_PRODUCT.block, triton.next_power_of_2(hidden.shape[1])),
+        **configs.LABEL_PRODUCT.options,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Log-softmax and gather in one read of the logits: online Σ exp(z − max) over the entries other than the target."""
+"""Log-softmax and gather in one read of the logits: online Σ exp(z − max) over the entries other than the target.
+
+A batch has N_total positions, S·T where it is padded.
+"""
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -62,10 +65,10 @@ def _token_logps_fwd_kernel(
     logits,  # [S, T, V] or [N_total, V]
     labels,  # [S, T] or [N_total]
     cu_seqlens,  # [S+1] or None
-    logp,  # [N]
-    statistics,  # [3, N]
-    means,  # [N] or None
-    partials,  # [splits, 3, N] or None
+    logp,  # [N_total]
+    statistics,  # [3, N_total]
+    means,  # [N_total] or None
+    partials,  # [splits, 3, N_total] or None
     rows, length, columns, sequences, split_columns,
     logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
     ignore_index, inner, outer,
@@ -211,9 +214,10 @@ def token_logps_fwd(
             ALIGNED=aligned(logits), BLOCK=config.block, **config.options,
         )  # fmt: skip
         if splits > 1:
+            combine = configs.Config(triton.next_power_of_2(splits), 1)
             _token_logps_combine_kernel[rows,](
                 *arguments, rows=rows, splits=splits, ignore_index=ignore_index, **batch, **flags,
-                BLOCK=triton.next_power_of_2(splits), **configs.COMBINE.options,
+                BLOCK=combine.block, **combine.options,
             )  # fmt: skip
 
     default = configs.choose(configs.FORWARD, device, logits.dtype, columns)

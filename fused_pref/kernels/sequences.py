@@ -1,4 +1,7 @@
-"""Sums per sequence of what was computed per token, and the way back: one launch each."""
+"""Sums per sequence of what was computed per token, and the way back: one launch each.
+
+A batch has N_total positions, S·T where it is padded.
+"""
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -13,8 +16,8 @@ from fused_pref.kernels import configs
 
 @triton.jit
 def _sequence_scores_kernel(
-    logp,  # [N]
-    means,  # [N] or None
+    logp,  # [N_total]
+    means,  # [N_total] or None
     labels,  # [S, T] or [N_total]
     cu_seqlens,  # [S+1] or None
     sums,  # [S] float64

@@ -25,7 +25,7 @@ def _slab_statistics_kernel(
     targets,  # [n]
     statistics,  # [4, n], updated
     columns, first, slab_stride, targets_stride, statistics_stride, inner, outer,
-    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, TOTALS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row * targets_stride).to(tl.int64) - first
@@ -44,7 +44,7 @@ def _slab_statistics_kernel(
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(base + cols, mask=cols < end, other=0.0).to(tl.float32)
         z = transform(x, inner, outer, TRANSFORM)
-        if TOTAL:
+        if TOTALS:
             total += z  # 0 beyond the end
         z = tl.where((cols < columns) & (cols != y), z, float("-inf"))
         risen = tl.maximum(top, tl.max(z, 0))
@@ -55,7 +55,7 @@ def _slab_statistics_kernel(
     here = (y >= 0) & (y < columns)
     label = tl.load(base + y, mask=here, other=0.0).to(tl.float32)
     tl.store(seen + 2 * statistics_stride, transform(label, inner, outer, TRANSFORM), mask=here)
-    if TOTAL:
+    if TOTALS:
         tl.store(seen + 3 * statistics_stride, tl.load(seen + 3 * statistics_stride) + tl.sum(total, 0))
 
 
@@ -161,7 +161,7 @@ def absorb(
     config = configs.choose(configs.FORWARD, slab.device, slab.dtype, columns)
     _slab_statistics_kernel[rows,](
         slab, targets, statistics, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
-        **factors(transform), ALIGNED=aligned(slab), TOTAL=total, BLOCK=config.block, **config.options,
+        **factors(transform), ALIGNED=aligned(slab), TOTALS=total, BLOCK=config.block, **config.options,
     )  # fmt: skip
     if sink is not None:
         gradient(sink, slab, statistics, targets, first, transform)
