@@ -48,7 +48,7 @@ class PairSpec:
 
     @property
     def constants(self) -> tuple[bool, str, float, float, float, float, float, str]:
-        """What the Triton objective takes."""
+        """What the Triton objective takes, in its order."""
         return (
             self.average,
             self.loss_type,

@@ -69,18 +69,18 @@ def evaluate_pair(
     ref_logps: Tensor | None,
     pair_normalizer: float | Tensor | None,
     token_normalizer: float | Tensor | None,
-    logits: TokenSpec,
+    tokens: TokenSpec,
     dtype: torch.dtype,
 ) -> PairResult:
     """CPO or DPO; the arguments of :func:`fused_pref.objectives.pair_objective`, results in ``dtype``."""
     scores = scores._replace(sums=scores.sums.detach())
-    if logits.backend == "triton":
+    if tokens.backend == "triton":
         loss, scalars, logps, rewards, slope = pair_objective_op(
             *scores,
             ref_logps,
             *_split(pair_normalizer),
             *_split(token_normalizer),
-            logits.logits_mean,
+            tokens.logits_mean,
             *spec.constants,
         )
         nll_loss, chosen_mean, rejected_mean = scalars.unbind()
@@ -109,7 +109,7 @@ def evaluate_bco(
     delta: Tensor | float | RewardShift,
     sample_weight: Tensor | None,
     normalizers: Mapping[str, Any],
-    logits: TokenSpec,
+    tokens: TokenSpec,
     dtype: torch.dtype,
 ) -> BCOResult:
     """BCO; the arguments of :func:`fused_pref.objectives.bco_objective`, results in ``dtype``.
@@ -117,9 +117,9 @@ def evaluate_bco(
     A :class:`RewardShift` is updated here, as the last thing that can fail.
     """
     scores = scores._replace(sums=scores.sums.detach())
-    if logits.backend == "triton" and not (isinstance(delta, RewardShift) and delta.collective):
+    if tokens.backend == "triton" and not (isinstance(delta, RewardShift) and delta.collective):
         return _evaluate_bco_triton(
-            scores, spec, desirable, ref_logps, delta, sample_weight, normalizers, logits.logits_mean
+            scores, spec, desirable, ref_logps, delta, sample_weight, normalizers, tokens.logits_mean
         )
     rewards = spec.beta * (scores.sums - ref_logps.double())
     state: ShiftState | None = None
@@ -194,10 +194,6 @@ def _logits_means(scores: Scores, chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _split(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
     """A number or tensor as the two arguments an op takes for it."""
     return (None, value) if isinstance(value, Tensor) else (value, None)
-
-
-def _join(number: float | None, tensor: Tensor | None) -> float | Tensor | None:
-    return number if tensor is None else tensor
 
 
 class SequenceScoresFunction(torch.autograd.Function):
@@ -292,9 +288,10 @@ def pair_objective_op(
     """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64; see :mod:`fused_pref.kernels.objective`."""
     from fused_pref.kernels import objective
 
-    normalizers = _join(pair_number, pair_tensor), _join(token_number, token_tensor)
-    constants = (loss_type, average, beta, label_smoothing, cpo_alpha, simpo_gamma, alpha, nll_reduction)
-    return objective.pair_objective(sums, counts, totals, positions, ref_logps, *normalizers, logits_mean, *constants)
+    return objective.pair_objective(
+        sums, counts, totals, positions, ref_logps, pair_number, pair_tensor, token_number, token_tensor, logits_mean,
+        average, loss_type, beta, label_smoothing, cpo_alpha, simpo_gamma, alpha, nll_reduction,
+    )  # fmt: skip
 
 
 @pair_objective_op.register_fake
@@ -336,25 +333,12 @@ def bco_objective_op(
     """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates the state."""
     from fused_pref.kernels import objective
 
-    positive, negative = _join(positive_number, positive_tensor), _join(negative_number, negative_tensor)
     return objective.bco_objective(
-        sums,
-        totals,
-        positions,
-        desirable,
-        ref_logps,
-        sample_weight,
-        _join(delta_number, delta_tensor),
-        (shift_mean, shift_count, pending_sum, pending_count),
-        _join(sequence_number, sequence_tensor),
-        None if positive is None or negative is None else (positive, negative),
-        logits_mean,
-        reduction,
-        beta,
-        kind,
-        update,
-        decay,
-    )
+        sums, totals, positions, desirable, ref_logps, sample_weight, delta_number, delta_tensor,
+        shift_mean, shift_count, pending_sum, pending_count, sequence_number, sequence_tensor,
+        positive_number, positive_tensor, negative_number, negative_tensor,
+        logits_mean, reduction, beta, kind, update, decay,
+    )  # fmt: skip
 
 
 @bco_objective_op.register_fake

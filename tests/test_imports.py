@@ -16,8 +16,6 @@ PACKAGE = ROOT / "fused_pref"
 LINES, FUNCTION_LINES = 400, 60
 # Why these functions are longer.
 LONG = {
-    "objective.py: _pair_objective_kernel": "one launch: what it computes stays in registers",
-    "objective.py: _bco_objective_kernel": "one launch: what it computes stays in registers",
     "bco.py: __init__": "the arguments of TRL's trainer stand in the signature, and in the call that hands them on",
 }
 

@@ -326,7 +326,7 @@ def test_reductions_in_kernels(kernel_device: str) -> None:
 
     sums = logp.double()
     positions = torch.ones(count, dtype=torch.int64, device=kernel_device)
-    rest = (None, None, "all", "sigmoid", False, 0.1, 0.0, 0.0, 0.0, 0.0, "token")
+    rest = (*4 * (None,), "all", False, "sigmoid", 0.1, 0.0, 0.0, 0.0, 0.0, "token")
     loss, _, logps, rewards, _ = objective.pair_objective(sums, positions, sums, positions, None, *rest)
     truth = -torch.nn.functional.logsigmoid(0.1 * (sums[: count // 2] - sums[count // 2 :])).mean()
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)

@@ -140,6 +140,20 @@ def test_nowhere_to_write(timed: list[Any], folder: Path, monkeypatch: pytest.Mo
     assert folder.read_text() == "a file where the folder should be"
 
 
+def test_nothing_stays_of_a_file_that_cannot_be_written(
+    timed: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSED_PREF_TUNE", "1")
+
+    def replace(source: str, destination: Path) -> None:
+        raise PermissionError(f"{destination} may not be replaced")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.warns(UserWarning, match="is not kept: .*tune.json may not be replaced"):
+        assert tuned(timed) == FAST
+    assert list(folder.iterdir()) == []
+
+
 def test_candidates_that_cannot_be_launched(timed: list[Any]) -> None:
     """They lose; other errors are not hidden."""
 

@@ -194,8 +194,9 @@ def pair(
     """Launch CPO or DPO."""
     sums, counts = meta(8, dtype=dtype), meta(8, dtype=torch.int64)
     ref_logps = meta(8) if reference else None
-    constants = (mean, loss_type, average, 0.1, 0.0, 1.0 if nll else 0.0, 0.5, alpha, nll or "token")
-    return objective.pair_objective(sums, counts, sums, counts, ref_logps, normalizer, normalizer, *constants)
+    normalizers = (None, normalizer, None, normalizer)
+    constants = (mean, average, loss_type, 0.1, 0.0, 1.0 if nll else 0.0, 0.5, alpha, nll or "token")
+    return objective.pair_objective(sums, counts, sums, counts, ref_logps, *normalizers, *constants)
 
 
 def bco(
@@ -211,11 +212,10 @@ def bco(
     sums, counts, flags = meta(8, dtype=dtype), meta(8, dtype=torch.int64), meta(8, dtype=torch.bool)
     means, numbers = meta(2, dtype=torch.float64), meta(2, dtype=torch.int64)
     state = (None, None, None, None) if kind == "fixed" else (means, numbers, means, numbers)
-    classes = None if number is None else (number, number)
-    constants = (mean, reduction, 0.1, kind, update, 0.9)
+    normalizers, constants = (None, number, None, number, None, number), (mean, reduction, 0.1, kind, update, 0.9)
     return objective.bco_objective(
-        sums, sums, counts, flags, meta(8), weight, number, state, number, classes, *constants
-    )  # fmt: skip
+        sums, sums, counts, flags, meta(8), weight, None, number, *state, *normalizers, *constants
+    )
 
 
 SOFTCAP, SCALE, NUMBER = Transform.of({"softcap": 30.0}), Transform.of({"temperature": 0.7}), meta()

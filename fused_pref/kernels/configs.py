@@ -27,7 +27,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Tile:
-    """Logits [rows, columns] of a program, made of blocks ``depth`` deep; ``group`` row blocks share a weight block."""
+    """Logits [rows, columns] of a program, made of blocks ``depth`` deep; ``group`` row blocks share a weight block.
+
+    With ``descriptors`` blocks are read by tensor descriptors, where the operands allow that, else by pointers.
+    """
 
     rows: int
     columns: int
@@ -124,7 +127,7 @@ PICKED_TILE = _tiles("picked")
 UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
 INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)
 # Entries of a target's product that a program takes at a time.
-LABEL = Config(1024, 4)
+LABEL_PRODUCT = Config(1024, 4)
 # Columns of Q that a program sums over the picked rows.
 PICKED_BIAS = Config(64, 4)
 CANDIDATES = [Config(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
@@ -140,8 +143,6 @@ TILE_CANDIDATES = {
 REDUCTION = Config(1024, 4)
 # Pairs or sequences that an objective handles at a time: two a thread, because it keeps some thirty float64 of each.
 OBJECTIVE = Config(256, 4)
-# Parts of a row that a program joins: as many as there are.
-COMBINE = Config(1, 1)
 # The interpreter pays per operation: one wide block. Its "processors" are few, so that tests split rows.
 INTERPRETER = Config(8192, 1)
 INTERPRETER_PROCESSORS = 4
@@ -167,8 +168,13 @@ def tile(table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch
     if hidden.device.type == "cpu":
         return INTERPRETER_TILE
     own = (HEAVY_TILE if heavy or weight.shape[0] % 16 else table)[architecture(hidden.device), hidden.dtype.itemsize]
-    apart = [x.stride(0) * x.dtype.itemsize % 16 for x in (hidden, weight)]
-    return UNALIGNED_TILE if any(apart) or hidden.shape[1] % own.depth else own
+    aligned = rows_aligned(hidden) and rows_aligned(weight)
+    return own if aligned and hidden.shape[1] % own.depth == 0 else UNALIGNED_TILE
+
+
+def rows_aligned(x: torch.Tensor) -> bool:
+    """Whether rows begin whole 16 bytes apart."""
+    return x.stride(0) * x.dtype.itemsize % 16 == 0
 
 
 def tile_candidates(default: Tile, dtype: torch.dtype) -> Iterator[Tile]:

@@ -1,4 +1,7 @@
-"""Gradient of the logits, a_n (onehot − softmax), in one read and one write, also in place."""
+"""Gradient of the logits, a_n (onehot − softmax), in one read and one write, also in place.
+
+A batch has N_total positions, S·T where it is padded.
+"""
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -18,7 +21,7 @@ def _token_logps_bwd_kernel(
     logits,  # [S, T, V] or [N_total, V]
     labels,  # [S, T] or [N_total]
     cu_seqlens,  # [S+1] or None
-    statistics,  # [3, N]
+    statistics,  # [3, N_total]
     grad_logp,  # [S, T] or [N_total]
     dlogits,  # shape of logits; may be logits
     rows, length, columns, sequences,
@@ -62,9 +65,13 @@ def token_logps_bwd(
     grad_logp: Tensor,
     shift: bool,
     ignore_index: int,
-    constants: Transform,
+    transform: Transform,
 ) -> None:
-    """Write the gradient into ``dlogits``, which may be ``logits``. One launch."""
+    """Write the gradient into ``dlogits``, which may be ``logits``. One launch.
+
+    See :func:`fused_pref.head.ops.token_logps_bwd`: ``grad_logp`` is float32 of the shape of ``labels``, and so are the
+    three rows of ``statistics``; ``dlogits`` has the shape and dtype of ``logits``.
+    """
     rows, columns = labels.numel(), logits.shape[-1]
     if rows == 0:
         return
@@ -81,7 +88,7 @@ def token_logps_bwd(
     def launch(config: configs.Config) -> None:
         _token_logps_bwd_kernel[rows, triton.cdiv(columns, config.block)](
             logits, labels, cu_seqlens, statistics, grad_logp, dlogits,
-            rows=rows, ignore_index=ignore_index, **batch, **strides, **factors(constants),
+            rows=rows, ignore_index=ignore_index, **batch, **strides, **factors(transform),
             PACKED=packed, SHIFT=shift, ALIGNED=aligned(logits) and aligned(dlogits),
             BLOCK=config.block, **config.options,
         )  # fmt: skip

@@ -79,11 +79,13 @@ def quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def biased(x, bias, cols, columns):
-    """Part of a tile with the bias of its columns."""
+def quarter(parts, NUMBER: tl.constexpr, bias, column, columns, COLUMNS: tl.constexpr):
+    """Columns of one of the quarters of the tile at ``column``, and the quarter with their bias."""
+    cols = column + NUMBER * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+    x = parts[NUMBER]
     if bias is not None:
         x += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
-    return x
+    return cols, x
 
 
 @triton.jit
@@ -120,9 +122,9 @@ class Operands:
         """Columns of this slice of the vocabulary."""
         return self.weight.shape[0]
 
-    def tile(self, table: dict[tuple[str, int], configs.Tile], constants: Transform) -> configs.Tile:
+    def tile(self, table: dict[tuple[str, int], configs.Tile], transform: Transform) -> configs.Tile:
         """The tile of a table that suits them and their transform."""
-        heavy = constants.curved or self.bias is not None
+        heavy = transform.curved or self.bias is not None
         return configs.tile(table, self.hidden, self.weight, heavy=heavy)
 
     def arguments(self, tile: configs.Tile) -> dict[str, Any]:
@@ -130,8 +132,6 @@ class Operands:
         hidden_descriptor = tile.descriptors and self.places is None and describable(self.hidden)
         weight_descriptor = tile.descriptors and describable(self.weight)
         features = self.hidden.shape[1]
-        # The interpreter multiplies the bits of 16-bit entries.
-        interpreted = self.hidden.device.type == "cpu"
         return {
             "hidden": described(self.hidden, tile.rows, tile.depth) if hidden_descriptor else self.hidden,
             "weight": described(self.weight, tile.columns, tile.depth) if weight_descriptor else self.weight,
@@ -144,12 +144,7 @@ class Operands:
             "HIDDEN_DESCRIPTOR": hidden_descriptor,
             "WEIGHT_DESCRIPTOR": weight_descriptor,
             "WHOLE": features % tile.depth == 0,
-            "PRECISION": precision(self.hidden.dtype),
-            "UPCAST": interpreted and self.hidden.dtype.itemsize == 2,
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": tile.depth,
-            "GROUP": tile.group,
+            **constants(self.hidden, tile),
         }
 
 
@@ -165,13 +160,26 @@ def vocabulary_splits(blocks: int, chunks: int, processors: int) -> int:
 
 def describable(x: Tensor) -> bool:
     """Whether blocks of x can be read through a descriptor: rows of whole 16 bytes."""
-    step = x.stride(0) * x.element_size()
-    return x.numel() > 0 and x.stride(1) == 1 and step % 16 == 0 and 0 < step < 2**40 and x.data_ptr() % 16 == 0
+    reach = 0 < x.stride(0) * x.element_size() < 2**40
+    return x.numel() > 0 and x.stride(1) == 1 and configs.rows_aligned(x) and reach and x.data_ptr() % 16 == 0
 
 
 def described(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
     """The descriptor of blocks [rows, depth] of x."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
+
+
+def constants(x: Tensor, tile: configs.Tile) -> dict[str, Any]:
+    """What a kernel needs to know of products of x and another of its dtype, and of the tile, to be compiled."""
+    return {
+        "PRECISION": precision(x.dtype),
+        # The interpreter multiplies the bits of 16-bit entries.
+        "UPCAST": x.device.type == "cpu" and x.dtype.itemsize == 2,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "GROUP": tile.group,
+    }
 
 
 def precision(dtype: torch.dtype) -> str:

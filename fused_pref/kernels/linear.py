@@ -22,7 +22,7 @@ from torch import Tensor
 from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, tune
-from fused_pref.kernels.gemm import Operands, biased, logits_tile, quarters, store, tile_order, vocabulary_splits
+from fused_pref.kernels.gemm import Operands, logits_tile, quarter, quarters, store, tile_order, vocabulary_splits
 from fused_pref.kernels.helpers import bend, exp, transform
 from fused_pref.kernels.logprob import factors
 
@@ -39,6 +39,15 @@ def _targets(targets, row, rows, first, ROWS: tl.constexpr):
     """
     r = row + tl.arange(0, ROWS)
     return (tl.load(targets + r, mask=r < rows, other=-1).to(tl.int64) - first).to(tl.int32)
+
+
+@triton.jit
+def _places(places, r, rows):
+    """Rows (int64) of the hidden states that rows ``r`` stand for; those beyond the end stand for one that is there."""
+    if places is None:
+        return tl.minimum(r, rows - 1).to(tl.int64)
+    else:
+        return tl.load(places + r, mask=r < rows, other=0)
 
 
 @triton.jit
@@ -70,10 +79,7 @@ def _linear_statistics_kernel(
     r = row + tl.arange(0, ROWS)
     if pivots is not None:
         pivot = tl.load(pivots + r, mask=r < rows, other=0.0)
-    if places is None:
-        place = tl.minimum(r, rows - 1).to(tl.int64)
-    else:
-        place = tl.load(places + r, mask=r < rows, other=0)
+    place = _places(places, r, rows)
     y = _targets(targets, row, rows, first, ROWS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     others = tl.zeros([ROWS], tl.float32)
@@ -90,10 +96,9 @@ def _linear_statistics_kernel(
             hidden, weight, place, row, column, columns, features, hidden_stride, weight_stride,
             HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        a, b, c, d = quarters(x, ROWS, COLUMNS)
+        parts = quarters(x, ROWS, COLUMNS)
         for i in tl.static_range(4):
-            cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
-            part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
+            cols, part = quarter(parts, i, bias, column, columns, COLUMNS)
             own, z, total = _others(part, cols, y, end, total, inner, outer, TRANSFORM, TOTALS)
             risen = tl.maximum(top, tl.max(z, 1))
             if pivots is None:
@@ -160,10 +165,7 @@ def _linear_gradient_kernel(
         if row >= rows:
             return
     r = row + tl.arange(0, ROWS)
-    if places is None:
-        place = tl.minimum(r, rows - 1).to(tl.int64)
-    else:
-        place = tl.load(places + r, mask=r < rows, other=0)
+    place = _places(places, r, rows)
     x = logits_tile(
         hidden, weight, place, row, column, columns, features, hidden_stride,
         weight_stride, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
@@ -171,10 +173,9 @@ def _linear_gradient_kernel(
     y = _targets(targets, row, rows, first, ROWS)
     top = tl.load(statistics + r, mask=r < rows, other=0.0)
     inverse = 1.0 / tl.maximum(tl.load(statistics + statistics_stride + r, mask=r < rows, other=1.0), 0.5)
-    a, b, c, d = quarters(x, ROWS, COLUMNS)
+    parts = quarters(x, ROWS, COLUMNS)
     for i in tl.static_range(4):
-        cols = column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
-        part = biased(a if i == 0 else b if i == 1 else c if i == 2 else d, bias, cols, columns)
+        cols, part = quarter(parts, i, bias, column, columns, COLUMNS)
         q = exp(transform(part, inner, outer, TRANSFORM) - top[:, None]) * inverse[:, None]
         q = bend(tl.where(cols[None, :] == y[:, None], -1.0, q), part, inner, outer, TRANSFORM)
         store(sink, q, row, r < rows, cols, columns, sink_stride, ROWS)
@@ -185,7 +186,7 @@ def absorb(
     operands: Operands,
     targets: Tensor,
     first: int,
-    constants: Transform,
+    transform: Transform,
     *,
     total: bool,
     split_columns: int | None = None,
@@ -197,7 +198,7 @@ def absorb(
         operands: the slice.
         targets: (N,) labels of the rows.
         first: the slice's first column in the vocabulary.
-        constants: the logits transform.
+        transform: the logits transform.
         total: whether Σ z is wanted.
         split_columns: width of the parts that a row is split into; None: what keeps the device busy.
 
@@ -206,12 +207,12 @@ def absorb(
     """
     if operands.rows == 0 or operands.columns == 0:
         return None
-    _labels(statistics, operands, targets, first, constants)
+    _labels(statistics, operands, targets, first, transform)
 
     def launch(tile: configs.Tile) -> Tensor:
-        return _partials(operands, targets, first, constants, total, tile, split_columns=split_columns)
+        return _partials(operands, targets, first, transform, total, tile, split_columns=split_columns)
 
-    partials = launch(_tuned("linear_statistics", operands, configs.STATISTICS_TILE, constants, launch))
+    partials = launch(_tuned("linear_statistics", operands, configs.STATISTICS_TILE, transform, launch))
     top = torch.maximum(statistics[TOP], partials[:, 0].amax(0))
     statistics[OTHERS] *= (statistics[TOP] - top).exp_()
     statistics[OTHERS] += (partials[:, 1] * (partials[:, 0] - top).exp_()).sum(0)
@@ -227,7 +228,7 @@ def gradient(
     statistics: Tensor,
     targets: Tensor,
     first: int,
-    constants: Transform,
+    transform: Transform,
     count: Tensor | None = None,
 ) -> None:
     """Write Q of a slice of the vocabulary into ``sink`` (N, v) from the statistics of the whole rows. One launch.
@@ -242,14 +243,14 @@ def gradient(
         _linear_gradient_kernel[triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),](
             places=operands.places, count=count, targets=targets, statistics=statistics, sink=sink, first=first,
             statistics_stride=statistics.stride(0), sink_stride=sink.stride(0), **operands.arguments(tile),
-            **factors(constants), **tile.options,
+            **factors(transform), **tile.options,
         )  # fmt: skip
 
-    launch(_tuned("linear_gradient", operands, configs.GRADIENT_TILE, constants, launch))
+    launch(_tuned("linear_gradient", operands, configs.GRADIENT_TILE, transform, launch))
 
 
 def exponentials(
-    sink: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, constants: Transform, *, total: bool
+    sink: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, transform: Transform, *, total: bool
 ) -> Tensor:
     """Write exp(z − pivot) of whole rows into ``sink`` (N, V), and their statistics, in one product.
 
@@ -262,7 +263,7 @@ def exponentials(
         operands: the whole vocabulary.
         statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
         targets: (N,) labels of the rows.
-        constants: the logits transform.
+        transform: the logits transform.
         total: whether Σ z is wanted.
 
     Returns:
@@ -275,20 +276,20 @@ def exponentials(
         operands.places,
     )
     if operands.rows:
-        _labels(statistics, operands, targets, 0, constants)
+        _labels(statistics, operands, targets, 0, transform)
         # The maximum of nothing is the least finite number, as in other statistics.
-        probe_tile = probe.tile(configs.STATISTICS_TILE, constants)
-        low = _partials(probe, targets, 0, constants, False, probe_tile)[:, 0].amax(0)
+        probe_tile = probe.tile(configs.STATISTICS_TILE, transform)
+        low = _partials(probe, targets, 0, transform, False, probe_tile)[:, 0].amax(0)
         low.clamp_(min=torch.finfo(torch.float32).min)
 
         def launch(tile: configs.Tile) -> Tensor:
-            return _partials(operands, targets, 0, constants, total, tile, Exponentials(sink, low))
+            return _partials(operands, targets, 0, transform, total, tile, Exponentials(sink, low))
 
-        tile = _tuned("linear_exponentials", operands, configs.EXPONENTIALS_TILE, constants, launch)
+        tile = _tuned("linear_exponentials", operands, configs.EXPONENTIALS_TILE, transform, launch)
         partials = launch(tile)
         top = partials[:, 0].amax(0)
         high = torch.where(top - low > REACH, top, low)
-        _partials(operands, targets, 0, constants, total, tile, Exponentials(sink, high, low, partials))
+        _partials(operands, targets, 0, transform, total, tile, Exponentials(sink, high, low, partials))
         statistics[TOP], statistics[OTHERS] = high, partials[:, 1].sum(0)
         if total:
             statistics[TOTAL] = partials[:, 2].sum(0)
@@ -321,7 +322,7 @@ def _partials(
     operands: Operands,
     targets: Tensor,
     first: int,
-    constants: Transform,
+    transform: Transform,
     total: bool,
     tile: configs.Tile,
     exponentials: Exponentials | None = None,
@@ -347,7 +348,7 @@ def _partials(
         places=operands.places, targets=targets, partials=partials, pivots=pivots, before=before, sink=sink,
         first=first, splits=splits, split_columns=split_columns, width=0 if sink is None else sink.shape[1],
         sink_stride=0 if sink is None else sink.stride(0), TOTALS=total, **operands.arguments(tile),
-        **factors(constants), **tile.options,
+        **factors(transform), **tile.options,
     )  # fmt: skip
     return partials
 
@@ -356,13 +357,13 @@ def _tuned(
     kernel: str,
     operands: Operands,
     table: dict[tuple[str, int], configs.Tile],
-    constants: Transform,
+    transform: Transform,
     launch: Callable[[configs.Tile], object],
 ) -> configs.Tile:
     """The tile of a table, or what a search prefers."""
-    default, hidden = operands.tile(table, constants), operands.hidden
+    default, hidden = operands.tile(table, transform), operands.hidden
     flags = {
-        constants.curve: constants.curved,
+        transform.curve: transform.curved,
         "bias": operands.bias is not None,
         "by index": operands.places is not None,
     }
@@ -371,11 +372,12 @@ def _tuned(
     return tune.tuned(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, launch)
 
 
-def _labels(statistics: Tensor, operands: Operands, targets: Tensor, first: int, constants: Transform) -> None:
+def _labels(statistics: Tensor, operands: Operands, targets: Tensor, first: int, transform: Transform) -> None:
     """Launch the targets' z."""
     hidden, weight = operands.hidden, operands.weight
     _linear_label_kernel[operands.rows,](
         hidden, weight, operands.bias, operands.places, targets, statistics[LABEL], operands.columns, hidden.shape[1],
-        hidden.stride(0), weight.stride(0), first, **factors(constants),
-        BLOCK=min(configs.LABEL.block, triton.next_power_of_2(hidden.shape[1])), **configs.LABEL.options,
+        hidden.stride(0), weight.stride(0), first, **factors(transform),
+        BLOCK=min(configs.LABEL_PRODUCT.block, triton.next_power_of_2(hidden.shape[1])),
+        **configs.LABEL_PRODUCT.options,
     )  # fmt: skip

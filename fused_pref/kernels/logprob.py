@@ -1,4 +1,7 @@
-"""Log-softmax and gather in one read of the logits: online Σ exp(z − max) over the entries other than the target."""
+"""Log-softmax and gather in one read of the logits: online Σ exp(z − max) over the entries other than the target.
+
+A batch has N_total positions, S·T where it is padded.
+"""
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -11,8 +14,6 @@ from torch import Tensor
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, tune
 from fused_pref.kernels.helpers import column_of, exp, log1p, row_offset, target_of, transform
-
-MEANS = {None: 0, "completion": 1, "all": 2}
 
 
 @triton.jit
@@ -64,15 +65,15 @@ def _token_logps_fwd_kernel(
     logits,  # [S, T, V] or [N_total, V]
     labels,  # [S, T] or [N_total]
     cu_seqlens,  # [S+1] or None
-    logp,  # [N]
-    statistics,  # [3, N]
-    means,  # [N] or None
-    partials,  # [splits, 3, N] or None
+    logp,  # [N_total]
+    statistics,  # [3, N_total]
+    means,  # [N_total] or None
+    partials,  # [splits, 3, N_total] or None
     rows, length, columns, sequences, split_columns,
     logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
     ignore_index, inner, outer,
     PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr,
-    MEANS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * split_columns
@@ -87,7 +88,7 @@ def _token_logps_fwd_kernel(
     top = tl.full([BLOCK // WIDTH], float("-inf"), tl.float32)
     others = tl.zeros([BLOCK // WIDTH], tl.float32)
     total = tl.zeros([BLOCK // WIDTH], tl.float32)
-    if scored | (MEANS == 2):
+    if scored | (MEANS == "all"):
         # Entries that are read one by one have addresses a constant apart from one that moves with the block.
         moving = base + _columns(0, BLOCK, WIDTH, ALIGNED).to(tl.int64) * logits_stride_v
         # The quotient tells the compiler that the end falls between two accesses.
@@ -97,7 +98,7 @@ def _token_logps_fwd_kernel(
             pointers = base + cols if ALIGNED else moving + tl.cast(start, tl.int64) * logits_stride_v
             x = tl.load(pointers, mask=cols < end, other=0.0).to(tl.float32)
             z = transform(x, inner, outer, TRANSFORM)
-            if MEANS > 0:
+            if means is not None:
                 total += tl.sum(z, 1)  # z is 0 beyond the end
             if (start + BLOCK > columns) | ((start <= column) & (column < start + BLOCK)):
                 z = tl.where((cols < columns) & (cols != column), z, float("-inf"))
@@ -106,7 +107,7 @@ def _token_logps_fwd_kernel(
             others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
             top = risen
     highest, remainder = _joined(top, others)
-    if SPLIT:
+    if partials is not None:
         part = (tl.program_id(1).to(tl.int64) * 3) * rows + row
         tl.store(partials + part, highest)
         tl.store(partials + (part + rows), remainder)
@@ -116,8 +117,8 @@ def _token_logps_fwd_kernel(
             row, rows, base, logits_stride_v, column, scored, highest, remainder, inner, outer, logp, statistics,
             TRANSFORM,
         )  # fmt: skip
-        if MEANS > 0:
-            tl.store(means + row, tl.where(scored | (MEANS == 2), tl.sum(total, 0) / columns, 0.0))
+        if means is not None:
+            tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(total, 0) / columns, 0.0))
 
 
 @triton.jit
@@ -146,8 +147,8 @@ def _token_logps_combine_kernel(
         row, rows, base, logits_stride_v, column_of(y, columns), scored, top, others, inner, outer, logp, statistics,
         TRANSFORM,
     )  # fmt: skip
-    if MEANS > 0:
-        tl.store(means + row, tl.where(scored | (MEANS == 2), tl.sum(totals, 0) / columns, 0.0))
+    if means is not None:
+        tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(totals, 0) / columns, 0.0))
 
 
 def geometry(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
@@ -172,12 +173,12 @@ def aligned(x: Tensor) -> bool:
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in sizes)
 
 
-def factors(constants: Transform) -> dict[str, float | str]:
+def factors(transform: Transform) -> dict[str, float | str]:
     """``inner``, ``outer`` and TRANSFORM of the device function ``transform``."""
     return {
-        "inner": constants.inner,
-        "outer": constants.outer,
-        "TRANSFORM": "identity" if constants.identity else constants.curve,
+        "inner": transform.inner,
+        "outer": transform.outer,
+        "TRANSFORM": "identity" if transform.identity else transform.curve,
     }
 
 
@@ -188,7 +189,7 @@ def token_logps_fwd(
     logits_mean: str | None,
     shift: bool,
     ignore_index: int,
-    constants: Transform,
+    transform: Transform,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.ops.token_logps_fwd`. One launch, and one to combine where rows are split."""
     rows, columns, device = labels.numel(), logits.shape[-1], logits.device
@@ -198,7 +199,7 @@ def token_logps_fwd(
     if rows == 0:
         return logp, statistics, means
     batch = geometry(logits, labels, cu_seqlens)
-    flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": MEANS[logits_mean], **factors(constants)}
+    flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": logits_mean, **factors(transform)}
 
     def launch(config: configs.Config) -> None:
         chunks = triton.cdiv(columns, config.block)
@@ -210,12 +211,13 @@ def token_logps_fwd(
         arguments = (logits, labels, cu_seqlens, logp, statistics, means if logits_mean else None, partials)
         _token_logps_fwd_kernel[rows, splits](
             *arguments, rows=rows, split_columns=split_columns, ignore_index=ignore_index, **batch, **flags,
-            ALIGNED=aligned(logits), SPLIT=splits > 1, BLOCK=config.block, **config.options,
+            ALIGNED=aligned(logits), BLOCK=config.block, **config.options,
         )  # fmt: skip
         if splits > 1:
+            combine = configs.Config(triton.next_power_of_2(splits), 1)
             _token_logps_combine_kernel[rows,](
                 *arguments, rows=rows, splits=splits, ignore_index=ignore_index, **batch, **flags,
-                BLOCK=triton.next_power_of_2(splits), **configs.COMBINE.options,
+                BLOCK=combine.block, **combine.options,
             )  # fmt: skip
 
     default = configs.choose(configs.FORWARD, device, logits.dtype, columns)

@@ -6,9 +6,10 @@ A pair loss takes Δ and the hyperparameters and gives the loss and ∂loss/∂�
 import triton
 import triton.language as tl
 
-# exp(80) is the largest AlphaPO reward; bfloat16's largest number bounds what is stored.
-ALPHA_CLAMP = tl.constexpr(80.0)
-LARGEST = tl.constexpr(3.3895313892515355e38)
+from fused_pref import objectives
+
+ALPHA_CLAMP = tl.constexpr(objectives.ALPHA_CLAMP)
+LARGEST = tl.constexpr(objectives.LARGEST)
 
 
 @triton.jit

@@ -16,24 +16,72 @@ from torch import Tensor
 from fused_pref.kernels import configs
 from fused_pref.kernels.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
 
-NLL = {None: 0, "token": 1, "sequence": 2}
-SHIFTS = {"fixed": 0, "running_mean": 1, "ema": 2}
-UPDATES = {None: 0, "forward": 1, "step": 2}
-
 
 @triton.jit
-def _count(value, pointer, POINTER: tl.constexpr):
-    """A normalizer, as a number or in memory; infinity for 0, so that a finite total over it is 0."""
-    if POINTER:
-        value = tl.load(pointer).to(tl.float64)
+def _number(value, pointer):
+    """A number (float64) that is given by value or in memory."""
+    if pointer is not None:
+        return tl.load(pointer).to(tl.float64)
     else:
-        value = tl.cast(value, tl.float64)
-    return tl.where(value > 0, value, float("inf"))
+        return tl.cast(value, tl.float64)
 
 
 @triton.jit
-def _total(values):
-    return tl.sum(values, 0)
+def _divisor(number):
+    """Infinity for a normalizer of 0, so that a finite total over it is 0."""
+    return tl.where(number > 0, number, float("inf"))
+
+
+@triton.jit
+def _zeros(TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums under way: of the chosen or desirable sequences, and of the others."""
+    return tl.zeros([BLOCK], TYPE), tl.zeros([BLOCK], TYPE)
+
+
+@triton.jit
+def _with_logits(total, places, s, members, totals, positions):
+    """Σ z and the number of its positions, with those of the ``members`` of sequences ``s``."""
+    if totals is not None:
+        total += tl.load(totals + s, mask=members, other=0.0)
+        places += tl.load(positions + s, mask=members, other=0)
+    return total, places
+
+
+@triton.jit
+def _store_mean(sink, total, places):
+    """The mean logit from sums of z and of positions, 0 without a position."""
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(places, 0), 1).to(tl.float64)
+    tl.store(sink, saturate(mean).to(tl.float32))
+
+
+@triton.jit
+def _chosen_tokens(counts, pairs, BLOCK: tl.constexpr):
+    """The number of scored tokens of the chosen sequences."""
+    tokens = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, pairs, BLOCK):
+        w = start + tl.arange(0, BLOCK)
+        tokens += tl.load(counts + w, mask=w < pairs, other=0)
+    return tl.sum(tokens, 0).to(tl.float64)
+
+
+@triton.jit
+def _half(s, inside, sums, counts, ref_logps, logps, rewards, beta, alpha, AVERAGE: tl.constexpr, ALPHA: tl.constexpr):
+    """Store log-prob and reward of one sequence of each pair; its sum, its length, what enters Δ and its growth."""
+    total = tl.load(sums + s, mask=inside, other=0.0)
+    if AVERAGE:
+        length = tl.maximum(tl.load(counts + s, mask=inside, other=1), 1).to(tl.float64)
+    else:
+        length = tl.zeros_like(total) + 1.0
+    if ref_logps is not None:
+        reward = total - tl.load(ref_logps + s, mask=inside, other=0.0).to(tl.float64)
+        enters = reward / length
+        grown = tl.zeros_like(total) + 1.0
+    else:
+        enters, grown = alpha_reward(total / length, alpha, ALPHA)
+        reward = enters
+    tl.store(logps + s, saturate(total / length).to(tl.float32), mask=inside)
+    tl.store(rewards + s, saturate(beta * reward).to(tl.float32), mask=inside)
+    return total, length, enters, grown
 
 
 @triton.jit
@@ -49,85 +97,82 @@ def _pair_objective_kernel(
     slope,  # [S] float64
     pairs, pair_count: tl.float64, token_count: tl.float64,
     beta: tl.float64, smoothing: tl.float64, cpo_alpha: tl.float64, gamma: tl.float64, alpha: tl.float64,
-    LOSS: tl.constexpr, AVERAGE: tl.constexpr, ALPHA: tl.constexpr, REFERENCE: tl.constexpr, NLL: tl.constexpr,
-    MEANS: tl.constexpr, PAIR_POINTER: tl.constexpr, TOKEN_POINTER: tl.constexpr, TOKEN_COUNT: tl.constexpr,
+    LOSS: tl.constexpr, AVERAGE: tl.constexpr, ALPHA: tl.constexpr, NLL: tl.constexpr, TOKEN_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pair_number = _count(pair_count, pair_normalizer, PAIR_POINTER)
+    pair_number = _divisor(_number(pair_count, pair_normalizer))
     nll_number = pair_number
-    if NLL == 1:
-        if TOKEN_COUNT:
-            tokens = tl.zeros([BLOCK], tl.int64)
-            for start in range(0, pairs, BLOCK):
-                w = start + tl.arange(0, BLOCK)
-                tokens += tl.load(counts + w, mask=w < pairs, other=0)
-            found = _total(tokens).to(tl.float64)
-            nll_number = tl.where(found > 0, found, float("inf"))
-        else:
-            nll_number = _count(token_count, token_normalizer, TOKEN_POINTER)
-    summed = tl.zeros([BLOCK], tl.float64)
-    chosen = tl.zeros([BLOCK], tl.float64)
-    w_total = tl.zeros([BLOCK], tl.float64)
-    l_total = tl.zeros([BLOCK], tl.float64)
-    w_places = tl.zeros([BLOCK], tl.int64)
-    l_places = tl.zeros([BLOCK], tl.int64)
+    if NLL == "token":
+        tokens = _chosen_tokens(counts, pairs, BLOCK) if TOKEN_COUNT else _number(token_count, token_normalizer)
+        nll_number = _divisor(tokens)
+    summed, chosen = _zeros(tl.float64, BLOCK)
+    w_total, l_total = _zeros(tl.float64, BLOCK)
+    w_places, l_places = _zeros(tl.int64, BLOCK)
     for start in range(0, pairs, BLOCK):
         w = start + tl.arange(0, BLOCK)
         l = w + pairs
         inside = w < pairs
-        w_sum = tl.load(sums + w, mask=inside, other=0.0)
-        l_sum = tl.load(sums + l, mask=inside, other=0.0)
-        if AVERAGE:
-            w_length = tl.maximum(tl.load(counts + w, mask=inside, other=1), 1).to(tl.float64)
-            l_length = tl.maximum(tl.load(counts + l, mask=inside, other=1), 1).to(tl.float64)
-        else:
-            w_length = tl.zeros([BLOCK], tl.float64) + 1.0
-            l_length = w_length
-        w_logps = w_sum / w_length
-        l_logps = l_sum / l_length
-        if REFERENCE:
-            w_reward = w_sum - tl.load(ref_logps + w, mask=inside, other=0.0).to(tl.float64)
-            l_reward = l_sum - tl.load(ref_logps + l, mask=inside, other=0.0).to(tl.float64)
-            w_enters = w_reward / w_length
-            l_enters = l_reward / l_length
-            w_grown = tl.zeros([BLOCK], tl.float64) + 1.0
-            l_grown = w_grown
-        else:
-            w_enters, w_grown = alpha_reward(w_logps, alpha, ALPHA)
-            l_enters, l_grown = alpha_reward(l_logps, alpha, ALPHA)
-            w_reward = w_enters
-            l_reward = l_enters
+        w_sum, w_length, w_enters, w_grown = _half(
+            w, inside, sums, counts, ref_logps, logps, rewards, beta, alpha, AVERAGE, ALPHA
+        )
+        _, l_length, l_enters, l_grown = _half(
+            l, inside, sums, counts, ref_logps, logps, rewards, beta, alpha, AVERAGE, ALPHA
+        )
         losses, rises = pair_loss(w_enters - l_enters, beta, smoothing, gamma, LOSS)
         summed += tl.where(inside, losses, 0.0)
         w_slope = rises * w_grown / w_length / pair_number
         l_slope = -rises * l_grown / l_length / pair_number
-        if NLL > 0:
+        if NLL is not None:
             chosen += w_sum
             w_slope -= cpo_alpha / nll_number
-        tl.store(logps + w, saturate(w_logps).to(tl.float32), mask=inside)
-        tl.store(logps + l, saturate(l_logps).to(tl.float32), mask=inside)
-        tl.store(rewards + w, saturate(beta * w_reward).to(tl.float32), mask=inside)
-        tl.store(rewards + l, saturate(beta * l_reward).to(tl.float32), mask=inside)
         tl.store(slope + w, saturate(w_slope), mask=inside)
         tl.store(slope + l, saturate(l_slope), mask=inside)
-        if MEANS:
-            w_total += tl.load(totals + w, mask=inside, other=0.0)
-            l_total += tl.load(totals + l, mask=inside, other=0.0)
-            w_places += tl.load(positions + w, mask=inside, other=0)
-            l_places += tl.load(positions + l, mask=inside, other=0)
-    result = _total(summed) / pair_number
-    if NLL > 0:
-        nll = -_total(chosen) / nll_number
+        w_total, w_places = _with_logits(w_total, w_places, w, inside, totals, positions)
+        l_total, l_places = _with_logits(l_total, l_places, l, inside, totals, positions)
+    result = tl.sum(summed, 0) / pair_number
+    nll = tl.zeros_like(result)
+    if NLL is not None:
+        nll = -tl.sum(chosen, 0) / nll_number
         result += cpo_alpha * nll
-    else:
-        nll = tl.zeros_like(result)
     tl.store(loss, saturate(result).to(tl.float32))
     tl.store(scalars, saturate(nll).to(tl.float32))
-    if MEANS:
-        w_mean = _total(w_total) / tl.maximum(_total(w_places), 1).to(tl.float64)
-        l_mean = _total(l_total) / tl.maximum(_total(l_places), 1).to(tl.float64)
-        tl.store(scalars + 1, saturate(w_mean).to(tl.float32))
-        tl.store(scalars + 2, saturate(l_mean).to(tl.float32))
+    if totals is not None:
+        _store_mean(scalars + 1, w_total, w_places)
+        _store_mean(scalars + 2, l_total, l_places)
+
+
+@triton.jit
+def _classes(s, inside, sums, desirable, ref_logps, beta):
+    """Of sequences ``s``: which are desirable and which are not, log-probs and rewards."""
+    w = tl.load(desirable + s, mask=inside, other=0).to(tl.int1) & inside
+    total = tl.load(sums + s, mask=inside, other=0.0)
+    reward = beta * (total - tl.load(ref_logps + s, mask=inside, other=0.0).to(tl.float64))
+    return w, inside & (w == 0), total, reward
+
+
+@triton.jit
+def _class_sums(sums, desirable, ref_logps, logps, rewards, sequences, beta, BLOCK: tl.constexpr):
+    """Store log-probs and rewards; of each class the sum and number of the finite ones, and how many it has."""
+    w_sum, l_sum = _zeros(tl.float64, BLOCK)
+    w_finite, l_finite = _zeros(tl.int64, BLOCK)
+    w_number, l_number = _zeros(tl.int64, BLOCK)
+    for start in range(0, sequences, BLOCK):
+        s = start + tl.arange(0, BLOCK)
+        inside = s < sequences
+        w, l, total, reward = _classes(s, inside, sums, desirable, ref_logps, beta)
+        tl.store(rewards + s, saturate(reward).to(tl.float32), mask=inside)
+        tl.store(logps + s, saturate(total).to(tl.float32), mask=inside)
+        finite = tl.abs(reward) < float("inf")
+        w_sum += tl.where(w & finite, reward, 0.0)
+        l_sum += tl.where(l & finite, reward, 0.0)
+        w_finite += (w & finite).to(tl.int64)
+        l_finite += (l & finite).to(tl.int64)
+        w_number += w.to(tl.int64)
+        l_number += l.to(tl.int64)
+    return (
+        tl.sum(w_sum, 0), tl.sum(l_sum, 0), tl.sum(w_finite, 0), tl.sum(l_finite, 0),
+        tl.sum(w_number, 0), tl.sum(l_number, 0),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -135,11 +180,48 @@ def _folded(mean, count, added, number, decay, KIND: tl.constexpr):
     """A class's mean and count with a batch's sum and number folded in; unchanged where the number is 0."""
     risen = count + number
     fresh = added / tl.maximum(number, 1).to(tl.float64)
-    if KIND == 1:
+    if KIND == "running_mean":
         moved = mean + (fresh - mean) * (number.to(tl.float64) / tl.maximum(risen, 1).to(tl.float64))
     else:
+        tl.static_assert(KIND == "ema", "unknown kind of shift")
         moved = tl.where(count > 0, decay * mean + (1.0 - decay) * fresh, fresh)
     return tl.where(number > 0, moved, mean), risen
+
+
+@triton.jit
+def _moving_shift(
+    shift_mean, shift_count, pending_sum, pending_count,  # [2]
+    w_added, w_new, l_added, l_new, decay, KIND: tl.constexpr, UPDATE: tl.constexpr,
+):  # fmt: skip
+    """δ of a RewardShift after the update that this batch, of these sums and numbers, makes to its state."""
+    w_mean = tl.load(shift_mean)
+    l_mean = tl.load(shift_mean + 1)
+    w_seen = tl.load(shift_count)
+    l_seen = tl.load(shift_count + 1)
+    # Every thread has read the state before one of them writes it.
+    tl.debug_barrier()
+    if UPDATE == "step":
+        tl.store(pending_sum, tl.load(pending_sum) + w_added)
+        tl.store(pending_sum + 1, tl.load(pending_sum + 1) + l_added)
+        tl.store(pending_count, tl.load(pending_count) + w_new)
+        tl.store(pending_count + 1, tl.load(pending_count + 1) + l_new)
+    if UPDATE == "forward":
+        if KIND == "running_mean":
+            w_added += l_added
+            w_new += l_new
+        else:
+            l_mean, l_seen = _folded(l_mean, l_seen, l_added, l_new, decay, KIND)
+            tl.store(shift_mean + 1, l_mean)
+            tl.store(shift_count + 1, l_seen)
+        w_mean, w_seen = _folded(w_mean, w_seen, w_added, w_new, decay, KIND)
+        tl.store(shift_mean, w_mean)
+        tl.store(shift_count, w_seen)
+    if KIND == "running_mean":
+        return w_mean
+    else:
+        w_exists = tl.where(w_seen > 0, 1.0, 0.0).to(tl.float64)
+        l_exists = tl.where(l_seen > 0, 1.0, 0.0).to(tl.float64)
+        return (w_mean * w_exists + l_mean * l_exists) / tl.maximum(w_exists + l_exists, 1.0)
 
 
 @triton.jit
@@ -155,130 +237,58 @@ def _bco_objective_kernel(
     loss,  # 0-d
     scalars,  # [3]
     numbers,  # [2] int64
-    rewards, logps,  # [S]
+    logps, rewards,  # [S]
     slope,  # [S] float64
     sequences, delta_value: tl.float64, sequence_count: tl.float64, positive_count: tl.float64,
     negative_count: tl.float64, beta: tl.float64, decay: tl.float64,
-    CLASS_MEAN: tl.constexpr, CLASS_COUNT: tl.constexpr, WEIGHT: tl.constexpr, MEANS: tl.constexpr,
-    DELTA_POINTER: tl.constexpr, SEQUENCE_POINTER: tl.constexpr, POSITIVE_POINTER: tl.constexpr,
-    NEGATIVE_POINTER: tl.constexpr, KIND: tl.constexpr, UPDATE: tl.constexpr, BLOCK: tl.constexpr,
+    CLASS_MEAN: tl.constexpr, CLASS_COUNT: tl.constexpr, KIND: tl.constexpr, UPDATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    w_sum = tl.zeros([BLOCK], tl.float64)
-    l_sum = tl.zeros([BLOCK], tl.float64)
-    w_finite = tl.zeros([BLOCK], tl.int64)
-    l_finite = tl.zeros([BLOCK], tl.int64)
-    w_number = tl.zeros([BLOCK], tl.int64)
-    l_number = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, sequences, BLOCK):
-        s = start + tl.arange(0, BLOCK)
-        inside = s < sequences
-        w = tl.load(desirable + s, mask=inside, other=0).to(tl.int1) & inside
-        l = inside & (w == 0)
-        total = tl.load(sums + s, mask=inside, other=0.0)
-        reward = beta * (total - tl.load(ref_logps + s, mask=inside, other=0.0).to(tl.float64))
-        tl.store(rewards + s, saturate(reward).to(tl.float32), mask=inside)
-        tl.store(logps + s, saturate(total).to(tl.float32), mask=inside)
-        finite = tl.abs(reward) < float("inf")
-        w_sum += tl.where(w & finite, reward, 0.0)
-        l_sum += tl.where(l & finite, reward, 0.0)
-        w_finite += (w & finite).to(tl.int64)
-        l_finite += (l & finite).to(tl.int64)
-        w_number += w.to(tl.int64)
-        l_number += l.to(tl.int64)
-    positives = _total(w_number)
-    negatives = _total(l_number)
-    tl.store(numbers, positives)
-    tl.store(numbers + 1, negatives)
-
-    if KIND == 0:
-        if DELTA_POINTER:
-            shift = tl.load(delta).to(tl.float64)
-        else:
-            shift = tl.cast(delta_value, tl.float64)
+    w_sum, l_sum, w_finite, l_finite, w_number, l_number = _class_sums(
+        sums, desirable, ref_logps, logps, rewards, sequences, beta, BLOCK
+    )
+    tl.store(numbers, w_number)
+    tl.store(numbers + 1, l_number)
+    if KIND == "fixed":
+        shift = _number(delta_value, delta)
     else:
-        w_mean = tl.load(shift_mean)
-        l_mean = tl.load(shift_mean + 1)
-        w_seen = tl.load(shift_count)
-        l_seen = tl.load(shift_count + 1)
-        added = _total(w_sum)
-        number = _total(w_finite)
-        l_added = _total(l_sum)
-        l_new = _total(l_finite)
-        # Every thread has read the state before one of them writes it.
-        tl.debug_barrier()
-        if UPDATE == 2:
-            tl.store(pending_sum, tl.load(pending_sum) + added)
-            tl.store(pending_sum + 1, tl.load(pending_sum + 1) + l_added)
-            tl.store(pending_count, tl.load(pending_count) + number)
-            tl.store(pending_count + 1, tl.load(pending_count + 1) + l_new)
-        if UPDATE == 1:
-            if KIND == 1:
-                added += l_added
-                number += l_new
-            else:
-                l_mean, l_seen = _folded(l_mean, l_seen, l_added, l_new, decay, KIND)
-                tl.store(shift_mean + 1, l_mean)
-                tl.store(shift_count + 1, l_seen)
-            w_mean, w_seen = _folded(w_mean, w_seen, added, number, decay, KIND)
-            tl.store(shift_mean, w_mean)
-            tl.store(shift_count, w_seen)
-        if KIND == 1:
-            shift = w_mean
-        else:
-            w_exists = tl.where(w_seen > 0, 1.0, 0.0).to(tl.float64)
-            l_exists = tl.where(l_seen > 0, 1.0, 0.0).to(tl.float64)
-            shift = (w_mean * w_exists + l_mean * l_exists) / tl.maximum(w_exists + l_exists, 1.0)
-
+        shift = _moving_shift(
+            shift_mean, shift_count, pending_sum, pending_count, w_sum, w_finite, l_sum, l_finite, decay, KIND, UPDATE
+        )
     if CLASS_MEAN:
-        if CLASS_COUNT:
-            w_count = tl.maximum(positives, 1).to(tl.float64)
-            l_count = tl.maximum(negatives, 1).to(tl.float64)
-        else:
-            w_count = _count(positive_count, positive_normalizer, POSITIVE_POINTER)
-            l_count = _count(negative_count, negative_normalizer, NEGATIVE_POINTER)
+        w_count = _divisor(w_number.to(tl.float64) if CLASS_COUNT else _number(positive_count, positive_normalizer))
+        l_count = _divisor(l_number.to(tl.float64) if CLASS_COUNT else _number(negative_count, negative_normalizer))
     else:
-        w_count = _count(sequence_count, sequence_normalizer, SEQUENCE_POINTER)
+        w_count = _divisor(_number(sequence_count, sequence_normalizer))
         l_count = w_count
     summed = tl.zeros([BLOCK], tl.float64)
-    w_total = tl.zeros([BLOCK], tl.float64)
-    l_total = tl.zeros([BLOCK], tl.float64)
-    w_places = tl.zeros([BLOCK], tl.int64)
-    l_places = tl.zeros([BLOCK], tl.int64)
+    w_total, l_total = _zeros(tl.float64, BLOCK)
+    w_places, l_places = _zeros(tl.int64, BLOCK)
     for start in range(0, sequences, BLOCK):
         s = start + tl.arange(0, BLOCK)
         inside = s < sequences
-        w = tl.load(desirable + s, mask=inside, other=0).to(tl.int1) & inside
-        l = inside & (w == 0)
-        total = tl.load(sums + s, mask=inside, other=0.0)
-        reward = beta * (total - tl.load(ref_logps + s, mask=inside, other=0.0).to(tl.float64))
+        w, l, _, reward = _classes(s, inside, sums, desirable, ref_logps, beta)
         sign = tl.where(w, 1.0, -1.0)
         x = sign * (reward - shift)
         weight = sign / tl.where(w, w_count, l_count)
-        if WEIGHT:
+        if sample_weight is not None:
             weight *= tl.load(sample_weight + s, mask=inside, other=0.0).to(tl.float64)
         summed += tl.where(inside, -log_logistic(x) * (sign * weight), 0.0)
         tl.store(slope + s, saturate(-beta * logistic(-x) * weight), mask=inside)
-        if MEANS:
-            mean = tl.load(totals + s, mask=inside, other=0.0)
-            place = tl.load(positions + s, mask=inside, other=0)
-            w_total += tl.where(w, mean, 0.0)
-            l_total += tl.where(l, mean, 0.0)
-            w_places += tl.where(w, place, 0)
-            l_places += tl.where(l, place, 0)
-    tl.store(loss, saturate(_total(summed)).to(tl.float32))
+        w_total, w_places = _with_logits(w_total, w_places, s, w, totals, positions)
+        l_total, l_places = _with_logits(l_total, l_places, s, l, totals, positions)
+    tl.store(loss, saturate(tl.sum(summed, 0)).to(tl.float32))
     tl.store(scalars, saturate(shift).to(tl.float32))
-    if MEANS:
-        w_logits = _total(w_total) / tl.maximum(_total(w_places), 1).to(tl.float64)
-        l_logits = _total(l_total) / tl.maximum(_total(l_places), 1).to(tl.float64)
-        tl.store(scalars + 1, saturate(w_logits).to(tl.float32))
-        tl.store(scalars + 2, saturate(l_logits).to(tl.float32))
+    if totals is not None:
+        _store_mean(scalars + 1, w_total, w_places)
+        _store_mean(scalars + 2, l_total, l_places)
 
 
-def number_and_pointer(value: float | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
-    """A number by value; a 0-d tensor by pointer where it is on the device, else by value."""
-    if isinstance(value, Tensor):
-        return (0.0, value) if value.device == device else (float(value), None)
-    return float(value or 0.0), None
+def value_and_pointer(number: float | None, tensor: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """What a kernel takes for a number or a 0-d tensor: a pointer where that is on the device, else its value."""
+    if tensor is None:
+        return float(number or 0.0), None
+    return (0.0, tensor) if tensor.device == device else (float(tensor), None)
 
 
 def pair_objective(
@@ -287,11 +297,13 @@ def pair_objective(
     totals: Tensor,
     positions: Tensor,
     ref_logps: Tensor | None,
-    pair_normalizer: float | Tensor | None,
-    token_normalizer: float | Tensor | None,
+    pair_number: float | None,
+    pair_tensor: Tensor | None,
+    token_number: float | None,
+    token_tensor: Tensor | None,
     logits_mean: str | None,
-    loss_type: str,
     average: bool,
+    loss_type: str,
     beta: float,
     label_smoothing: float,
     cpo_alpha: float,
@@ -299,24 +311,23 @@ def pair_objective(
     alpha: float,
     nll_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars, logps, rewards and slope of :func:`fused_pref.objectives.pair_objective`. One launch."""
+    """See :func:`fused_pref.reductions.pair_objective_op`. One launch."""
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
     rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
-    given = sequences // 2 if pair_normalizer is None else pair_normalizer
-    pair_count, pair_pointer = number_and_pointer(given, device)
-    token_count, token_pointer = number_and_pointer(token_normalizer, device)
+    pairs = sequences // 2
+    pair_count, pair_normalizer = value_and_pointer(pairs if pair_number is None else pair_number, pair_tensor, device)
+    token_count, token_normalizer = value_and_pointer(token_number, token_tensor, device)
     means = logits_mean is not None
     _pair_objective_kernel[1,](
-        sums, counts, totals if means else None, positions if means else None, ref_logps, pair_pointer, token_pointer,
-        loss, scalars, logps, rewards, slope,
-        pairs=sequences // 2, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
+        sums, counts, totals if means else None, positions if means else None, ref_logps,
+        pair_normalizer, token_normalizer, loss, scalars, logps, rewards, slope,
+        pairs=pairs, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
         cpo_alpha=cpo_alpha, gamma=simpo_gamma, alpha=alpha,
-        LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, REFERENCE=ref_logps is not None,
-        NLL=NLL[nll_reduction if cpo_alpha else None], MEANS=means, PAIR_POINTER=pair_pointer is not None,
-        TOKEN_POINTER=token_pointer is not None, TOKEN_COUNT=token_normalizer is None,
+        LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, NLL=nll_reduction if cpo_alpha else None,
+        TOKEN_COUNT=token_number is None and token_tensor is None,
         BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, logps, rewards, slope
@@ -329,10 +340,18 @@ def bco_objective(
     desirable: Tensor,
     ref_logps: Tensor,
     sample_weight: Tensor | None,
-    delta: float | Tensor | None,
-    state: tuple[Tensor | None, ...],
-    sequence_normalizer: float | Tensor | None,
-    class_normalizer: tuple[float | Tensor, float | Tensor] | None,
+    delta_number: float | None,
+    delta_tensor: Tensor | None,
+    shift_mean: Tensor | None,
+    shift_count: Tensor | None,
+    pending_sum: Tensor | None,
+    pending_count: Tensor | None,
+    sequence_number: float | None,
+    sequence_tensor: Tensor | None,
+    positive_number: float | None,
+    positive_tensor: Tensor | None,
+    negative_number: float | None,
+    negative_tensor: Tensor | None,
     logits_mean: str | None,
     reduction: str,
     beta: float,
@@ -340,30 +359,26 @@ def bco_objective(
     update: str | None,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars, class counts, logps, rewards, slope of BCO; ``state`` of a RewardShift is updated. One launch."""
+    """See :func:`fused_pref.reductions.bco_objective_op`. One launch."""
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)
     numbers = torch.empty(2, dtype=torch.int64, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
     rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
-    given = sequences if sequence_normalizer is None else sequence_normalizer
-    sequence_count, sequence_pointer = number_and_pointer(given, device)
-    positives, negatives = class_normalizer or (None, None)
-    positive_count, positive_pointer = number_and_pointer(positives, device)
-    negative_count, negative_pointer = number_and_pointer(negatives, device)
-    delta_value, delta_pointer = number_and_pointer(delta, device)
+    given = sequences if sequence_number is None else sequence_number
+    sequence_count, sequence_normalizer = value_and_pointer(given, sequence_tensor, device)
+    positive_count, positive_normalizer = value_and_pointer(positive_number, positive_tensor, device)
+    negative_count, negative_normalizer = value_and_pointer(negative_number, negative_tensor, device)
+    delta_value, delta = value_and_pointer(delta_number, delta_tensor, device)
     means = logits_mean is not None
     _bco_objective_kernel[1,](
         sums, totals if means else None, positions if means else None, desirable, ref_logps, sample_weight,
-        delta_pointer, *state, sequence_pointer, positive_pointer, negative_pointer,
-        loss, scalars, numbers, rewards, logps, slope,
+        delta, shift_mean, shift_count, pending_sum, pending_count,
+        sequence_normalizer, positive_normalizer, negative_normalizer, loss, scalars, numbers, logps, rewards, slope,
         sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,
         negative_count=negative_count, beta=beta, decay=decay,
-        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=class_normalizer is None, WEIGHT=sample_weight is not None,
-        MEANS=means, DELTA_POINTER=delta_pointer is not None, SEQUENCE_POINTER=sequence_pointer is not None,
-        POSITIVE_POINTER=positive_pointer is not None, NEGATIVE_POINTER=negative_pointer is not None,
-        KIND=SHIFTS[kind], UPDATE=UPDATES[update], BLOCK=configs.OBJECTIVE.block,
-        **configs.OBJECTIVE.options,
+        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=positive_number is None and positive_tensor is None,
+        KIND=kind, UPDATE=update, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, numbers, logps, rewards, slope

@@ -7,14 +7,12 @@ and loops end there, so that the host need not wait. Used by :mod:`fused_pref.he
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_pref.kernels import configs
-from fused_pref.kernels.gemm import precision, tile_order
+from fused_pref.kernels.gemm import constants, tile_order
 
 
 # Counts are entries of one tensor: where they lie must not make code of its own.
@@ -132,7 +130,7 @@ def weight_product(
     grid = (triton.cdiv(columns, tile.rows) * triton.cdiv(features, tile.columns),)
     _picked_weight_kernel[grid](
         q, hidden, places, count, scale, sink, columns, features, q.stride(0), hidden.stride(0), sink.stride(0),
-        **_constants(q, tile),
+        **constants(q, tile), **tile.options,
     )  # fmt: skip
 
 
@@ -143,7 +141,7 @@ def hidden_product(sums: Tensor, q: Tensor, weight: Tensor, places: Tensor, coun
     grid = (triton.cdiv(q.shape[0], tile.rows) * triton.cdiv(features, tile.columns),)
     _picked_hidden_kernel[grid](
         q, weight, places, count, sums, q.shape[0], columns, features, q.stride(0), weight.stride(0), sums.stride(0),
-        **_constants(q, tile),
+        **constants(q, tile), **tile.options,
     )  # fmt: skip
 
 
@@ -158,19 +156,6 @@ def bias_product(sink: Tensor, q: Tensor, factor: Tensor, places: Tensor, count:
 def _tile(q: Tensor, other: Tensor) -> configs.Tile:
     if q.device.type == "cpu":
         return configs.INTERPRETER_TILE
-    if any(x.stride(0) * x.dtype.itemsize % 16 for x in (q, other)):
+    if not (configs.rows_aligned(q) and configs.rows_aligned(other)):
         return configs.UNALIGNED_TILE
     return configs.PICKED_TILE[configs.architecture(q.device), q.dtype.itemsize]
-
-
-def _constants(q: Tensor, tile: configs.Tile) -> dict[str, Any]:
-    return {
-        "PRECISION": precision(q.dtype),
-        # The interpreter multiplies the bits of 16-bit entries.
-        "UPCAST": q.device.type == "cpu" and q.dtype.itemsize == 2,
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "DEPTH": tile.depth,
-        "GROUP": tile.group,
-        **tile.options,
-    }

@@ -1,4 +1,7 @@
-"""Sums per sequence of what was computed per token, and the way back: one launch each."""
+"""Sums per sequence of what was computed per token, and the way back: one launch each.
+
+A batch has N_total positions, S·T where it is padded.
+"""
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -13,8 +16,8 @@ from fused_pref.kernels import configs
 
 @triton.jit
 def _sequence_scores_kernel(
-    logp,  # [N]
-    means,  # [N] or None
+    logp,  # [N_total]
+    means,  # [N_total] or None
     labels,  # [S, T] or [N_total]
     cu_seqlens,  # [S+1] or None
     sums,  # [S] float64
@@ -22,7 +25,7 @@ def _sequence_scores_kernel(
     totals,  # [S] float64 or None
     positions,  # [S] int64 or None
     length, labels_stride_s, labels_stride_t, ignore_index,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, MEANS: tl.constexpr, EVERYWHERE: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, SHIFT: tl.constexpr, EVERYWHERE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     if PACKED:
@@ -39,7 +42,7 @@ def _sequence_scores_kernel(
     for block in range(0, number, BLOCK):
         t = block + tl.arange(0, BLOCK)
         total += tl.load(logp + start + t, mask=t < number, other=0.0).to(tl.float64)
-        if MEANS:
+        if means is not None:
             mean += tl.load(means + start + t, mask=t < number, other=0.0).to(tl.float64)
         target = t + 1 if SHIFT else t
         y = tl.load(places + target.to(tl.int64) * labels_stride_t, mask=target < number, other=ignore_index)
@@ -47,7 +50,7 @@ def _sequence_scores_kernel(
     counted = tl.sum(count, 0)
     tl.store(sums + s, tl.sum(total, 0))
     tl.store(counts + s, counted)
-    if MEANS:
+    if means is not None:
         tl.store(totals + s, tl.sum(mean, 0))
         if EVERYWHERE:
             tl.store(positions + s, number)
@@ -93,7 +96,7 @@ def sequence_scores(
             sums, counts, totals if asked else None, positions if asked else None,
             length=labels.shape[-1], labels_stride_s=0 if packed else labels.stride(0),
             labels_stride_t=labels.stride(-1), ignore_index=ignore_index,
-            PACKED=packed, SHIFT=shift, MEANS=asked, EVERYWHERE=logits_mean == "all",
+            PACKED=packed, SHIFT=shift, EVERYWHERE=logits_mean == "all",
             BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
         )  # fmt: skip
     return sums, counts, totals, positions

@@ -25,7 +25,7 @@ def _slab_statistics_kernel(
     targets,  # [n]
     statistics,  # [4, n], updated
     columns, first, slab_stride, targets_stride, statistics_stride, inner, outer,
-    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, TOTALS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row * targets_stride).to(tl.int64) - first
@@ -44,7 +44,7 @@ def _slab_statistics_kernel(
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(base + cols, mask=cols < end, other=0.0).to(tl.float32)
         z = transform(x, inner, outer, TRANSFORM)
-        if TOTAL:
+        if TOTALS:
             total += z  # 0 beyond the end
         z = tl.where((cols < columns) & (cols != y), z, float("-inf"))
         risen = tl.maximum(top, tl.max(z, 0))
@@ -55,7 +55,7 @@ def _slab_statistics_kernel(
     here = (y >= 0) & (y < columns)
     label = tl.load(base + y, mask=here, other=0.0).to(tl.float32)
     tl.store(seen + 2 * statistics_stride, transform(label, inner, outer, TRANSFORM), mask=here)
-    if TOTAL:
+    if TOTALS:
         tl.store(seen + 3 * statistics_stride, tl.load(seen + 3 * statistics_stride) + tl.sum(total, 0))
 
 
@@ -90,23 +90,23 @@ def _slab_gradient_kernel(
 def _place_rows_kernel(
     source,  # [n, D]
     factor,  # [n]
-    places,  # [n], read if BY_INDEX
-    targets, label_q,  # [n], read if LABEL
-    weight,  # [v, D], read if LABEL
+    places,  # [n] or None
+    targets, label_q,  # [n] or None
+    weight,  # [v, D] or None, with the targets
     sink,  # [P, D], may be the source
-    features, columns, source_row, source_column, targets_stride, weight_row, weight_column, sink_stride,
-    BY_INDEX: tl.constexpr, LABEL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    features, source_row, source_column, sink_stride, columns, targets_stride, weight_row, weight_column,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = row
-    if BY_INDEX:
+    if places is not None:
         place = tl.load(places + row)
     a = tl.load(factor + row)
     WIDTH: tl.constexpr = 128 // sink.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     base = source + tl.multiple_of(row * source_row, WIDTH)
     out = sink + tl.multiple_of(place * sink_stride, WIDTH)
     end = features // WIDTH * WIDTH
-    if LABEL:
+    if weight is not None:
         y = tl.load(targets + row * targets_stride).to(tl.int64)
         here = (y >= 0) & (y < columns)
         q = tl.load(label_q + row)
@@ -115,7 +115,7 @@ def _place_rows_kernel(
     for start in range(0, features, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(base + cols.to(tl.int64) * source_column, mask=cols < end, other=0.0).to(tl.float32)
-        if LABEL:
+        if weight is not None:
             x += q * tl.load(own + cols.to(tl.int64) * weight_column, mask=cols < last, other=0.0).to(tl.float32)
         tl.store(out + cols, (x * a).to(sink.dtype.element_ty), mask=cols < end)
 
@@ -149,7 +149,7 @@ def absorb(
     slab: Tensor,
     targets: Tensor,
     first: int,
-    constants: Transform,
+    transform: Transform,
     *,
     total: bool,
     sink: Tensor | None = None,
@@ -161,13 +161,13 @@ def absorb(
     config = configs.choose(configs.FORWARD, slab.device, slab.dtype, columns)
     _slab_statistics_kernel[rows,](
         slab, targets, statistics, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
-        **factors(constants), ALIGNED=aligned(slab), TOTAL=total, BLOCK=config.block, **config.options,
+        **factors(transform), ALIGNED=aligned(slab), TOTALS=total, BLOCK=config.block, **config.options,
     )  # fmt: skip
     if sink is not None:
-        gradient(sink, slab, statistics, targets, first, constants)
+        gradient(sink, slab, statistics, targets, first, transform)
 
 
-def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, first: int, constants: Transform) -> None:
+def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform) -> None:
     """See :func:`fused_pref.head.slab.gradient`. One launch."""
     rows, columns = slab.shape
     if rows == 0:
@@ -175,7 +175,7 @@ def gradient(sink: Tensor, slab: Tensor, statistics: Tensor, targets: Tensor, fi
     config = configs.choose(configs.BACKWARD, slab.device, slab.dtype, columns)
     _slab_gradient_kernel[rows,](
         slab, targets, statistics, sink, columns, first, slab.stride(0), targets.stride(0), statistics.stride(0),
-        sink.stride(0), **factors(constants), ALIGNED=aligned(slab) and aligned(sink), BLOCK=config.block,
+        sink.stride(0), **factors(transform), ALIGNED=aligned(slab) and aligned(sink), BLOCK=config.block,
         **config.options,
     )  # fmt: skip
 
@@ -187,12 +187,13 @@ def place_rows(
     rows, features = source.shape
     if rows == 0:
         return
-    targets, label_q, weight = (factor, factor, source) if label is None else label
+    targets, label_q, weight = label or (None, None, None)
+    sizes = (0, 0, 0, 0) if label is None else (label.weight.shape[0], label.targets.stride(0), *label.weight.stride())
     config = configs.choose(configs.BACKWARD, sink.device, sink.dtype, features)
     _place_rows_kernel[rows,](
-        source, factor, places, targets, label_q, weight, sink, features, weight.shape[0], *source.stride(),
-        targets.stride(0), *weight.stride(), sink.stride(0), BY_INDEX=places is not None, LABEL=label is not None,
-        ALIGNED=aligned(source) and aligned(weight) and aligned(sink), BLOCK=config.block, **config.options,
+        source, factor, places, targets, label_q, weight, sink, features, *source.stride(), sink.stride(0), *sizes,
+        ALIGNED=all(aligned(x) for x in (source, sink, weight) if x is not None), BLOCK=config.block,
+        **config.options,
     )  # fmt: skip
 
 

@@ -171,11 +171,21 @@ def store(key: str, config: Config | Tile) -> None:
     text = json.dumps({"version": VERSION, "entries": {**entries, key: asdict(config)}}, indent=1, sort_keys=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
+        _replace(path, text)
     except OSError as error:
         warnings.warn(f"what FUSED_PREF_TUNE found is not kept: {error}", stacklevel=2)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once; where that fails nothing of it stays."""
+    descriptor, name = tempfile.mkstemp(".tmp", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def _read() -> dict[str, Any] | None:
