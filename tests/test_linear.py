@@ -43,9 +43,12 @@ def parity(objective: str, batch: Hidden, *, device: str = "cpu", **keywords: An
 
 @contextlib.contextmanager
 def only(
-    monkeypatch: pytest.MonkeyPatch, name: str, *, small: bool = False, fused: bool = False
+    monkeypatch: pytest.MonkeyPatch, name: str, *, small: bool = False, fused: bool = False, least: int = 5
 ) -> Iterator[list[plan.Plan]]:
-    """Only plans of this name and form; ``small``: the smallest of them, else the largest. Gives the plans taken."""
+    """Only plans of this name and form, of which it gives those that were taken.
+
+    The largest of them, or with ``small`` the smallest whose slabs have ``least`` rows and columns.
+    """
     taken: list[plan.Plan] = []
 
     def choose(problem: plan.Problem) -> plan.Plan:
@@ -54,7 +57,7 @@ def only(
             assert not problem.gradients
             return next(p for p in plan.candidates(problem) if p.fused == fused)
         if small:
-            best = min(plans, key=lambda p: (p.rows * p.columns, p.kept))
+            best = min(plans, key=lambda p: (min(p.rows, p.columns) < least, p.rows * p.columns, p.kept))
         else:
             best = max(plans, key=lambda p: p.workspace)
         taken.append(best)
@@ -106,6 +109,17 @@ def test_plans(
         assert len(taken[0].bounds) > 2
     if small and name == "vocab_major":
         assert taken[0].columns < 29
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("grouped", "hwb"), ("vocab_major", "hwb"), ("frozen_head", "h"), ("logprob", "")]
+)
+def test_the_smallest_slabs(name: str, wanted: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_hidden(4, 4, 6, 7, device=device, bias=True)
+    batch.wanted = wanted
+    with only(monkeypatch, name, small=True, least=1) as taken:
+        parity("cpo", batch, device=device, backend=backend, softcap=3.0, logit_scale=-1.7)
+    assert min(taken[0].rows, taken[0].columns) == 1 or name == "grouped"
 
 
 @pytest.mark.parametrize("logits_mean", ["all", "completion", None])
@@ -240,7 +254,7 @@ def test_label_outside_the_vocabulary(label: int, device: str, backend: str) -> 
 @pytest.mark.parametrize("name", ["grouped", "vocab_major"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeatable(name: str, dtype: torch.dtype, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_hidden(6, 9, 33, 131, device=device, dtype=dtype, mask="none")
+    batch = make_hidden(6, 9, 33, 67, device=device, dtype=dtype, mask="none")
     batch.labels[:, 1:4] = 5
     with only(monkeypatch, name, small=True):
         first, second = gradients(batch, backend=backend), gradients(batch, backend=backend)
