@@ -232,10 +232,10 @@ class LinearBatch(Batch):
 def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) -> Tensor:
     """Validate a tensor of one row a position, padded or packed."""
     packed = keywords["cu_seqlens"] is not None
-    symbol = f"(N_total, {size})" if packed else f"(S, T, {size})"
+    symbol = f"(N_total, {size}) with cu_seqlens" if packed else f"(S, T, {size}) without cu_seqlens"
     value = validate.tensor(name, value, symbol, None, validate.FLOATS)
     if value.dim() != (2 if packed else 3) or value.shape[-1] == 0:
-        raise validate.fail(name, f"{symbol} with {size} >= 1", value)
+        raise validate.fail(name, f"{symbol}, {size} >= 1", value)
     return value
 
 
@@ -267,7 +267,8 @@ def _labels(
         cu_seqlens = validate.boundaries("cu_seqlens", keywords["cu_seqlens"], shape[0], source.device)
         sequences = cu_seqlens.shape[0] - 1
     if pairs and sequences % 2:
-        raise ValueError(f"labels must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
+        name = "cu_seqlens" if packed else "labels"
+        raise ValueError(f"{name} must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
     return labels, cu_seqlens, sequences
 
 

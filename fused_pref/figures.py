@@ -70,5 +70,7 @@ def figure(path: str | os.PathLike[str], width: float, height: float) -> "Iterat
     try:
         partial.write_bytes(content.getvalue())
         os.replace(partial, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)

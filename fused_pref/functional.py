@@ -56,7 +56,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
     """Log-prob of every completion, differentiable: the sum over its scored tokens, or their average.
 
     Args:
-        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``.
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; floating, as of :func:`token_logps`.
         labels: (S, T) or (N_total,).
 
     Returns:
@@ -84,11 +84,12 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     the negative mean log-prob of the chosen tokens.
 
     Args:
-        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
-        labels: (2B, T) or (N_total,).
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``; floating, as of
+            :func:`token_logps`.
+        labels: (2B, T) or (N_total,) int64 or int32.
 
     Returns:
-        :class:`PairOutput`; only ``loss`` carries a gradient.
+        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient.
 
     Raises:
         ValueError, TypeError: a malformed argument.
@@ -104,12 +105,13 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
     ``loss_type`` as in :func:`cpo_loss`, without NLL; for ipo both log-ratios are divided by their length.
 
     Args:
-        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
-        labels: (2B, T) or (N_total,).
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``; floating, as of
+            :func:`token_logps`.
+        labels: (2B, T) or (N_total,) int64 or int32.
         ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
 
     Returns:
-        :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
+        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient; ``nll_loss`` is 0.
 
     Raises:
         ValueError, TypeError: a malformed argument.
@@ -128,13 +130,14 @@ def bco_loss(
     :class:`RewardShift` is updated as the last thing of a successful call.
 
     Args:
-        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order.
-        labels: (S, T) or (N_total,).
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order; floating, as of
+            :func:`token_logps`.
+        labels: (S, T) or (N_total,) int64 or int32.
         desirable: bool (S,).
         ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
 
     Returns:
-        :class:`BCOOutput`; only ``loss`` carries a gradient.
+        :class:`BCOOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient.
 
     Raises:
         ValueError, TypeError: a malformed argument.
@@ -170,9 +173,9 @@ def linear_sequence_logps(
     """:func:`sequence_logps` of the logits hidden · weightᵀ + bias, which are never made.
 
     Args:
-        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``.
+        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; it and the weight as of :func:`linear_token_logps`.
         weight: (V, D).
-        labels: (S, T) or (N_total,).
+        labels: (S, T) or (N_total,) int64 or int32.
 
     Returns:
         (S,) float32, float64 for float64 inputs; 0 for an empty completion.
@@ -195,12 +198,13 @@ def linear_cpo_loss(
     gradients. :func:`fused_pref.explain` shows the plan a call takes.
 
     Args:
-        hidden: (2B, T, D), chosen sequences first, then rejected; or (N_total, D) with ``cu_seqlens``.
+        hidden: (2B, T, D), chosen sequences first, then rejected; or (N_total, D) with ``cu_seqlens``; it and the
+            weight as of :func:`linear_token_logps`.
         weight: (V, D).
-        labels: (2B, T) or (N_total,).
+        labels: (2B, T) or (N_total,) int64 or int32.
 
     Returns:
-        :class:`PairOutput`; only ``loss`` carries a gradient.
+        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient.
 
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
@@ -217,13 +221,14 @@ def linear_dpo_loss(
     """:func:`dpo_loss` from hidden states and the head's weight, as :func:`linear_cpo_loss`.
 
     Args:
-        hidden: (2B, T, D), chosen sequences first, then rejected; or (N_total, D) with ``cu_seqlens``.
+        hidden: (2B, T, D), chosen sequences first, then rejected; or (N_total, D) with ``cu_seqlens``; it and the
+            weight as of :func:`linear_token_logps`.
         weight: (V, D).
-        labels: (2B, T) or (N_total,).
+        labels: (2B, T) or (N_total,) int64 or int32.
         ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
 
     Returns:
-        :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
+        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient; ``nll_loss`` is 0.
 
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
@@ -248,14 +253,15 @@ def linear_bco_loss(
     three to four where this batch moves it.
 
     Args:
-        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; sequences in any order.
+        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; sequences in any order; it and the weight as of
+            :func:`linear_token_logps`.
         weight: (V, D).
-        labels: (S, T) or (N_total,).
+        labels: (S, T) or (N_total,) int64 or int32.
         desirable: bool (S,).
         ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
 
     Returns:
-        :class:`BCOOutput`; only ``loss`` carries a gradient.
+        :class:`BCOOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient.
 
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.

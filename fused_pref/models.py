@@ -31,7 +31,7 @@ from fused_pref.output_head import (
 
 __all__ = ["OutputHead", "Preference", "attach", "find_head", "preference_forward", "unwrap", "virtual_tokens"]
 
-LOSS = "a linear loss, of (hidden, weight, labels, ...)"
+LOSS = "a linear loss, whose parameters are named hidden, weight, labels, ..."
 
 
 class Preference:

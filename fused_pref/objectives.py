@@ -146,7 +146,7 @@ def simpo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
 def hinge(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
     """relu(1 − βΔ) (SLiC, arXiv 2305.10425)."""
     loss = torch.relu(1 - spec.beta * delta)
-    return loss, -spec.beta * (loss > 0).to(loss.dtype)
+    return loss, -spec.beta * (~(loss <= 0)).to(loss.dtype)
 
 
 def ipo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fused_pref import figures
+from fused_pref import figures, validate
 from fused_pref.explanation import Explanation, bytes_text
 
 # Parts in a row that are still drawn one by one.
@@ -87,10 +87,12 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
         path: of an SVG or PNG file; one that is there is replaced.
 
     Raises:
-        ValueError, TypeError: no name of a file, or one that does not end in ``.svg`` or ``.png``.
+        ValueError, TypeError: no explanation, no name of a file, or one that does not end in ``.svg`` or ``.png``.
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written; nothing is left behind.
     """
+    if not isinstance(explanation, Explanation):
+        raise validate.fail("explanation", "an Explanation, as fused_pref.explain gives it", explanation, TypeError)
     sizes, plan, *steps = str(explanation).splitlines()[: 2 + len(explanation.steps)]
     title = "\n".join(textwrap.fill(text, 112, subsequent_indent="      ") for text in (plan, sizes, *steps))
     with figures.figure(path, WIDTH, HEIGHT) as figure:

@@ -27,7 +27,7 @@ _checks = contextvars.ContextVar("fused_pref_checks", default=False)
 
 @contextlib.contextmanager
 def checks() -> Iterator[None]:
-    """Within this context, also check values that live on a device, at the price of host synchronisations.
+    """Within this context, and in this thread, also check values on a device, at the price of host synchronisations.
 
     Labels outside the vocabulary, malformed ``cu_seqlens``, ``ref_logps`` and ``delta`` that are NaN or infinite,
     ``sample_weight`` below 0, normalizers that are not positive and log-probs that are NaN or infinite raise

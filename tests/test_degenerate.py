@@ -160,6 +160,20 @@ def test_pair_with_a_target_of_probability_zero(
         assert_gradient(grads[0], truths[0].double(), 5e-5)
 
 
+def test_the_gradient_of_a_hinge_of_nan_shows(device: str, backend: str) -> None:
+    """Both completions are ruled out: Δ is −∞ + ∞, and the slope is that of the reference, not 0."""
+    batch = make_batch(2, 4, 11, mask="none", device=device)
+    batch.labels[:, 1:] = 3
+    batch.logits[..., 3] = -torch.inf
+    keywords = {"loss_type": "hinge", "cpo_alpha": 0.0, "logits_mean": None}
+    output, grad = run(fp.cpo_loss, batch.logits, batch.labels, backend=backend, **keywords)
+    expected, truth = run(fp.reference.cpo_loss, batch.logits, batch.labels, **keywords)
+    assert output.loss.isnan()
+    assert expected.loss.isnan()
+    assert truth.any()
+    assert_gradient(grad, truth.double())
+
+
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("desirable", [True, False])
 def test_sequence_with_a_target_of_probability_zero(desirable: bool, linear: bool, device: str, backend: str) -> None:

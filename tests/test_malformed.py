@@ -73,6 +73,9 @@ SHARED: list[Row] = [
     ("all", {"labels": lambda y: y.int(), "ignore_index": 2**31}, ValueError, "ignore_index.*32 bits.*got 2147483648"),
     *each("all", "shift", [*NOT_FLAGS, (None, TypeError, "True or False; got None")]),
     *each("all", "softcap", [*NOT_NUMBERS, (np.float64(0), ValueError, "> 0; got np.float64")]),
+    *each("all", "softcap", [(cap, ValueError, "ratios that float32 can hold; got one of") for cap in (1e39, 1e-39)]),
+    *each("all", "logit_scale", [(1e-46, ValueError, "ratios that float32 can hold; got one of 1e-46")]),
+    *each("all", "temperature", [(1e39, ValueError, "ratios that float32 can hold; got one of 1e-39")]),
     *each("all", "logit_scale", [*NOT_NUMBERS, (None, TypeError, "0; got None"), (-0.0, ValueError, "0; got -0.0")]),
     *each("all", "temperature", [*NOT_NUMBERS, (Fraction(-1, 2), ValueError, r"> 0; got Fraction\(-1, 2\)")]),
     *each(

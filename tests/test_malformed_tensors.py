@@ -175,7 +175,7 @@ PACKED: list[Row] = [
     ("linear", {"hidden": lambda h: h[None]}, ValueError, r"hidden must be \(N_total, D\).*got .* \(1, 14, 6\)"),
     ("logits", {"cu_seqlens": None}, ValueError, r"logits must be \(S, T, V\).*got .* \(14, 11\)"),
     ("linear", {"cu_seqlens": None}, ValueError, r"hidden must be \(S, T, D\).*got .* \(14, 6\)"),
-    ("pairs", {"cu_seqlens": lambda c: c[[0, 1, 2, 4]]}, ValueError, "labels must hold S = 2B .*; got S = 3"),
+    ("pairs", {"cu_seqlens": lambda c: c[[0, 1, 2, 4]]}, ValueError, "cu_seqlens must hold S = 2B .*; got S = 3"),
     ("referenced", {"ref_logps": lambda r: r[:3]}, ValueError, r"ref_logps must be \(S,\) = \(4,\); got .* \(3,\)"),
     ("bco", {"desirable": lambda d: d[:3]}, ValueError, r"desirable must be \(S,\) = \(4,\); got .* \(3,\)"),
 ]

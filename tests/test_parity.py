@@ -104,6 +104,25 @@ def test_what_is_refused(keywords: dict[str, Any], match: str) -> None:
         check_parity(lambda h, w, y: h, plain, **SMALL)
 
 
+def test_a_loss_that_changes_its_inputs_is_refused() -> None:
+    """Else it would spoil what its peers get, and pass beside them."""
+
+    def spoils_labels(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        labels[labels == -100] = 0
+        return smooth(hidden, weight, labels)
+
+    def spoils_both(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden.zero_()
+            weight.zero_()
+        return smooth(hidden, weight, labels)
+
+    with pytest.raises(ValueError, match="loss must leave its inputs as they are; it changed labels"):
+        check_parity(spoils_labels, plain, **SMALL)
+    with pytest.raises(ValueError, match=r"peers\['rough'\] must leave .* it changed hidden and weight"):
+        check_parity(smooth, plain, peers={"rough": spoils_both}, **SMALL)
+
+
 def test_kinds_of_logits() -> None:
     """Large ones reach 10⁴, flat ones hardly differ; adversarial targets are far below others, peaked ones above."""
     for kind in LOGITS:

@@ -196,6 +196,13 @@ def test_files_that_cannot_be_written(
     assert sorted(each.name for each in tmp_path.rglob("*")) == ["file", "folder.svg"]
 
 
+def test_what_is_no_explanation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"explanation must be an Explanation, as .*; got 3"):
+        picture.draw(3, tmp_path / "plan.svg")  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"'[^']*missing/plan.svg'"):
+        picture.draw(fp.explain(**GPU), tmp_path / "missing/plan.svg")
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Path, content: bytes) -> int:
         with open(self, "wb") as file:

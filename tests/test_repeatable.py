@@ -14,13 +14,14 @@ Digests = dict[str, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def runs() -> list[Digests]:
-    """Of two fresh processes at once, and two of this one."""
+    """Of a fresh process, and two of this one."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     program = [sys.executable, Path(__file__).with_name("repeated.py")]
-    fresh = [subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate()[0] for process in fresh]
-    assert [process.returncode for process in fresh] == [0, 0]
-    return [*(json.loads(output) for output in outputs), everything(), everything()]
+    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) as fresh:
+        own = [everything(), everything()]
+        output, _ = fresh.communicate()
+    assert fresh.returncode == 0
+    return [json.loads(output), *own]
 
 
 @pytest.mark.parametrize("threads", THREADS)

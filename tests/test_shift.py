@@ -150,6 +150,20 @@ def test_casting_a_model_keeps_the_state_exact() -> None:
     assert shift.count.dtype == torch.int64
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_a_cast_state_keeps_the_dtypes(assign: bool) -> None:
+    first, second = fp.RewardShift(), fp.RewardShift()
+    first(rewards_of(0), DESIRABLE)
+    cast = {
+        name: value.bfloat16() if value.is_floating_point() else value.int()
+        for name, value in first.state_dict().items()
+    }
+    second.load_state_dict(cast, assign=assign)
+    assert second.mean.dtype == second.pending_sum.dtype == torch.float64
+    assert second.count.dtype == second.pending_count.dtype == torch.int64
+    assert torch.equal(second.mean, first.mean.bfloat16().double())
+
+
 def test_only_an_updating_forward_talks_to_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert fp.RewardShift().collective

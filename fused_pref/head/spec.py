@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -15,6 +16,7 @@ from fused_pref.ranks import group_of
 BACKENDS = choices(TokenKeywords, "backend")
 LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
 TOKEN_DEFAULTS = defaults(TokenKeywords)
+FLOAT32 = torch.finfo(torch.float32)
 
 
 class Curve(NamedTuple):
@@ -51,7 +53,12 @@ class Transform:
             raise validate.fail("logit_scale", "a finite number other than 0", given["logit_scale"])
         c = None if given["softcap"] is None else validate.positive("softcap", given["softcap"])
         temperature = validate.positive("temperature", given["temperature"])
-        return cls("linear", scale / temperature) if c is None else cls("tanh", scale / c, c / temperature)
+        found = cls("linear", scale / temperature) if c is None else cls("tanh", scale / c, c / temperature)
+        for factor in (found.inner, found.outer):
+            if not FLOAT32.tiny <= abs(factor) <= FLOAT32.max:
+                names = "logit_scale, softcap and temperature"
+                raise ValueError(f"{names} must have ratios that float32 can hold; got one of {factor:g}")
+        return found
 
     @property
     def curved(self) -> bool:

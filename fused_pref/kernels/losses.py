@@ -52,7 +52,7 @@ def simpo(delta, beta, smoothing, gamma):
 def hinge(delta, beta, smoothing, gamma):
     """relu(1 − βΔ) (SLiC)."""
     gap = 1.0 - beta * delta
-    return tl.where(gap <= 0, 0.0, gap), tl.where(gap > 0, tl.zeros_like(gap) - beta, 0.0)
+    return tl.where(gap <= 0, 0.0, gap), tl.where(gap <= 0, 0.0, tl.zeros_like(gap) - beta)
 
 
 @triton.jit

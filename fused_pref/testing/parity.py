@@ -171,7 +171,9 @@ def check_parity(
     Args:
         loss: (hidden (S, T, D), weight (V, D), labels (S, T)) → 0-d loss, differentiable. The first quarter of the
             labels of each sequence is -100.
-        reference: the same in plain PyTorch, called in float64 and in the dtype of the inputs.
+        reference: the same in plain PyTorch, called in float64 and in the dtype of the inputs, in which it should
+            multiply as training code does: ``fp.reference.linear_cpo_loss`` multiplies in float32, more exactly than
+            any head of 16-bit products.
         peers: other implementations, by name.
         shape: (S, T, D, V), S even.
         dtypes: of hidden states and weight.
@@ -185,7 +187,7 @@ def check_parity(
 
     Raises:
         AssertionError: a line does not pass; the message is the table.
-        ValueError, TypeError: a malformed argument.
+        ValueError, TypeError: a malformed argument, or a function that changes its inputs.
     """
     own, others = _of("loss", loss), {"reference": _of("reference", reference), **_peers(peers)}
     validate.choices("logits", logits, LOGITS, empty=False)
@@ -232,7 +234,12 @@ def _of(name: str, function: Any) -> Loss:
         raise validate.fail(name, "a function of (hidden, weight, labels)", function, TypeError)
 
     def loss(problem: Problem) -> Tensor:
-        value = function(problem.hidden, problem.weight, problem.labels)
+        inputs = {"hidden": problem.hidden, "weight": problem.weight, "labels": problem.labels}
+        before = {key: tensor._version for key, tensor in inputs.items()}
+        value = function(*inputs.values())
+        changed = [key for key, tensor in inputs.items() if tensor._version != before[key]]
+        if changed:
+            raise ValueError(f"{name} must leave its inputs as they are; it changed {' and '.join(changed)}")
         if not isinstance(value, Tensor) or value.dim():
             raise validate.fail(name, "a function whose result is a 0-d tensor", value, TypeError)
         if not value.requires_grad:
