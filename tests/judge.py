@@ -23,6 +23,12 @@ def at_a_kink(case: Case, truth: Result) -> bool:
     return bool(((margins - 1).abs() < 1e-3).any())
 
 
+def overflows(case: Case, truth: Result) -> bool:
+    """Whether a gradient is more than its dtype can hold."""
+    most = torch.finfo(case.dtype).max
+    return any(bool((gradient.abs() > most).any()) for gradient in truth.gradients.values())
+
+
 def compare(problem: Problem, ours: Result, truth: Result) -> None:
     """Promised tolerances, for 16-bit products twice PyTorch's error; beyond that, what roundings explain."""
     case, mine = problem.case, ours.all()
