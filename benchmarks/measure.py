@@ -6,7 +6,6 @@ import platform
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fused_pref import files
 from fused_pref.backend import architecture
 from fused_pref.usage import UsageError
 
@@ -101,8 +101,7 @@ def folder(out: Path | None) -> None:
     """
     try:
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
+            files.make_folder(out)
     except OSError as error:
         raise UsageError(f"--out must be a directory that can be written; got {out} ({error})") from error
 
@@ -119,9 +118,7 @@ def progress(items: Iterable[T], description: str) -> Iterable[T]:
 def write(path: Path, text: str) -> None:
     """Replace a file as a whole: what is there is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    files.replace(path, text.encode())
 
 
 def finish(device: str) -> None:

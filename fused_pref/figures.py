@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fused_pref import validate
+from fused_pref import files, validate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,11 +66,4 @@ def figure(path: str | os.PathLike[str], width: float, height: float) -> "Iterat
         drawn = Figure((width, height), layout="constrained")
         yield drawn
         drawn.savefig(content, format=path.suffix[1:], dpi=DPI, metadata=METADATA[path.suffix])
-    partial = path.with_name(f".{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content.getvalue())
-        os.replace(partial, path)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    files.replace(path, content.getvalue())

@@ -124,10 +124,10 @@ def test_quantile_and_environment() -> None:
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure.write(tmp_path / "new" / "x.md", "first")
 
-    def fail(self: Path, text: str) -> None:
+    def fail(self: Path, content: bytes) -> None:
         raise OSError("full")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="full"):
         measure.write(tmp_path / "new" / "x.md", "second")
     assert (tmp_path / "new" / "x.md").read_text() == "first"

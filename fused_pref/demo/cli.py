@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib.util
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fused_pref import files
 from fused_pref.demo.records import SHIPPED, read_records, split_records
 from fused_pref.usage import UsageError
 
@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
     train, heldout = split_records(records, args.seed)
     require_extras()
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        # Now rather than after the training.
-        tempfile.TemporaryFile(dir=args.out).close()
+        files.make_folder(args.out)
     except OSError as error:
         raise UsageError(f"argument --out: cannot write to the folder {args.out}: {error.strerror}") from error
 

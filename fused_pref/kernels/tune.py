@@ -10,7 +10,6 @@ one step and gives every time. Kernels that cannot be launched twice on the same
 import contextlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from fused_pref import files
 from fused_pref.kernels.configs import Config, Tile
 
 # Layout of the file.
@@ -171,21 +171,9 @@ def store(key: str, config: Config | Tile) -> None:
     text = json.dumps({"version": VERSION, "entries": {**entries, key: asdict(config)}}, indent=1, sort_keys=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        files.replace(path, text.encode())
     except OSError as error:
         warnings.warn(f"what FUSED_PREF_TUNE found is not kept: {error}", stacklevel=2)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file at once; where that fails nothing of it stays."""
-    descriptor, name = tempfile.mkstemp(".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _read() -> dict[str, Any] | None:
