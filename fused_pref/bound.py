@@ -1,6 +1,5 @@
 """Objectives bound to their tensors: evaluated on a whole batch, or only the slope of some of its sequences."""
 
-import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head.spec import TokenSpec
+from fused_pref.head.spec import TokenSpec, from_text, to_text
 from fused_pref.objectives import BCOSpec, PairSpec, bco_objective, pair_objective, saturate
 from fused_pref.reductions import BCOResult, PairResult, Scores, evaluate_bco, evaluate_pair
 from fused_pref.shift import RewardShift
@@ -105,11 +104,10 @@ class BCOObjective:
 
 
 Objective = PairObjective | BCOObjective
-SEPARATOR = ";"
 
 
 def encode(objective: Objective) -> tuple[str, list[Tensor]]:
-    """An objective as text and tensors, as a custom op takes it, by means that a compiler can see through.
+    """An objective as text and tensors, as a custom op takes it.
 
     δ is that of now. In place of a tensor the text has its number in the list, as ``"#0"``.
     """
@@ -122,20 +120,20 @@ def encode(objective: Objective) -> tuple[str, list[Tensor]]:
         classes = objective.normalizers["class_normalizer"] or (None, None)
         own = (objective.desirable, objective.ref_logps, objective.current_delta, objective.sample_weight)
         own = (*own, objective.normalizers["sequence_normalizer"], *classes)
-    values = []
+    values: list[Any] = []
     for value in (*own, *numbers):
         if isinstance(value, Tensor):
-            values.append(f"{f'#{len(tensors)}'!r}")
+            values.append(f"#{len(tensors)}")
             tensors.append(value)
         else:
-            values.append(f"{value!r}")
-    return SEPARATOR.join([f"{kind!r}", *values]), tensors
+            values.append(value)
+    return to_text((kind, *values)), tensors
 
 
 def decode(text: str, tensors: list[Tensor]) -> Objective:
     """The objective of :func:`encode`."""
     values: list[Any]
-    kind, *values = [ast.literal_eval(part) for part in text.split(SEPARATOR)]
+    kind, *values = from_text(text)
     values = [tensors[int(v[1:])] if isinstance(v, str) and v.startswith("#") else v for v in values]
     if kind == "pair":
         own, (_, *numbers) = values[:3], values[3:]

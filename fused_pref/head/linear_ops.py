@@ -3,7 +3,6 @@
 A schema has no dataclasses: constants travel as text. Gradients that are not wanted are empty tensors.
 """
 
-import ast
 from dataclasses import replace
 from typing import Any
 
@@ -17,21 +16,19 @@ from fused_pref.head.gradients import Gradients
 from fused_pref.head.linear import late_dtype
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.plan import GRADIENTS
-from fused_pref.head.spec import LinearSpec, Transform
-
-SEPARATOR = ";"
+from fused_pref.head.spec import LinearSpec, Transform, from_text, to_text
 
 
 def encode(call: HeadCall) -> str:
-    """A call as text, by means that a compiler can see through; without ``skip_mass``: a graph skips nothing."""
+    """A call as text, without ``skip_mass``: a graph skips nothing."""
     spec, wanted = call.spec, [name for name in GRADIENTS if name in call.wanted]
     values = (*spec.constants, spec.logits_mean, spec.memory_budget, spec.max_valid_tokens, str(call.dtype), call.unit)
-    return SEPARATOR.join([f"{value!r}" for value in (*values, *wanted)])
+    return to_text((*values, *wanted))
 
 
 def decode(text: str) -> HeadCall:
     """A call from text."""
-    values = [ast.literal_eval(part) for part in text.split(SEPARATOR)]
+    values = from_text(text)
     backend, shift, ignore_index, *transform = values[:6]
     logits_mean, *sizes, dtype, unit = values[6:11]
     wanted = values[11:]

@@ -1,6 +1,7 @@
 """The constants of a call: the logits transform, and which label each position scores."""
 
-from collections.abc import Callable, Mapping
+import ast
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,16 @@ BACKENDS = choices(TokenKeywords, "backend")
 LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
 TOKEN_DEFAULTS = defaults(TokenKeywords)
 FLOAT32 = torch.finfo(torch.float32)
+
+
+def to_text(values: Iterable[Any]) -> str:
+    """Numbers, names and None as text, as a custom op takes them, by means that a compiler can see through."""
+    return ";".join([f"{value!r}" for value in values])
+
+
+def from_text(text: str) -> list[Any]:
+    """The values of :func:`to_text`."""
+    return [ast.literal_eval(part) for part in text.split(";")]
 
 
 class Curve(NamedTuple):
