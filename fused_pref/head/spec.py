@@ -55,6 +55,12 @@ class Transform:
     inner: float = 1.0
     outer: float = 1.0
 
+    def __post_init__(self) -> None:
+        for factor in (self.inner, self.outer):
+            if not FLOAT32.tiny <= abs(factor) <= FLOAT32.max:
+                names = "logit_scale, softcap and temperature"
+                raise ValueError(f"{names} must have ratios that float32 can hold; got one of {factor:g}")
+
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> "Transform":
         """Softcap(logit_scale · x) / temperature with softcap(x) = c·tanh(x/c), from the shared keywords, validated."""
@@ -64,12 +70,7 @@ class Transform:
             raise validate.fail("logit_scale", "a finite number other than 0", given["logit_scale"])
         c = None if given["softcap"] is None else validate.positive("softcap", given["softcap"])
         temperature = validate.positive("temperature", given["temperature"])
-        found = cls("linear", scale / temperature) if c is None else cls("tanh", scale / c, c / temperature)
-        for factor in (found.inner, found.outer):
-            if not FLOAT32.tiny <= abs(factor) <= FLOAT32.max:
-                names = "logit_scale, softcap and temperature"
-                raise ValueError(f"{names} must have ratios that float32 can hold; got one of {factor:g}")
-        return found
+        return cls("linear", scale / temperature) if c is None else cls("tanh", scale / c, c / temperature)
 
     @property
     def curved(self) -> bool:
