@@ -185,6 +185,6 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
 def copy_seconds(nbytes: int, device: str) -> float:
     """Median time of a plain copy that moves ``nbytes``, half of them read and half written."""
     source = torch.ones(max(nbytes // 2, 1), dtype=torch.uint8, device=device)
-    sink = torch.empty_like(source)
-    times = [seconds_of(lambda: sink.copy_(source), device) for _ in range(9)]
+    out = torch.empty_like(source)
+    times = [seconds_of(lambda: out.copy_(source), device) for _ in range(9)]
     return statistics.median(times[2:])

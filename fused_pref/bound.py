@@ -36,10 +36,10 @@ class PairObjective:
     def slope(self, members: tuple[slice, ...], sums: Tensor, counts: Tensor) -> Tensor:
         """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
         pairs = counts.shape[0] // 2
-        ref_logps = None if self.ref_logps is None else _pick(self.ref_logps, members).double()
+        ref_logps = None if self.ref_logps is None else _gather(self.ref_logps, members).double()
         terms = pair_objective(
             sums,
-            _pick(counts, members),
+            _gather(counts, members),
             self.spec,
             ref_logps=ref_logps,
             pair_normalizer=pairs if self.pair_normalizer is None else self.pair_normalizer,
@@ -85,16 +85,16 @@ class BCOObjective:
 
     def slope(self, members: tuple[slice, ...], sums: Tensor, counts: Tensor) -> Tensor:
         """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
-        rewards = self.spec.beta * (sums - _pick(self.ref_logps, members).double())
+        rewards = self.spec.beta * (sums - _gather(self.ref_logps, members).double())
         normalizers = dict(self.normalizers)
         if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:
             normalizers["sequence_normalizer"] = counts.shape[0]
         if self.spec.reduction == "class_mean" and normalizers["class_normalizer"] is None:
             normalizers["class_normalizer"] = (self.desirable.sum(), (~self.desirable).sum())
-        weight = None if self.sample_weight is None else _pick(self.sample_weight, members).double()
+        weight = None if self.sample_weight is None else _gather(self.sample_weight, members).double()
         terms = bco_objective(
             rewards,
-            _pick(self.desirable, members),
+            _gather(self.desirable, members),
             torch.as_tensor(self.current_delta, dtype=torch.float64, device=rewards.device),
             self.spec,
             sample_weight=weight,
@@ -144,6 +144,6 @@ def decode(text: str, tensors: list[Tensor]) -> Objective:
     return BCOObjective(BCOSpec(*numbers), desirable, ref_logps, delta, sample_weight, normalizers)
 
 
-def _pick(values: Tensor, members: tuple[slice, ...]) -> Tensor:
+def _gather(values: Tensor, members: tuple[slice, ...]) -> Tensor:
     """The entries of these runs of sequences."""
     return torch.cat([values[run] for run in members])

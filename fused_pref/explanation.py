@@ -97,12 +97,12 @@ class Explanation:
         plan, p = self.plan, self.problem
         slices, dh = -(-p.vocabulary // plan.columns), "dh" if "hidden" in p.gradients else ""
         groups = max(len(plan.bounds) - 1, 1) if plan.name == "grouped" else -(-p.tokens // max(plan.rows, 1))
-        slabs, grouped = _number(slices, "slab"), _number(groups, "group")
+        chunks, grouped = _number(slices, "chunk"), _number(groups, "group")
         made = " and ".join(part for part in (dh, "dW" if "weight" in p.gradients else "") if part) or "dbias"
         if plan.name == "logprob" and plan.fused:
             return (f"forward: a fused product of {plan.rows} x {plan.columns}, no logits are written → log-probs",)
         if plan.name == "logprob":
-            return (f"forward: {_number(groups * slices, 'slab')} of {plan.rows} x {plan.columns} logits → log-probs",)
+            return (f"forward: {_number(groups * slices, 'chunk')} of {plan.rows} x {plan.columns} logits → log-probs",)
         if plan.name == "frozen_head":
             return (
                 f"forward: {grouped} of {plan.rows} rows x {p.vocabulary} logits → log-probs, U = ∂logp/∂h",
@@ -116,22 +116,22 @@ class Explanation:
                 "backward: the upstream gradient scales them",
             )
         if plan.name == "skipping":
-            form = "a fused product, no logits are written" if plan.fused else f"{slabs} of logits"
+            form = "a fused product, no logits are written" if plan.fused else f"{chunks} of logits"
             return (
                 f"forward: {form} → log-probs, mass of each of {p.tokens} x {slices} tiles of {plan.columns} words",
                 f"backward: of each tile the rows that need it, computed again → {made}; {plan.products:.2f}NDV in all "
                 "if every row needs every tile, 1.00NDV if none needs any",
             )
-        again = f"{slices - plan.kept} of them computed again"
+        again = f"{slices - plan.saved} of them computed again"
         if plan.fused:
-            kept = f"{_number(plan.kept, 'slab')} of {p.tokens} x {plan.columns} logits, kept for later, and "
+            saved = f"{_number(plan.saved, 'chunk')} of {p.tokens} x {plan.columns} logits, kept for later, and "
             return (
-                f"forward: {kept if plan.kept else ''}a fused product of the rest, no logits are written → log-probs",
-                f"backward: each of {slabs}, {again} in a fused product → {made}",
+                f"forward: {saved if plan.saved else ''}a fused product of the rest, no logits are written → log-probs",
+                f"backward: each of {chunks}, {again} in a fused product → {made}",
             )
         return (
-            f"forward: {slabs} of {p.tokens} x {plan.columns} logits → log-probs; {plan.kept} kept for later",
-            f"backward: each slab, {again} → {made}",
+            f"forward: {chunks} of {p.tokens} x {plan.columns} logits → log-probs; {plan.saved} kept for later",
+            f"backward: each chunk, {again} → {made}",
         )
 
     def _product(self, rows: int) -> int:

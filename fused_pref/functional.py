@@ -26,14 +26,14 @@ from fused_pref.keywords import (
     LogitsKeywords,
     SequenceLinearKeywords,
     SequenceLogitsKeywords,
-    takes,
+    accepts,
 )
 from fused_pref.objectives import BCOSpec, PairSpec
 from fused_pref.outputs import BCOOutput, PairOutput
 from fused_pref.shift import RewardShift
 
 
-@takes(LogitsKeywords)
+@accepts(LogitsKeywords)
 def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeywords]) -> Tensor:
     """Log-prob of every scored token, differentiable.
 
@@ -51,7 +51,7 @@ def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeyword
     return _token_logps(LogitsBatch.of(logits, labels, keywords, means=False))
 
 
-@takes(SequenceLogitsKeywords)
+@accepts(SequenceLogitsKeywords)
 def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLogitsKeywords]) -> Tensor:
     """Log-prob of every completion, differentiable: the sum over its scored tokens, or their average.
 
@@ -69,7 +69,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
     return _sequence_logps(LogitsBatch.of(logits, labels, keywords, means=False), average)
 
 
-@takes(CPOLogitsKeywords)
+@accepts(CPOLogitsKeywords)
 def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeywords]) -> PairOutput:
     """Contrastive preference optimisation (arXiv 2401.08417): mean over pairs of L_prefer, plus cpo_alpha · NLL.
 
@@ -98,7 +98,7 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     return _pair_loss(LogitsBatch.of(logits, labels, keywords, pairs=True), spec, keywords)
 
 
-@takes(DPOLogitsKeywords)
+@accepts(DPOLogitsKeywords)
 def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
     """Direct preference optimisation (arXiv 2305.18290) with Δ = (logps_w − ref_w) − (logps_l − ref_l).
 
@@ -120,7 +120,7 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
     return _pair_loss(LogitsBatch.of(logits, labels, keywords, pairs=True), spec, keywords, ref_logps)
 
 
-@takes(BCOLogitsKeywords)
+@accepts(BCOLogitsKeywords)
 def bco_loss(
     logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[BCOLogitsKeywords]
 ) -> BCOOutput:
@@ -146,7 +146,7 @@ def bco_loss(
     return _bco_loss(LogitsBatch.of(logits, labels, keywords), spec, keywords, desirable, ref_logps)
 
 
-@takes(LinearKeywords)
+@accepts(LinearKeywords)
 @across_ranks
 def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[LinearKeywords]) -> Tensor:
     """:func:`token_logps` of the logits hidden · weightᵀ + bias, which are never made.
@@ -165,7 +165,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keyword
     return _token_logps(LinearBatch.of(hidden, weight, labels, keywords, means=False))
 
 
-@takes(SequenceLinearKeywords)
+@accepts(SequenceLinearKeywords)
 @across_ranks
 def linear_sequence_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
@@ -187,7 +187,7 @@ def linear_sequence_logps(
     return _sequence_logps(LinearBatch.of(hidden, weight, labels, keywords, means=False), average)
 
 
-@takes(CPOLinearKeywords)
+@accepts(CPOLinearKeywords)
 @across_ranks
 def linear_cpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
@@ -213,7 +213,7 @@ def linear_cpo_loss(
     return _pair_loss(LinearBatch.of(hidden, weight, labels, keywords, pairs=True), spec, keywords)
 
 
-@takes(DPOLinearKeywords)
+@accepts(DPOLinearKeywords)
 @across_ranks
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
@@ -237,7 +237,7 @@ def linear_dpo_loss(
     return _pair_loss(LinearBatch.of(hidden, weight, labels, keywords, pairs=True), spec, keywords, ref_logps)
 
 
-@takes(BCOLinearKeywords)
+@accepts(BCOLinearKeywords)
 @across_ranks
 def linear_bco_loss(
     hidden: Tensor,

@@ -268,7 +268,7 @@ def choices(keywords: type, name: str) -> tuple[str, ...]:
     return tuple(value for literal in literals for value in get_args(literal))
 
 
-def takes(keywords: type) -> Callable[[Function], Function]:
+def accepts(keywords: type) -> Callable[[Function], Function]:
     """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table."""
     entries = table(keywords)
     filled = defaults(keywords)

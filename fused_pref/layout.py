@@ -56,5 +56,5 @@ class PackedSumFunction(torch.autograd.Function):
         """(S,) → (N_total,)."""
         (cu_seqlens,) = ctx.saved_tensors
         (total,) = ctx.tokens_shape
-        spread = torch.repeat_interleave(grads[0], cu_seqlens.diff().long(), output_size=total)
-        return spread.to(ctx.tokens_dtype), None
+        expand = torch.repeat_interleave(grads[0], cu_seqlens.diff().long(), output_size=total)
+        return expand.to(ctx.tokens_dtype), None

@@ -15,7 +15,7 @@ from fused_pref.keywords import (
     CPOLogitsKeywords,
     DPOLinearKeywords,
     DPOLogitsKeywords,
-    takes,
+    accepts,
 )
 from fused_pref.objectives import BCOSpec, PairSpec
 from fused_pref.outputs import BCOOutput, PairOutput
@@ -81,7 +81,7 @@ class CPOLoss(ObjectiveModule):
 
     function = staticmethod(functional.cpo_loss)
 
-    @takes(CPOLogitsKeywords)
+    @accepts(CPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[CPOLogitsKeywords]) -> None:
         super().__init__(keywords, PairSpec.cpo, LogitsSpec.of, functional.pair_normalizers)
 
@@ -113,7 +113,7 @@ class DPOLoss(ObjectiveModule):
 
     function = staticmethod(functional.dpo_loss)
 
-    @takes(DPOLogitsKeywords)
+    @accepts(DPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[DPOLogitsKeywords]) -> None:
         super().__init__(keywords, PairSpec.dpo, LogitsSpec.of, functional.pair_normalizers)
 
@@ -147,7 +147,7 @@ class BCOLoss(ShiftModule):
 
     function = staticmethod(functional.bco_loss)
 
-    @takes(BCOLogitsKeywords)
+    @accepts(BCOLogitsKeywords)
     def __init__(self, **keywords: Unpack[BCOLogitsKeywords]) -> None:
         super().__init__(keywords, BCOSpec.bco, LogitsSpec.of)
 
@@ -185,7 +185,7 @@ class LinearCPOLoss(ObjectiveModule):
 
     function = staticmethod(functional.linear_cpo_loss)
 
-    @takes(CPOLinearKeywords)
+    @accepts(CPOLinearKeywords)
     def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
         super().__init__(keywords, PairSpec.cpo, LinearSpec.of, functional.pair_normalizers)
 
@@ -221,7 +221,7 @@ class LinearDPOLoss(ObjectiveModule):
 
     function = staticmethod(functional.linear_dpo_loss)
 
-    @takes(DPOLinearKeywords)
+    @accepts(DPOLinearKeywords)
     def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
         super().__init__(keywords, PairSpec.dpo, LinearSpec.of, functional.pair_normalizers)
 
@@ -259,7 +259,7 @@ class LinearBCOLoss(ShiftModule):
 
     function = staticmethod(functional.linear_bco_loss)
 
-    @takes(BCOLinearKeywords)
+    @accepts(BCOLinearKeywords)
     def __init__(self, **keywords: Unpack[BCOLinearKeywords]) -> None:
         super().__init__(keywords, BCOSpec.bco, LinearSpec.of)
 

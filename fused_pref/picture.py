@@ -124,9 +124,9 @@ def draw_plane(axes: Any, explanation: Explanation) -> None:
     if not p.tokens:
         axes.text(0.5, 0.5, "no scored token, no logits", transform=axes.transAxes, ha="center", va="center")
         return
-    kept, handles = min(plan.kept * plan.columns, p.vocabulary), []
-    held = f"{KEPT}: {plan.kept} of {columns.count} slices, {bytes_text(p.tokens * kept * p.slab_itemsize)}"
-    for name, start, stop in ((held, 0, kept), (rest, kept, p.vocabulary)):
+    saved, handles = min(plan.saved * plan.columns, p.vocabulary), []
+    held = f"{KEPT}: {plan.saved} of {columns.count} slices, {bytes_text(p.tokens * saved * p.logits_itemsize)}"
+    for name, start, stop in ((held, 0, saved), (rest, saved, p.vocabulary)):
         if start < stop:
             colour, hatch = FILLS[KEPT if name == held else name]
             style: dict[str, Any] = {"facecolor": colour, "hatch": hatch, "edgecolor": figures.GROUND, "linewidth": 0}
@@ -134,12 +134,12 @@ def draw_plane(axes: Any, explanation: Explanation) -> None:
             handles.append(Patch(label=name, **style))
     axes.vlines(columns.edges[1:-1], 0, p.tokens, color=figures.GROUND, linewidth=0.8)
     axes.hlines(rows.edges[1:-1], 0, p.vocabulary, color=figures.GROUND, linewidth=0.8)
-    if rest != NEVER and kept < p.vocabulary:
+    if rest != NEVER and saved < p.vocabulary:
         height = rows.edges[1] if rows.edges else rows.size
-        width = min(columns.size, p.vocabulary - kept)
+        width = min(columns.size, p.vocabulary - saved)
         frame: dict[str, Any] = {"fill": False, "edgecolor": figures.INK, "linewidth": 1.6}
-        axes.add_patch(Rectangle((kept, 0), width, height, clip_on=False, zorder=3, **frame))
-        size = bytes_text(rows.size * width * p.sink_itemsize(plan.fused))
+        axes.add_patch(Rectangle((saved, 0), width, height, clip_on=False, zorder=3, **frame))
+        size = bytes_text(rows.size * width * p.q_itemsize(plan.fused))
         handles.append(Patch(label=f"at work at a time: {rows.size:,} x {width:,} logits, {size}", **frame))
     axes.figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(LEFT / WIDTH, 2.2 / HEIGHT), **LEGEND)
 

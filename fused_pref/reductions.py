@@ -224,7 +224,7 @@ class SequenceScoresFunction(torch.autograd.Function):
         if cu_seqlens is None:
             tokens = grads[0].float()[:, None].expand(ctx.tokens_shape)
         else:
-            tokens = spread_op(grads[0], cu_seqlens, ctx.tokens_shape[0])
+            tokens = expand_op(grads[0], cu_seqlens, ctx.tokens_shape[0])
         return tokens, None, None, None, None
 
 
@@ -252,14 +252,14 @@ def _(logp, means, labels, cu_seqlens, *constants):  # type: ignore[no-untyped-d
 
 
 @torch.library.custom_op("fused_pref::spread", mutates_args=())
-def spread_op(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+def expand_op(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     """Each sequence's value at its positions, (N_total,) float32."""
     from fused_pref.kernels import sequences
 
-    return sequences.spread(values, cu_seqlens, total)
+    return sequences.expand(values, cu_seqlens, total)
 
 
-@spread_op.register_fake
+@expand_op.register_fake
 def _(values, cu_seqlens, total):  # type: ignore[no-untyped-def]
     return values.new_empty(total, dtype=torch.float32)
 

@@ -29,8 +29,8 @@ from fused_pref.keywords import (
     SequenceLinearKeywords,
     SequenceLogitsKeywords,
     TokenKeywords,
+    accepts,
     table,
-    takes,
 )
 from fused_pref.outputs import BCOOutput, PairOutput
 
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-@takes(LogitsKeywords)
+@accepts(LogitsKeywords)
 def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeywords]) -> Tensor:
     """Log-prob of every scored token, log softmax(z)[y], differentiable.
 
@@ -67,7 +67,7 @@ def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeyword
     return logp[:, :-1] if keywords["shift"] and keywords["cu_seqlens"] is None else logp
 
 
-@takes(SequenceLogitsKeywords)
+@accepts(SequenceLogitsKeywords)
 def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLogitsKeywords]) -> Tensor:
     """Log-prob of every completion, differentiable: Σ logp over its scored tokens, or their average.
 
@@ -82,7 +82,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
     return _cast(tokens.sums / tokens.lengths if keywords["average"] else tokens.sums, tokens.logp.dtype)
 
 
-@takes(CPOLogitsKeywords)
+@accepts(CPOLogitsKeywords)
 def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeywords]) -> PairOutput:
     """Contrastive preference optimisation (CPO, arXiv 2401.08417): mean over pairs of ℓ(Δ), plus cpo_alpha · NLL.
 
@@ -116,7 +116,7 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     return _pair_output(tokens, loss, nll, logps, beta * transformed, keywords["logits_mean"])
 
 
-@takes(DPOLogitsKeywords)
+@accepts(DPOLogitsKeywords)
 def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
     """Direct preference optimisation (DPO, arXiv 2305.18290): mean over pairs of ℓ(Δ).
 
@@ -142,7 +142,7 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
     return _pair_output(tokens, loss, torch.zeros_like(loss), logps, rewards, keywords["logits_mean"])
 
 
-@takes(BCOLogitsKeywords)
+@accepts(BCOLogitsKeywords)
 def bco_loss(
     logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[BCOLogitsKeywords]
 ) -> BCOOutput:
@@ -185,13 +185,13 @@ def bco_loss(
     return output
 
 
-@takes(LinearKeywords)
+@accepts(LinearKeywords)
 def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[LinearKeywords]) -> Tensor:
     """:func:`token_logps` of the logits hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
     return token_logps(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
 
 
-@takes(SequenceLinearKeywords)
+@accepts(SequenceLinearKeywords)
 def linear_sequence_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
 ) -> Tensor:
@@ -199,7 +199,7 @@ def linear_sequence_logps(
     return sequence_logps(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
 
 
-@takes(CPOLinearKeywords)
+@accepts(CPOLinearKeywords)
 def linear_cpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
 ) -> PairOutput:
@@ -207,7 +207,7 @@ def linear_cpo_loss(
     return cpo_loss(_logits(hidden, weight, keywords), labels, **_of_logits(keywords))
 
 
-@takes(DPOLinearKeywords)
+@accepts(DPOLinearKeywords)
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
 ) -> PairOutput:
@@ -215,7 +215,7 @@ def linear_dpo_loss(
     return dpo_loss(_logits(hidden, weight, keywords), labels, ref_logps, **_of_logits(keywords))
 
 
-@takes(BCOLinearKeywords)
+@accepts(BCOLinearKeywords)
 def linear_bco_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -101,7 +101,7 @@ def forced(name: str | None) -> Iterator[None]:
     def choose(problem: plan.Problem) -> plan.Plan:
         cut = [p for p in plan.candidates(problem) if len(p.bounds) > 2 or p.columns < problem.vocabulary]
         chosen = min((p for p in cut if p.name == name), key=lambda p: (p.columns < 16, p.workspace))
-        return replace(chosen, kept=1) if name == "vocab_major" else chosen
+        return replace(chosen, saved=1) if name == "vocab_major" else chosen
 
     kept = call.choose, plan.TILE
     if name is not None:

@@ -26,7 +26,7 @@ LAUNCHERS = [
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_unique2"}
 # Kernels whose programs may write the same value to one place: rows beyond the valid ones under ``max_valid_tokens``
 # all stand for one row that is not scored, whose gradient is 0.
-ALIKE = {"_place_rows_kernel"}
+ALIKE = {"_scatter_rows_kernel"}
 # Class of the kernels: compiled or interpreted functions.
 KERNEL: Any = type(logprob._token_logps_fwd_kernel)
 
@@ -168,13 +168,13 @@ class Memory:
     @staticmethod
     def _pieces(unit: int, accesses: list[Any]) -> tuple[np.ndarray, ...]:
         """Address, program and bytes of every piece."""
-        places, programs, values = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros((0, unit), np.uint8)]
+        indices, programs, values = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros((0, unit), np.uint8)]
         for program, addresses, width, value in accesses:
-            places.append(np.add.outer(addresses, np.arange(0, width, unit, dtype=np.uint64)).ravel())
-            programs.append(np.full(places[-1].shape, program))
+            indices.append(np.add.outer(addresses, np.arange(0, width, unit, dtype=np.uint64)).ravel())
+            programs.append(np.full(indices[-1].shape, program))
             if value is not None:
                 values.append(np.ascontiguousarray(value).view(np.uint8).reshape(-1, unit))
-        return tuple(map(np.concatenate, (places, programs, values)))
+        return tuple(map(np.concatenate, (indices, programs, values)))
 
     @staticmethod
     def within(tensor: Tensor, seen: list[np.ndarray]) -> np.ndarray:

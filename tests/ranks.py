@@ -35,8 +35,8 @@ def _rank(
     rank: int, world: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...], seconds: float
 ) -> None:
     torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+    indices = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in indices.items()}, MASTER_ADDR="127.0.0.1")
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     try:
         result: Any = work(rank, *arguments)

@@ -26,7 +26,7 @@ def steps(device: str, rows: int, features: int, vocabulary: int) -> Iterator[St
     """Names and calls: N, D and V, of which D and V are multiples of 8, so that rows are aligned, and V + 3."""
     for dtype, columns in ((torch.float32, vocabulary), (torch.bfloat16, vocabulary), (torch.float32, vocabulary + 3)):
         sizes = (device, dtype, rows, features, columns)
-        for step, call in itertools.chain(losses(device, dtype, columns), slabs(*sizes), products(*sizes)):
+        for step, call in itertools.chain(losses(device, dtype, columns), chunks(*sizes), products(*sizes)):
             yield f"{step}, {str(dtype).removeprefix('torch.')}, {columns} columns", call
 
 
@@ -54,35 +54,35 @@ def losses(device: str, dtype: torch.dtype, columns: int) -> Iterator[Step]:
     yield "BCO, packed", call(fp.bco_loss, True, flags, ref, delta=shift, logits_mean="completion")
 
 
-def slabs(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
-    """What passes over slabs of logits and rows of products."""
-    from fused_pref.head.slab import Label, new_statistics
+def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
+    """What passes over logits chunks and rows of products."""
+    from fused_pref.head.chunk import TargetRows, new_statistics
     from fused_pref.head.spec import Transform
-    from fused_pref.kernels import scale, slab
+    from fused_pref.kernels import chunk, scale
 
     softcap = Transform.of({"softcap": 5.0})
     logits, targets = torch.randn(N, columns, device=device), torch.randint(0, columns, (N,), device=device)
     narrow, statistics = logits.view(dtype)[:, :columns], new_statistics(N, logits, torch.float32)
     factor, q = torch.rand(2, N, device=device)
     rows, weight = torch.randn(N, D, device=device), torch.randn(columns, D, device=device).to(dtype)
-    sink, places = torch.zeros(2 * N, D, device=device, dtype=dtype), torch.randperm(2 * N, device=device)[:N]
+    out, indices = torch.zeros(2 * N, D, device=device, dtype=dtype), torch.randperm(2 * N, device=device)[:N]
     # Most targets occur several times.
     repeated = targets % 5
-    yield "slab", lambda: slab.absorb(statistics, logits, targets, 0, softcap, total=True, sink=narrow)
-    yield "rows to their places", lambda: slab.place_rows(sink, rows, factor, places, Label(targets, q, weight))
-    yield "rows where they are", lambda: slab.place_rows(rows, rows, factor)
-    yield "rows by columns", lambda: slab.place_rows(sink, rows.T.contiguous().T, factor)
-    yield "targets of dW", lambda: slab.add_labels(weight, rows.to(dtype), factor, repeated)
+    yield "chunk", lambda: chunk.update_statistics(statistics, logits, targets, 0, softcap, logit_sum=True, out=narrow)
+    yield "rows to their places", lambda: chunk.scatter_rows(out, rows, factor, indices, TargetRows(targets, q, weight))
+    yield "rows where they are", lambda: chunk.scatter_rows(rows, rows, factor)
+    yield "rows by columns", lambda: chunk.scatter_rows(out, rows.T.contiguous().T, factor)
+    yield "targets of dW", lambda: chunk.add_target_rows(weight, rows.to(dtype), factor, repeated)
     yield "scale", lambda: scale.scale_(weight, factor[0])
     yield "scale by 1", lambda: scale.scale_(weight, torch.ones((), device=device))
 
 
 def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
-    """What multiplies: the fused linear head and the products of picked rows."""
+    """What multiplies: the fused linear head and the products of selected rows."""
+    from fused_pref.head.chunk import new_statistics
     from fused_pref.head.linear import padded
-    from fused_pref.head.slab import new_statistics
     from fused_pref.head.spec import Transform
-    from fused_pref.kernels import linear, picked
+    from fused_pref.kernels import linear, selected
     from fused_pref.kernels.gemm import Operands
 
     hidden = torch.rand(2 * N, D, device=device).to(dtype)
@@ -90,31 +90,31 @@ def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> I
     # The last column's logits lie so far above those of the first columns that whole rows are computed again.
     weight[-1] = 10.0
     targets = torch.randint(0, columns, (N,), device=device)
-    places, count = torch.randperm(2 * N, device=device)[:N], torch.tensor(N - 3, dtype=torch.int32, device=device)
+    indices, count = torch.randperm(2 * N, device=device)[:N], torch.tensor(N - 3, dtype=torch.int32, device=device)
     transform, plain = Transform.of({"softcap": 5.0}), Transform()
     statistics, factor = new_statistics(N, hidden, torch.float32), torch.rand(2 * N, device=device)
     wide = torch.empty(N, padded(columns), dtype=dtype, device=device)
     q, sums = torch.rand(N, columns, device=device).to(dtype), torch.zeros(2 * N, D, device=device)
     dw, db = torch.empty_like(weight), torch.empty(columns, device=device)
 
-    def absorb(own: Tensor | None, chosen: Tensor | None, rows: Tensor) -> None:
-        linear.absorb(statistics, Operands(rows, weight, own, chosen), targets, 0, transform, total=True)
+    def update_statistics(own: Tensor | None, chosen: Tensor | None, rows: Tensor) -> None:
+        linear.update_statistics(statistics, Operands(rows, weight, own, chosen), targets, 0, transform, logit_sum=True)
 
     def gradient(own: Tensor | None, chosen: Tensor | None, number: Tensor | None, rows: Tensor) -> None:
         linear.gradient(wide, Operands(rows, weight, own, chosen), statistics, targets, 0, transform, number)
 
     def exponentials() -> None:
         fresh = new_statistics(N, hidden, torch.float32)
-        linear.exponentials(wide, Operands(hidden[:N], weight, None, None), fresh, targets, plain, total=True)
+        linear.exponentials(wide, Operands(hidden[:N], weight, None, None), fresh, targets, plain, logit_sum=True)
 
-    yield "linear statistics", lambda: absorb(None, None, hidden[:N])
-    yield "linear statistics by index", lambda: absorb(bias, places, hidden)
+    yield "linear statistics", lambda: update_statistics(None, None, hidden[:N])
+    yield "linear statistics by index", lambda: update_statistics(bias, indices, hidden)
     yield "linear gradient", lambda: gradient(bias, None, None, hidden[:N])
-    yield "linear gradient of picked rows", lambda: gradient(None, places, count, hidden)
+    yield "linear gradient of selected rows", lambda: gradient(None, indices, count, hidden)
     yield "linear exponentials", exponentials
-    yield "picked rows, dW", lambda: picked.weight_product(dw, q, hidden, places, count, None)
-    yield "picked rows, dh", lambda: picked.hidden_product(sums, q, weight, places, count)
-    yield "picked rows, db", lambda: picked.bias_product(db, q, factor, places, count)
+    yield "selected rows, dW", lambda: selected.weight_product(dw, q, hidden, indices, count, None)
+    yield "selected rows, dh", lambda: selected.hidden_product(sums, q, weight, indices, count)
+    yield "selected rows, db", lambda: selected.bias_product(db, q, factor, indices, count)
 
 
 def main() -> int:

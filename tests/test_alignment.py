@@ -27,9 +27,9 @@ def test_rows_within_wider_rows(
 @pytest.mark.parametrize("columns", [3 * 8192, 3 * 8192 + 8, 3 * 8192 - 1])
 def test_targets_at_the_edges_of_blocks(columns: int, dtype: torch.dtype, device: str, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    places = [0, 1023, 1024, 4095, 4096, 8191, 8192, 16383, 16384, columns - 1]
-    wide = torch.randn(1, len(places), columns, generator=generator) * 3
-    labels = torch.tensor([places])
+    indices = [0, 1023, 1024, 4095, 4096, 8191, 8192, 16383, 16384, columns - 1]
+    wide = torch.randn(1, len(indices), columns, generator=generator) * 3
+    labels = torch.tensor([indices])
     # Targets with a good part of the mass: counting one among the others shows.
     wide.scatter_(2, labels[..., None], 15.0)
     check(wide.to(device, dtype), 0, columns, labels.to(device), None, backend)

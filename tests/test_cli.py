@@ -87,14 +87,14 @@ def test_module_runs_and_exits_with_the_status() -> None:
 
 def test_imports_are_light() -> None:
     """The library needs torch alone, and a command line imports only what its command needs."""
-    heavy = "{'transformers', 'mistral_common', 'matplotlib', 'rich', 'sklearn', 'trl'}"
+    high_pressure = "{'transformers', 'mistral_common', 'matplotlib', 'rich', 'sklearn', 'trl'}"
     demo = "fused_pref.demo.cli"
     code = (
         "import sys; from fused_pref.__main__ import main; main(['doctor', '--nonsense']); "
-        f"print({heavy} & set(sys.modules), '{demo}' in sys.modules)"
+        f"print({high_pressure} & set(sys.modules), '{demo}' in sys.modules)"
     )
     assert python("-c", code).stdout == "set() False\n"
-    code = f"import sys, {demo}; print({heavy} & set(sys.modules))"
+    code = f"import sys, {demo}; print({high_pressure} & set(sys.modules))"
     assert python("-c", code).stdout == "set()\n"
 
 

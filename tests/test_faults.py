@@ -107,7 +107,7 @@ def deterministic_memory() -> Iterator[None]:
 @pytest.mark.parametrize(("source", "keywords"), CASES, ids=NAMES)
 def test_out_of_memory(source: str, keywords: dict[str, Any], backend: str) -> None:
     """Whichever allocation fails, inputs are as before, and δ too unless the forward succeeded; a second try gives what
-    the first would have given, to the bit.
+    the first would have given, bitwise.
     """
     fail_in_turn(source, keywords, backend, torch.float32)
 

@@ -12,7 +12,7 @@ from probes import Memory, memory
 from test_linear import only, parity
 
 import fused_pref as fp
-from fused_pref.head import call, devices, plan, slab
+from fused_pref.head import call, chunk, devices, plan
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, gemm, linear
 
@@ -67,7 +67,7 @@ def test_plans(
     if small and name == "grouped":
         assert len(taken[0].bounds) > 2
     if name == "vocab_major":
-        assert (taken[0].kept == 0) == small
+        assert (taken[0].saved == 0) == small
 
 
 def test_no_exponentials_in_float16() -> None:
@@ -264,13 +264,13 @@ def operands(
     hidden = torch.randn(total, depth, generator=generator).to(device, dtype)
     weight = torch.randn(columns, depth, generator=generator).to(device, dtype)
     shift = torch.randn(columns, generator=generator).to(device, dtype) if bias else None
-    places = torch.randperm(total, generator=generator)[:rows].to(device) if by_index else None
+    indices = torch.randperm(total, generator=generator)[:rows].to(device) if by_index else None
     targets = torch.randint(0, columns, (rows,), generator=generator).to(device)
     if rows > 1:
         targets[0], targets[-1] = 0, columns - 1
-    taken = hidden if places is None else hidden[places]
+    taken = hidden if indices is None else hidden[indices]
     x = taken.double() @ weight.double().t() + (0 if shift is None else shift.double())
-    return gemm.Operands(hidden, weight, shift, places), targets, x
+    return gemm.Operands(hidden, weight, shift, indices), targets, x
 
 
 SHAPES = [(1, 1, 1), (1, 31, 2), (2, 257, 33), (17, 16, 67), (40, 8, 129), (33, 48, 32)]
@@ -284,30 +284,30 @@ def test_statistics_and_gradient(
     shape: tuple[int, int, int], constants: Transform, by_index: bool, processors: int, kernel_device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In one slice and in two, in any number of splits: the twins on a slab of the same logits."""
+    """In one slice and in two, in any number of splits: the twins on a chunk of the same logits."""
     monkeypatch.setattr(configs, "processors", lambda device: processors)
     head, targets, x = operands(*shape, torch.float32, kernel_device, by_index=by_index)
     rows, _, columns = shape
-    truth = slab.new_statistics(rows, x, torch.float64)
-    slab.absorb(truth, x.clone(), targets, 0, constants, total=False)
+    truth = chunk.new_statistics(rows, x, torch.float64)
+    chunk.update_statistics(truth, x.clone(), targets, 0, constants, logit_sum=False)
     means = constants.apply_(x.clone()).mean(1)
     for cut in {columns, columns // 2 + 1}:
-        statistics = slab.new_statistics(rows, head.hidden, torch.float32)
+        statistics = chunk.new_statistics(rows, head.hidden, torch.float32)
         for part in (slice(0, cut), slice(cut, columns)):
             bias = None if head.bias is None else head.bias[part]
-            own = gemm.Operands(head.hidden, head.weight[part], bias, head.places)
-            linear.absorb(statistics, own, targets, part.start, constants, total=True)
-        logp, miss = slab.finish(statistics, targets, columns, IGNORE)
-        true_logp, true_miss = slab.finish(truth, targets, columns, IGNORE)
+            own = gemm.Operands(head.hidden, head.weight[part], bias, head.indices)
+            linear.update_statistics(statistics, own, targets, part.start, constants, logit_sum=True)
+        logp, one_minus_p = chunk.finish(statistics, targets, columns, IGNORE)
+        true_logp, true_one_minus_p = chunk.finish(truth, targets, columns, IGNORE)
         assert_values(logp, true_logp)
-        assert_values(miss, true_miss)
-        assert_values(statistics[slab.TOTAL] / columns, means)
+        assert_values(one_minus_p, true_one_minus_p)
+        assert_values(statistics[chunk.LOGIT_SUM] / columns, means)
         if by_index:
             continue
         q, true_q = torch.empty(rows, cut, device=kernel_device), torch.empty_like(x[:, :cut])
         own = gemm.Operands(head.hidden, head.weight[:cut], None if head.bias is None else head.bias[:cut], None)
         linear.gradient(q, own, statistics, targets, 0, constants)
-        slab.gradient(true_q, x[:, :cut].clone(), truth, targets, 0, constants)
+        chunk.gradient(true_q, x[:, :cut].clone(), truth, targets, 0, constants)
         assert_gradient(q, true_q, 2e-6)
 
 
@@ -321,14 +321,16 @@ def test_exponentials(
     transform = Transform.of(constants)
     head, targets, x = operands(*shape, dtype, kernel_device)
     rows, _, columns = shape
-    truth, true_q = slab.new_statistics(rows, x, torch.float64), x.clone()
-    slab.absorb(truth, true_q, targets, 0, transform, total=False, sink=true_q)
+    truth, true_q = chunk.new_statistics(rows, x, torch.float64), x.clone()
+    chunk.update_statistics(truth, true_q, targets, 0, transform, logit_sum=False, out=true_q)
     statistics, q = (
-        slab.new_statistics(rows, head.hidden, torch.float32),
+        chunk.new_statistics(rows, head.hidden, torch.float32),
         torch.empty(x.shape, dtype=dtype, device=x.device),
     )
-    multiple = linear.exponentials(q, head, statistics, targets, transform, total=True)
-    assert_values(slab.finish(statistics, targets, columns, IGNORE)[0], slab.finish(truth, targets, columns, IGNORE)[0])
+    multiple = linear.exponentials(q, head, statistics, targets, transform, logit_sum=True)
+    assert_values(
+        chunk.finish(statistics, targets, columns, IGNORE)[0], chunk.finish(truth, targets, columns, IGNORE)[0]
+    )
     if watch is not None:
         # Nothing has risen above the pivots: the second pass writes nothing.
         assert len(watch.within(q, watch.written)) == rows * columns
@@ -368,7 +370,7 @@ def test_fused_where_the_model_says_so(hidden: int) -> None:
             assert not plan.choose(problem_of(**sizes, **other)).fused
 
 
-def test_log_probs_need_no_slab() -> None:
+def test_log_probs_write_no_logits() -> None:
     fused = plan.choose(problem_of(gradients=frozenset()))
     assert fused.workspace == devices.GPU.scratch
     assert (fused.rows, fused.columns) == (8192, 128256)
@@ -376,7 +378,7 @@ def test_log_probs_need_no_slab() -> None:
     assert copied.workspace == devices.GPU.scratch + 8192 * 4096 * 2
 
 
-def test_a_slab_of_q_is_half_a_slab_of_logits() -> None:
+def test_a_chunk_of_q_is_half_a_chunk_of_logits() -> None:
     one = {p.fused: p for p in plan.candidates(problem_of(local=True)) if p.name == "grouped" and p.rows == 8192}
     assert one[False].workspace - one[True].workspace == 8192 * 128256 * 2
     assert one[True].seconds < one[False].seconds

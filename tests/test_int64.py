@@ -36,7 +36,7 @@ SMALL = {"%splits"}
 BOUNDED = {
     # Number of a split times its width: a column.
     (Kind.INDEX, "%split_columns"),
-    # Rows of a tile times what lies between rows of a slab or of the weight: see test_offsets_in_a_tile_fit.
+    # Rows of a tile times what lies between rows of a chunk or of the weight: see test_offsets_in_a_tile_fit.
     (Kind.BLOCK, "%sink_stride"),
     (Kind.BLOCK, "%weight_stride"),
 }
@@ -56,7 +56,7 @@ class Code:
     """
 
     def __init__(self, text: str) -> None:
-        self.places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
+        self.indices = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
         self.values: dict[str, list[Definition]] = defaultdict(list)
         self.offsets: list[tuple[str, str]] = []
         # Of each region the values that its yields give: results and what it carries.
@@ -192,7 +192,7 @@ class Code:
             return f"{found[1]}:{found[2]}"
         name = re.search(r"#loc\d*", at)
         assert name, at
-        return self._place(self.places[name[0]])
+        return self._place(self.indices[name[0]])
 
 
 # Runs without the interpreter. What stands in the cache of compiled kernels is taken from there; what does not, is
@@ -222,9 +222,9 @@ codes = {}
 """
 OURS = """
 import torch
-from fused_pref.head.slab import Label
+from fused_pref.head.chunk import Label
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import dlogits, logprob, sequences, slab
+from fused_pref.kernels import dlogits, logprob, sequences, chunk
 from fused_pref.kernels.cases import CASES, meta
 
 for case in CASES:
@@ -242,9 +242,10 @@ for given in (ends, None):
     lower(f"strides, {given is None}", lambda: logprob.token_logps_fwd(z, own, given, "all", *rest))
     lower(f"strides, {given is None}", lambda: dlogits.token_logps_bwd(z, z, own, given, meta(3, n), mine, *rest))
     lower(f"strides, {given is None}", lambda: sequences.sequence_scores(mine, mine, own, given, "all", True, -100))
-lower("strides", lambda: slab.absorb(meta(4, n), meta(n, v), labels, 0, Transform(), total=True, sink=meta(n, v)))
-lower("strides", lambda: slab.place_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), label))
-lower("strides", lambda: slab.add_labels(meta(v, d), meta(d, n).T, logp, labels))
+into = {"logit_sum": True, "out": meta(n, v)}
+lower("strides", lambda: chunk.update_statistics(meta(4, n), meta(n, v), labels, 0, Transform(), **into))
+lower("strides", lambda: chunk.scatter_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), label))
+lower("strides", lambda: chunk.add_target_rows(meta(v, d), meta(d, n).T, logp, labels))
 """
 WRONG = """
 import torch

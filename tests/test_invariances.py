@@ -136,8 +136,8 @@ def test_order_of_words(case: Case) -> None:
     words = Sequences.of(case)
     steady(words)
     order = order_of(case.vocabulary, case)
-    places = order.argsort().to(case.index_dtype)
-    labels = [label.where(label < 0, places[label.clamp(min=0)]) for label in words.labels]
+    indices = order.argsort().to(case.index_dtype)
+    labels = [label.where(label < 0, indices[label.clamp(min=0)]) for label in words.labels]
     head = {name: part[order] for name, part in words.head.items()}
     rows = words.rows if case.linear else [row[:, order] for row in words.rows]
     first, second = words.run(), replace(words, labels=labels, head=head, rows=rows).run()

@@ -53,12 +53,12 @@ def test_traffic(logits_mean: str | None, inplace: bool, split: int, kernel_devi
     assert len(read) == (rows if logits_mean == "all" else scored) * columns + scored
     assert not len(watch.within(logits, watch.written))
     watch.read.clear()
-    sink = logits if inplace else torch.empty_like(logits)
-    dlogits.token_logps_bwd(sink, logits, labels, None, statistics, logp, *constants)
+    out = logits if inplace else torch.empty_like(logits)
+    dlogits.token_logps_bwd(out, logits, labels, None, statistics, logp, *constants)
     assert len(watch.within(logits, watch.read)) == scored * columns
-    written = watch.within(sink, watch.written)
+    written = watch.within(out, watch.written)
     assert len(written) == len(set(written.tolist())) == rows * columns
-    assert sink.isfinite().all()
+    assert out.isfinite().all()
 
 
 def test_memory_watch_notices(kernel_device: str, watch: Memory | None) -> None:
@@ -67,7 +67,7 @@ def test_memory_watch_notices(kernel_device: str, watch: Memory | None) -> None:
         pytest.skip("memory is watched by the interpreter")
     ends = torch.tensor([0, 9], device=kernel_device)
     with pytest.raises(Exception, match="out of bounds"):
-        sequences.spread(torch.ones(1, dtype=torch.float64, device=kernel_device), ends, 8)
+        sequences.expand(torch.ones(1, dtype=torch.float64, device=kernel_device), ends, 8)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -98,13 +98,13 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
     statistics, gradient = "_linear_statistics_kernel", "_linear_gradient_kernel"
     tables = [
         (statistics, "by index", configs.STATISTICS_TILE),
-        (statistics, "sums, softcap", configs.HEAVY_TILE),
+        (statistics, "sums, softcap", configs.HIGH_PRESSURE_TILE),
         (statistics, "exponentials", configs.EXPONENTIALS_TILE),
         (gradient, "plain", configs.GRADIENT_TILE),
-        (gradient, "softcap", configs.HEAVY_TILE),
-        (gradient, "picked rows", configs.GRADIENT_TILE),
-        ("_picked_weight_kernel", "plain", configs.PICKED_TILE),
-        ("_picked_hidden_kernel", "plain", configs.PICKED_TILE),
+        (gradient, "softcap", configs.HIGH_PRESSURE_TILE),
+        (gradient, "selected rows", configs.GRADIENT_TILE),
+        ("_picked_weight_kernel", "plain", configs.SELECTED_TILE),
+        ("_picked_hidden_kernel", "plain", configs.SELECTED_TILE),
     ]
     for kernel, case, table in tables:
         for (target, size), tile in table.items():

@@ -137,7 +137,7 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
     objective.pair_objective(sums, counts, totals, positions, ref, *pair)
     bco = (None, 0.0, *11 * (None,), "all", "mean", 0.1, "fixed", None, 0.0)
     objective.bco_objective(sums, totals, positions, desirable, ref, *bco)
-    sequences.spread(sums, ends, 24)
+    sequences.expand(sums, ends, 24)
     grad = torch.empty_like(logits)
     dlogits.token_logps_bwd(grad, logits, labels, None, statistics, logp, True, -100, Transform())
     sizes = {name: [tensor.numel() for tensor in tensors] for name, tensors in launched.items()}

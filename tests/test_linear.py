@@ -47,7 +47,7 @@ def only(
 ) -> Iterator[list[plan.Plan]]:
     """Only plans of this name and form, of which it gives those that were taken.
 
-    The largest of them, or with ``small`` the smallest whose slabs have ``least`` rows and columns.
+    The largest of them, or with ``small`` the smallest whose chunks have ``least`` rows and columns.
     """
     taken: list[plan.Plan] = []
 
@@ -57,7 +57,7 @@ def only(
             assert not problem.gradients
             return next(p for p in plan.candidates(problem) if p.fused == fused)
         if small:
-            best = min(plans, key=lambda p: (min(p.rows, p.columns) < least, p.rows * p.columns, p.kept))
+            best = min(plans, key=lambda p: (min(p.rows, p.columns) < least, p.rows * p.columns, p.saved))
         else:
             best = max(plans, key=lambda p: p.workspace)
         taken.append(best)
@@ -114,7 +114,9 @@ def test_plans(
 @pytest.mark.parametrize(
     ("name", "wanted"), [("grouped", "hwb"), ("vocab_major", "hwb"), ("frozen_head", "h"), ("logprob", "")]
 )
-def test_the_smallest_slabs(name: str, wanted: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_chunks(
+    name: str, wanted: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = make_hidden(4, 4, 6, 7, device=device, bias=True)
     batch.wanted = wanted
     with only(monkeypatch, name, small=True, least=1) as taken:

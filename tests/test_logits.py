@@ -67,7 +67,7 @@ def test_dpo(keywords: dict[str, Any], dtype: torch.dtype, device: str, backend:
 
 
 def test_hinge_at_its_kink(device: str, backend: str) -> None:
-    """Where 1 − βΔ is 0 to the bit, the gradient is 0, as that of relu."""
+    """Where 1 − βΔ is 0 bitwise, the gradient is 0, as that of relu."""
     batch = make_batch(2, 6, 17, mask="none", device=device)
     batch.logits[1], batch.labels[1] = batch.logits[0], batch.labels[0]
     ref = torch.tensor([0.0, 2.0], device=device)

@@ -55,7 +55,7 @@ def test_several_groups_and_slices_were_taken() -> None:
     assert calls["cpo in groups"].name == "grouped"
     assert len(calls["cpo in groups"].bounds) == 3
     assert calls["bco in slices"].name == "vocab_major"
-    assert 0 < calls["bco in slices"].kept * calls["bco in slices"].columns < 60
+    assert 0 < calls["bco in slices"].saved * calls["bco in slices"].columns < 60
     assert (calls["frozen head"].name, calls["no gradient"].name) == ("frozen_head", "logprob")
 
 

@@ -19,13 +19,13 @@ from sanitize import steps
 from wrong_kernels import chase_kernel, overlap_kernel
 
 import fused_pref
-from fused_pref.kernels import configs, linear, slab
+from fused_pref.kernels import chunk, configs, linear
 
 ROOT = Path(__file__).parents[1]
 SOURCES = list(Path(fused_pref.__file__).parent.glob("kernels/*.py"))
 # One program walks all sequences.
 ALONE = {"_pair_objective_kernel", "_bco_objective_kernel"}
-PLANES = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel", "_add_labels_kernel"}
+PLANES = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel", "_add_target_rows_kernel"}
 
 
 @pytest.fixture
@@ -58,12 +58,12 @@ def test_nothing_is_combined_by_atomics() -> None:
 
 
 def test_two_writers_are_noticed(watch: Memory) -> None:
-    sink = torch.zeros(13)
+    out = torch.zeros(13)
     with pytest.raises(AssertionError, match="overlap_kernel: two programs write the same element"):
-        overlap_kernel[3,](sink, BLOCK=4)
+        overlap_kernel[3,](out, BLOCK=4)
     # They write the same value, which no comparison of results would show.
-    assert sink.tolist() == list(range(13))
-    overlap_kernel[1,](sink, BLOCK=4)
+    assert out.tolist() == list(range(13))
+    overlap_kernel[1,](out, BLOCK=4)
 
 
 def test_readers_of_what_another_program_writes_are_noticed(watch: Memory) -> None:
@@ -75,12 +75,12 @@ def test_readers_of_what_another_program_writes_are_noticed(watch: Memory) -> No
 
 def test_rows_of_padding_share_a_place(watch: Memory) -> None:
     """Where they write the same; other values are noticed."""
-    sink, places = torch.zeros(4, 8), torch.tensor([0, 1, 3, 3])
+    out, indices = torch.zeros(4, 8), torch.tensor([0, 1, 3, 3])
     rows, factor = torch.ones(4, 8), torch.tensor([1.0, 1.0, 0.0, 0.0])
-    slab.place_rows(sink, rows, factor, places)
+    chunk.scatter_rows(out, rows, factor, indices)
     factor[3] = 2.0
-    with pytest.raises(AssertionError, match="_place_rows_kernel: two programs write the same element"):
-        slab.place_rows(sink, rows, factor, places)
+    with pytest.raises(AssertionError, match="_scatter_rows_kernel: two programs write the same element"):
+        chunk.scatter_rows(out, rows, factor, indices)
 
 
 def test_accesses_of_different_widths_are_compared(watch: Memory) -> None:

@@ -16,10 +16,10 @@ from probes import KERNEL, memory, small_blocks
 from torch import Tensor
 from wrong_kernels import narrow_kernel
 
+from fused_pref.head.chunk import TargetRows, new_statistics
 from fused_pref.head.devices import GPUS
-from fused_pref.head.slab import Label, new_statistics
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import cases, configs, dlogits, linear, logprob, objective, picked, scale, sequences, slab
+from fused_pref.kernels import cases, chunk, configs, dlogits, linear, logprob, objective, scale, selected, sequences
 from fused_pref.kernels.gemm import Operands
 
 # Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
@@ -72,26 +72,26 @@ def last_rows(number: int, columns: int) -> Tensor:
 @pytest.mark.usefixtures("host")
 def test_a_32_bit_offset_is_noticed() -> None:
     x = torch.randn(3, 8)
-    sink = torch.zeros(3, 8)
-    narrow_kernel[3,](x, sink, 8, 8, BLOCK=8)
-    assert torch.equal(sink, x)
+    out = torch.zeros(3, 8)
+    narrow_kernel[3,](x, out, 8, 8, BLOCK=8)
+    assert torch.equal(out, x)
     with pytest.raises(Exception, match="out of bounds"):
-        narrow_kernel[3,](far(x, FAR, 1), sink, FAR, 8, BLOCK=8)
+        narrow_kernel[3,](far(x, FAR, 1), out, FAR, 8, BLOCK=8)
 
 
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("processors", [0, 20], ids=["whole", "split"])
 def test_logits(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Aligned rows, packed, into a sink of its own."""
+    """Aligned rows, packed, into an ``out`` of its own."""
     small_blocks(monkeypatch, 16, processors)
     batch = make_batch(1, 4, 64, mask="none")
     logits, labels, ends = batch.logits[0], batch.labels[0].int(), torch.tensor([0, 1, 4])
     grad = torch.randn(4)
 
-    def step(z: Tensor, y: Tensor, sink: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    def step(z: Tensor, y: Tensor, out: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
         logp, statistics, means = logprob.token_logps_fwd(z, y, ends, "all", True, IGNORE, SOFTCAP)
-        dlogits.token_logps_bwd(sink, z, y, ends, statistics, upstream, True, IGNORE, SOFTCAP)
-        return logp, statistics, means, sink
+        dlogits.token_logps_bwd(out, z, y, ends, statistics, upstream, True, IGNORE, SOFTCAP)
+        return logp, statistics, means, out
 
     near = step(logits, labels, torch.zeros(4, 64), grad)
     there = step(far(logits, FAR, 1), far(labels, FAR), far(torch.zeros(4, 64), FAR, 1), far(grad, FAR))
@@ -99,12 +99,12 @@ def test_logits(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("host")
-def test_slab() -> None:
+def test_chunk() -> None:
     logits, targets = torch.randn(3, 64), torch.tensor([3, 70, 63], dtype=torch.int32)
 
-    def step(z: Tensor, y: Tensor, statistics: Tensor, sink: Tensor) -> tuple[Tensor, ...]:
-        slab.absorb(statistics, z, y, 0, SOFTCAP, total=True, sink=sink)
-        return statistics, sink
+    def step(z: Tensor, y: Tensor, statistics: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        chunk.update_statistics(statistics, z, y, 0, SOFTCAP, logit_sum=True, out=out)
+        return statistics, out
 
     fresh = new_statistics(3, logits, torch.float32)
     near = step(logits, targets, fresh.clone(), torch.zeros(3, 64))
@@ -114,28 +114,28 @@ def test_slab() -> None:
 
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_place_rows(by_columns: bool) -> None:
-    """From rows far apart, or rows of columns far apart, to rows of a sink with more than 2³¹ entries."""
+def test_scatter_rows(by_columns: bool) -> None:
+    """From rows far apart, or rows of columns far apart, to rows of an ``out`` with more than 2³¹ entries."""
     source, weight, factor, q = torch.randn(3, 16), torch.randn(3, 16), torch.randn(3), torch.randn(3)
     targets, rows = torch.tensor([2, 0, 5]), last_rows(3, 16)
     strides = (1, 2**28) if by_columns else (FAR, 1)
     near, there = torch.zeros(3, 16), tall(torch.zeros(3, 16), rows)
-    slab.place_rows(near, source, factor, torch.arange(3), Label(targets, q, weight))
-    label = Label(far(targets.int(), FAR), q, far(weight, *strides))
-    slab.place_rows(there, far(source, *strides), factor, rows, label)
+    chunk.scatter_rows(near, source, factor, torch.arange(3), TargetRows(targets, q, weight))
+    label = TargetRows(far(targets.int(), FAR), q, far(weight, *strides))
+    chunk.scatter_rows(there, far(source, *strides), factor, rows, label)
     assert torch.equal(near, there[rows])
 
 
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_add_labels(by_columns: bool) -> None:
+def test_add_target_rows(by_columns: bool) -> None:
     """To rows of dW with more than 2³¹ entries."""
     dw, h, factor, rows = torch.randn(3, 16), torch.randn(5, 16), torch.randn(5), last_rows(3, 16)
     targets = torch.tensor([2, 0, 2, 1, 1])
     strides = (1, 2**28) if by_columns else (FAR, 1)
     near, there = dw.clone(), tall(dw, rows)
-    slab.add_labels(near, h, factor, targets)
-    slab.add_labels(there, far(h, *strides), factor, rows[targets])
+    chunk.add_target_rows(near, h, factor, targets)
+    chunk.add_target_rows(there, far(h, *strides), factor, rows[targets])
     assert torch.equal(near, there[rows])
 
 
@@ -151,16 +151,16 @@ def test_linear(by_index: bool, pointers: bool) -> None:
     hidden, weight, targets = torch.randn(40, 16), torch.randn(columns, 16), torch.randint(0, columns, (40,))
     rows = last_rows(40, 16)
 
-    def step(operands: Operands, statistics: Tensor, sink: Tensor) -> tuple[Tensor, ...]:
-        linear.absorb(statistics, operands, targets, 0, SOFTCAP, total=True)
-        linear.gradient(sink, operands, statistics, targets, 0, SOFTCAP)
-        return statistics, sink
+    def step(operands: Operands, statistics: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        linear.update_statistics(statistics, operands, targets, 0, SOFTCAP, logit_sum=True)
+        linear.gradient(out, operands, statistics, targets, 0, SOFTCAP)
+        return statistics, out
 
-    fresh, sink = new_statistics(40, hidden, torch.float32), torch.zeros(40, columns)
-    near = step(Operands(hidden, weight, None, None), fresh.clone(), sink.clone())
+    fresh, out = new_statistics(40, hidden, torch.float32), torch.zeros(40, columns)
+    near = step(Operands(hidden, weight, None, None), fresh.clone(), out.clone())
     away = (tall(hidden, rows), rows) if by_index else (far(hidden, FAR_TILE + pointers, 1), None)
     operands = Operands(away[0], far(weight, between, 1), None, away[1])
-    found = step(operands, far(fresh, FAR, 1), far(sink, FAR_TILE, 1))
+    found = step(operands, far(fresh, FAR, 1), far(out, FAR_TILE, 1))
     given = operands.arguments(configs.INTERPRETER_TILE)
     assert given["WEIGHT_DESCRIPTOR"] != pointers
     assert given["HIDDEN_DESCRIPTOR"] == (not pointers and not by_index)
@@ -174,23 +174,23 @@ def test_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = torch.rand(40, 16), torch.randn(40, 16), torch.randint(0, 40, (40,))
     weight[39] = 20.0
     near, there = torch.zeros(40, 48), far(torch.zeros(40, 48), FAR_TILE, 1)
-    for sink in (near, there):
+    for out in (near, there):
         fresh, operands = new_statistics(40, hidden, torch.float32), Operands(hidden, weight, None, None)
-        linear.exponentials(sink, operands, fresh, targets, Transform(), total=True)
+        linear.exponentials(out, operands, fresh, targets, Transform(), logit_sum=True)
     assert torch.equal(near, there)
 
 
 @pytest.mark.usefixtures("host")
-def test_picked() -> None:
+def test_selected() -> None:
     """Rows of Q, of the hidden states, of the weight, and of what is written."""
     q, hidden, weight, factor = torch.randn(40, 40), torch.randn(40, 16), torch.randn(40, 16), torch.randn(40)
     rows, count = last_rows(40, 16), torch.tensor(39, dtype=torch.int32)
 
     def step(q: Tensor, h: Tensor, w: Tensor, f: Tensor, own: Tensor, dw: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
         db = torch.zeros(40)
-        picked.weight_product(dw, q, h, own, count, None)
-        picked.hidden_product(dh, q, w, own, count)
-        picked.bias_product(db, q, f, own, count)
+        selected.weight_product(dw, q, h, own, count, None)
+        selected.hidden_product(dh, q, w, own, count)
+        selected.bias_product(db, q, f, own, count)
         return dw, dh[own], db
 
     empty = torch.zeros(40, 16)
@@ -243,8 +243,8 @@ def test_sequences() -> None:
     assert all(map(torch.equal, expected, found))
     values = torch.randn(3, dtype=torch.float64)
     with mock.patch.object(torch, "empty", lambda total, dtype, device: room(total, dtype)):
-        there = sequences.spread(values, ends, first + 8)
-    assert torch.equal(there[first:], sequences.spread(values, near, 8))
+        there = sequences.expand(values, ends, first + 8)
+    assert torch.equal(there[first:], sequences.expand(values, near, 8))
 
 
 # Counts
@@ -322,7 +322,7 @@ def test_reductions_in_kernels(kernel_device: str) -> None:
     sums, counts, *_ = sequences.sequence_scores(logp, logp, labels, ends, "all", False, -1)
     torch.testing.assert_close(sums[0], logp.double().sum(), rtol=1e-12, atol=0)
     assert counts[0] == (labels == 0).sum()
-    assert torch.equal(sequences.spread(sums, ends, count), sums.float().expand(count))
+    assert torch.equal(sequences.expand(sums, ends, count), sums.float().expand(count))
 
     sums = logp.double()
     positions = torch.ones(count, dtype=torch.int64, device=kernel_device)

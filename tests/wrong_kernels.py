@@ -5,27 +5,27 @@ import triton.language as tl
 
 
 @triton.jit
-def narrow_kernel(source, sink, stride, columns, BLOCK: tl.constexpr):
+def narrow_kernel(source, out, stride, columns, BLOCK: tl.constexpr):
     """Copies rows of ``source`` whose offsets are computed in 32 bits."""
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     x = tl.load(source + row * stride + cols, mask=cols < columns, other=0.0)
-    tl.store(sink + row * columns + cols, x, mask=cols < columns)
+    tl.store(out + row * columns + cols, x, mask=cols < columns)
 
 
 @triton.jit
-def late_kernel(places, source, sink, stride):
+def late_kernel(indices, source, out, stride):
     """Widens a product of a number from memory after it was computed in 32 bits."""
     row = tl.program_id(0)
-    offset = (tl.load(places + row) * stride).to(tl.int64)
-    tl.store(sink + row, tl.load(source + offset))
+    offset = (tl.load(indices + row) * stride).to(tl.int64)
+    tl.store(out + row, tl.load(source + offset))
 
 
 @triton.jit
-def overlap_kernel(sink, BLOCK: tl.constexpr):
+def overlap_kernel(out, BLOCK: tl.constexpr):
     """Every program writes the first entry of the next one's block."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, 2 * BLOCK)
-    tl.store(sink + place, place.to(tl.float32), mask=tl.arange(0, 2 * BLOCK) <= BLOCK)
+    tl.store(out + place, place.to(tl.float32), mask=tl.arange(0, 2 * BLOCK) <= BLOCK)
 
 
 @triton.jit

@@ -82,15 +82,15 @@ class Listing:
         if "cubin" in compiled.asm:
             text = compile.disassemble(compiled.asm["cubin"], "-sass")
             found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)
-            places = {f"{int(address, 16):x}": i for i, (address, _) in enumerate(found)}
+            indices = {f"{int(address, 16):x}": i for i, (address, _) in enumerate(found)}
             code = [operation for _, operation in found]
             jumps = ((i, re.search(r"BRA.*?0x(\w+)", operation)) for i, operation in enumerate(code))
         else:
             lines = [line.strip() for line in compiled.asm["amdgcn"].splitlines()]
             code = [line for line in lines if re.match(r"(v|s|ds|buffer|global)_|\.LBB", line)]
-            places = {match[1]: i for i, line in enumerate(code) if (match := re.match(r"(\.LBB\w+):", line))}
+            indices = {match[1]: i for i, line in enumerate(code) if (match := re.match(r"(\.LBB\w+):", line))}
             jumps = ((i, re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)) for i, line in enumerate(code))
-        return cls(code, [(i, places.get(jump[1], i)) for i, jump in jumps if jump])
+        return cls(code, [(i, indices.get(jump[1], i)) for i, jump in jumps if jump])
 
     @property
     def loops(self) -> list[tuple[int, int]]:

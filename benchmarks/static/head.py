@@ -72,7 +72,7 @@ def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator
         compute = waves * per_program * max(resident * product, alone)
         logits = ROWS * columns
         moved = (columns * features * -(-blocks // sizes["GROUP"]) + ROWS * features) * 2
-        moved += 2 * logits if launch.keywords.get("sink") is not None else 0
+        moved += 2 * logits if launch.keywords.get("out") is not None else 0
         cached = blocks * chunks * (tile_rows + tile_columns) * features * 2
         floor = 2 * logits * features / rate
         predicted = max(compute, moved / bandwidth)
@@ -108,7 +108,7 @@ HEADER = [
 INTRODUCTION = f"""
 N = {ROWS}, bf16.
 
-The floor is the vendor's product of the same size, alone. A tile is predicted to take its product at that rate, then
+The floor is cuBLAS's GEMM of the same size, alone. A tile is predicted to take its product at that rate, then
 its epilogue (instructions counted in the compiled code, and {LATENCY * 1e6:g} µs for the first loads of the next tile),
 which a second program on the processor hides if there is room for one; tiles come in whole waves. That the second-level
 cache keeps up is assumed: a column says what it would have to give, and a cache that gives less is the bound instead.

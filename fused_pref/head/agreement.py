@@ -83,9 +83,9 @@ class Agreement:
         digest = int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=8).digest(), "big", signed=True)
         exact = {name: value for name, value in asked.items() if _is_exact(value)}
         sums = {name: checksum(value.flatten()).to(weight.device) for name, value in exact.items()}
-        words = torch.tensor([weight.shape[0], wants, digest, 0], device=weight.device)
-        words[3] = checksum(torch.stack(list(sums.values())))
-        ranks = gathered(words, group).tolist()
+        numbers = torch.tensor([weight.shape[0], wants, digest, 0], device=weight.device)
+        numbers[3] = checksum(torch.stack(list(sums.values())))
+        ranks = gathered(numbers, group).tolist()
         if any(rank[1] or rank[2:] != ranks[0][2:] for rank in ranks):
             shown = {
                 name: f"{value.item()}" if value.dim() == 0 else f"{texts[name]} of checksum {sums[name].item()}"
@@ -139,7 +139,7 @@ def checksum(values: Tensor) -> Tensor:
 
 
 def _is_exact(value: Any) -> bool:
-    """Whether a tensor must be the same to the bit; floats of a sequence may differ by how a rank rounds."""
+    """Whether a tensor must be the same bitwise; floats of a sequence may differ by how a rank rounds."""
     return isinstance(value, Tensor) and (value.dim() == 0 or not value.is_floating_point())
 
 
@@ -199,10 +199,10 @@ def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
     shared = once[0][torch.isin(once[0], once[1])]
     if shared.numel() == 0:
         return None
-    places = [(part[None] == shared[:64, None]).int().argmax(1) for part in (first, second)]
-    shift = int((places[0] - places[1]).mode().values)
+    indices = [(part[None] == shared[:64, None]).int().argmax(1) for part in (first, second)]
+    shift = int((indices[0] - indices[1]).mode().values)
     start, stop = max(0, shift), min(first.numel(), shift + second.numel())
     mine, theirs = slice(start, stop), slice(start - shift, stop - shift)
-    turned = shift < 0 and stop - start < min(first.numel(), second.numel())
-    least = COPIED if turned else 2
+    swapped = shift < 0 and stop - start < min(first.numel(), second.numel())
+    least = COPIED if swapped else 2
     return (mine, theirs) if stop - start >= least and torch.equal(first[mine], second[theirs]) else None

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fused_pref.backend import architecture
+from fused_pref.head import chunk as torch_chunk
 from fused_pref.head import linear, skipping
-from fused_pref.head import slab as torch_slab
 from fused_pref.head.advice import advising
 from fused_pref.head.devices import device_of
 from fused_pref.head.linear import Forward, Head
@@ -92,7 +92,7 @@ class HeadCall:
             budget=default_budget(vocabulary, weight.shape[1], weight.dtype.itemsize) if budget is None else budget,
             device=device_of(weight.device.type, architecture(weight.device)),
             late_scale=weight.dtype == torch.float16,
-            gathered=rows.places is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
+            gathered=rows.indices is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
             unscored=self.unscored(rows, positions),
             # The scale of a fused product's exponentials is that of its own columns.
             fused=head.fusible and (self.shard is None or not self.wanted),
@@ -111,20 +111,20 @@ class HeadCall:
         return advising(lambda: self.problem(head, rows))
 
     @property
-    def wants_totals(self) -> bool:
+    def wants_logit_sums(self) -> bool:
         """Whether Σ z must be taken from the logits: only a curve hides it."""
-        return self.spec.logits_mean is not None and self.spec.transform.curved
+        return self.spec.logits_mean is not None and self.spec.transform.nonlinear
 
     def score(self, head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
         """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""
-        unscored = self.unscored_totals(head, rows, labels)
+        unscored = self.unscored_logit_sums(head, rows, labels)
         if plan.name == "skipping" and self.spec.skip_mass is not None:
-            left = skipping.forward(head, rows, plan, self.spec.skip_mass, total=self.wants_totals)
+            saved = skipping.forward(head, rows, plan, self.spec.skip_mass, logit_sum=self.wants_logit_sums)
         else:
-            left = linear.forward(head, rows, plan, total=self.wants_totals)
-        logp, _ = head.finish(left.statistics, rows.targets)
-        totals = rows.spread(left.statistics[torch_slab.TOTAL], labels)
-        return logp, self.means(head, rows, labels, totals, unscored), left
+            saved = linear.forward(head, rows, plan, logit_sum=self.wants_logit_sums)
+        logp, _ = head.finish(saved.statistics, rows.targets)
+        totals = rows.scatter(saved.statistics[torch_chunk.LOGIT_SUM], labels)
+        return logp, self.means(head, rows, labels, totals, unscored), saved
 
     def means(self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor, unscored: Tensor | None) -> Tensor:
         """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
@@ -138,32 +138,32 @@ class HeadCall:
         """
         if self.spec.logits_mean is None or labels.numel() == 0:
             return torch.zeros_like(totals)
-        if self.wants_totals:
+        if self.wants_logit_sums:
             return (totals if unscored is None else totals + unscored) / head.vocabulary
         means = linear_means(head).view(labels.shape)
         if self.spec.logits_mean == "completion":
-            covered = rows.spread(torch.ones_like(rows.targets, dtype=means.dtype), labels)
+            covered = rows.scatter(torch.ones_like(rows.targets, dtype=means.dtype), labels)
             # Whatever stands elsewhere, NaN too, is not part of them.
             means = torch.where(covered == 0, covered, means * covered)
         return means
 
     def unscored(self, rows: ValidRows, positions: int) -> int:
         """Rows that are projected for the means alone: a softcap leaves no way around the logits of all positions."""
-        return positions - sum(rows.host_counts) if self.wants_totals and self.spec.logits_mean == "all" else 0
+        return positions - sum(rows.host_counts) if self.wants_logit_sums and self.spec.logits_mean == "all" else 0
 
-    def unscored_totals(self, head: Head, rows: ValidRows, labels: Tensor) -> Tensor | None:
+    def unscored_logit_sums(self, head: Head, rows: ValidRows, labels: Tensor) -> Tensor | None:
         """Σ z where nothing is scored, shape of the labels; None where that is not needed."""
         number = self.unscored(rows, labels.numel())
         if number == 0:
             return None
         scored = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
         valid = torch.ones_like(rows.targets, dtype=torch.bool) if rows.padding is None else ~rows.padding
-        rows.put(scored, valid)
-        places = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
-        others = ValidRows(places, torch.full((number,), head.ignore_index, device=labels.device), rows.counts)
+        rows.scatter_(scored, valid)
+        indices = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
+        others = ValidRows(indices, torch.full((number,), head.ignore_index, device=labels.device), rows.counts)
         plan = choose(replace(self.problem(head, rows), tokens=number, gradients=frozenset(), unscored=0))
-        statistics = linear.logprob(head, others, plan, total=True)
-        found = others.spread(statistics[torch_slab.TOTAL], labels)
+        statistics = linear.logprob(head, others, plan, logit_sum=True)
+        found = others.scatter(statistics[torch_chunk.LOGIT_SUM], labels)
         return found.masked_fill_(scored.view(labels.shape), 0)
 
 
@@ -172,8 +172,8 @@ def linear_means(head: Head) -> Tensor:
     mean = column_means(head.w, head.accumulator)
     shift = mean.new_zeros(1) if head.b is None else head.b.to(head.accumulator).mean()[None]
     if head.shard is not None:
-        share = head.columns / head.vocabulary
-        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * share).split((mean.numel(), 1))
+        expand = head.columns / head.vocabulary
+        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * expand).split((mean.numel(), 1))
     source = Rows(head.hidden.detach())
     result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
     for part in ranges(source.count, block_rows(head.hidden)):

@@ -36,26 +36,26 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         """By any plan but ``grouped``."""
         ctx.call, ctx.rows, ctx.plan = call, rows, plan
         with torch.autocast(hidden.device.type, enabled=False):
-            logp, means, left = call.score(call.head(hidden, weight, bias), rows, plan, labels)
-        statistics, u, ctx.kept, skipped = left
-        live, dropped = (None, None) if skipped is None else (skipped.live, rows.spread(skipped.mass, labels))
+            logp, means, saved = call.score(call.head(hidden, weight, bias), rows, plan, labels)
+        statistics, u, ctx.saved, skipped = saved
+        live, dropped = (None, None) if skipped is None else (skipped.live, rows.scatter(skipped.mass, labels))
         ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u, live)
         ctx.mark_non_differentiable(*(means,) if dropped is None else (means, dropped))
-        return rows.spread(logp, labels), means, dropped
+        return rows.scatter(logp, labels), means, dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """See :mod:`fused_pref.head.linear`."""
         call, rows = ctx.call, ctx.rows
-        hidden, weight, bias, left, live = ctx.saved_tensors
-        head, grad_logp = call.head(hidden, weight, bias), rows.pick(grads[0])
+        hidden, weight, bias, saved, live = ctx.saved_tensors
+        head, grad_logp = call.head(hidden, weight, bias), rows.gather(grads[0])
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), call.advising(head, rows):
             if ctx.plan.name == "frozen_head":
-                gradients = Gradients(linear.frozen_head_bwd(head, rows, left, grad_logp), None, None)
+                gradients = Gradients(linear.frozen_head_bwd(head, rows, saved, grad_logp), None, None)
             elif ctx.plan.name == "skipping":
-                gradients = skipping.backward(head, rows, ctx.plan, left, live, grad_logp, call.wanted)
+                gradients = skipping.backward(head, rows, ctx.plan, saved, live, grad_logp, call.wanted)
             else:
-                gradients = linear.vocab_major_bwd(head, rows, ctx.plan, left, ctx.kept, grad_logp, call.wanted)
+                gradients = linear.vocab_major_bwd(head, rows, ctx.plan, saved, ctx.saved, grad_logp, call.wanted)
         return (*_once(gradients, hidden, weight, bias), None, None, None, None)
 
 
@@ -113,9 +113,9 @@ def known_gradients(
     """(logp, mean of z, gradients of the loss) by plan ``grouped``."""
     head = call.head(hidden, weight, bias)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        unscored = call.unscored_totals(head, rows, labels)
+        unscored = call.unscored_logit_sums(head, rows, labels)
         logp, totals, gradients = grouped(
-            head, rows, plan, slope, call.wanted, paired=call.unit == 2, total=call.wants_totals
+            head, rows, plan, slope, call.wanted, paired=call.unit == 2, logit_sum=call.wants_logit_sums
         )
         if rows.overflow is not None:
             logp.masked_fill_(rows.overflow, torch.nan)
@@ -136,9 +136,9 @@ def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) 
     if own and gradient.device.type == "cpu" and upstream == 1:
         return gradient
     result = gradient if own else torch.empty_like(gradient, dtype=dtype)
-    source, sink = gradient.view(-1), result.view(-1)
+    source, out = gradient.view(-1), result.view(-1)
     for part in ranges(source.numel(), block_entries(gradient.device)):
-        sink[part] = source[part].to(wide) * upstream.to(wide)
+        out[part] = source[part].to(wide) * upstream.to(wide)
     return result
 
 

@@ -34,11 +34,11 @@ class Sums(NamedTuple):
         db = head.weight.new_empty(head.columns, dtype=kind) if "bias" in wanted else None
         return cls(dw, db, torch.empty(rows.number, width, dtype=kind, device=device) if "hidden" in wanted else None)
 
-    def gradients(self, head: "Head", rows: ValidRows, factor: Tensor, label_q: Tensor | None) -> Gradients:
-        """The gradients, once all tiles are in; ``label_q`` as for :meth:`Head.place`."""
+    def gradients(self, head: "Head", rows: ValidRows, factor: Tensor, target_q: Tensor | None) -> Gradients:
+        """The gradients, once all tiles are in; ``target_q`` as for :meth:`Head.place`."""
         dh = None
         if self.hidden is not None:
             dh = head.new_hidden_gradient()
-            head.place(dh, rows, self.hidden, -factor, label_q)
+            head.scatter_hidden(dh, rows, self.hidden, -factor, target_q)
             dh = head.reduced(dh)
         return Gradients(dh, self.dw, None if self.db is None or head.bias is None else self.db.to(head.bias.dtype))

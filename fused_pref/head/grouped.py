@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_pref.head import slab as torch_slab
+from fused_pref.head import chunk as torch_chunk
 from fused_pref.head.gradients import Gradients
 from fused_pref.head.linear import Head, late_dtype, scaled_rows
 from fused_pref.head.plan import Plan
@@ -22,7 +22,7 @@ Slope = Callable[[tuple[slice, ...], Tensor, Tensor], Tensor]
 
 
 def grouped(
-    head: Head, rows: ValidRows, plan: Plan, slope: Slope, wanted: frozenset[str], *, paired: bool, total: bool
+    head: Head, rows: ValidRows, plan: Plan, slope: Slope, wanted: frozenset[str], *, paired: bool, logit_sum: bool
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Log-probs and Σ z of every position (P,), 0 where nothing is scored, and the gradients of the loss.
 
@@ -34,19 +34,21 @@ def grouped(
     positions = head.hidden.shape[:-1].numel()
     logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
     sums = _GroupSums(head, wanted, single=len(bounds) == 2)
-    memory = head.new_slab(plan.rows, head.columns, fused=plan.fused)
+    memory = head.new_chunk(plan.rows, head.columns, fused=plan.fused)
     for u0, u1 in itertools.pairwise(bounds):
         members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
         group = rows if (u0, u1) == (0, units) else rows.part(members)
         h = head.take(group)
-        statistics = torch_slab.new_statistics(group.number, h, head.accumulator)
-        q, multiple = head.absorb(statistics, memory, h, group.targets, total=total, fused=plan.fused)
-        values, miss = head.finish(statistics, group.targets)
-        miss = miss if multiple is None else miss / multiple
-        group.put(logp, values)
-        group.put(totals, statistics[torch_slab.TOTAL])
+        statistics = torch_chunk.new_statistics(group.number, h, head.accumulator)
+        q, multiple = head.update_statistics(
+            statistics, memory, h, group.targets, logit_sum=logit_sum, fused=plan.fused
+        )
+        values, one_minus_p = head.finish(statistics, group.targets)
+        one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
+        group.scatter_(logp, values)
+        group.scatter_(totals, statistics[torch_chunk.LOGIT_SUM])
         known = slope(members, group.sums(values), rows.counts)
-        sums.add(group, h, q, group.share(known).to(miss.dtype) * miss * head.transform.slope)
+        sums.add(group, h, q, group.expand(known).to(one_minus_p.dtype) * one_minus_p * head.transform.slope)
     return logp, totals, sums.gradients()
 
 
@@ -68,24 +70,24 @@ class _GroupSums:
 
     def add(self, group: ValidRows, h: Tensor, q: Tensor, factor: Tensor) -> None:
         """A group's rows h (n, D), their Q (n, V) and −∂loss/∂z = factor · Q."""
-        head, label_q = self.head, None
-        apart = self.dw is not None and head.labels_apart
+        head, target_q = self.head, None
+        apart = self.dw is not None and head.targets_apart
         if self.db is not None:
             self.db += head.bias_gradient(q, factor)
         if apart:
-            label_q = torch_slab.take_targets(q, group.targets, 0)
+            target_q = torch_chunk.take_targets(q, group.targets, 0)
         if self.dw is not None:
             x, scale = scaled_rows(head, h, factor)
             add_product(self.dw, q.t(), x, fresh=self.fresh, scale=scale)
             del x
-            if label_q is not None:
-                head.kernels.add_labels(self.dw, h, -factor * label_q, group.targets)
+            if target_q is not None:
+                head.kernels.add_target_rows(self.dw, h, -factor * target_q, group.targets)
         if self.dh is not None:
             left = torch.empty(h.shape, dtype=product_dtype(h), device=h.device)
-            if label_q is None:
-                label_q = torch_slab.take_targets(q, group.targets, 0)
+            if target_q is None:
+                target_q = torch_chunk.take_targets(q, group.targets, 0)
             add_product(left, q, head.w, fresh=True)
-            head.place(self.dh, group, left, -factor, label_q)
+            head.scatter_hidden(self.dh, group, left, -factor, target_q)
         self.fresh = False
 
     def gradients(self) -> Gradients:

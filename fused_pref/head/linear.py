@@ -1,4 +1,4 @@
-"""The plans of the linear head, carried out: products by the vendor's library, slabs by the backend's kernels.
+"""The plans of the linear head, carried out: products by the vendor's library, chunks by the backend's kernels.
 
 ``logprob``, ``frozen_head`` and ``vocab_major`` give log-probs of the rows; ``grouped`` is in
 :mod:`fused_pref.head.grouped`. Rows are the N valid ones throughout.
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_pref.head import slab as torch_slab
+from fused_pref.head import chunk as torch_chunk
 from fused_pref.head.gradients import Gradients, Sums
 from fused_pref.head.ops import accumulator_dtype
 from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
-from fused_pref.head.products import add_product, overlay, project, slab_dtype, upcast
+from fused_pref.head.products import add_product, logits_dtype, overlay, project, upcast
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.spec import Transform
 from fused_pref.head.streaming import Rows, block_rows, ranges
@@ -29,13 +29,13 @@ def late_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def padded(columns: int) -> int:
-    """Columns of a slab of Q: its rows begin on multiples of 32 bytes."""
+    """Columns of a chunk of Q: its rows begin on multiples of 32 bytes."""
     return -(-columns // 16) * 16
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the slabs.
+    """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the chunks.
 
     With a ``shard`` the weight is a slice of the vocabulary and targets are its columns; others are on another rank.
     """
@@ -61,12 +61,12 @@ class Head:
 
     @property
     def kernels(self) -> ModuleType:
-        """The backend's token math on a slab of logits."""
+        """The backend's token math on a logits chunk."""
         if self.backend == "triton":
-            from fused_pref.kernels import slab as triton_slab
+            from fused_pref.kernels import chunk as triton_chunk
 
-            return triton_slab
-        return torch_slab
+            return triton_chunk
+        return torch_chunk
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -74,7 +74,7 @@ class Head:
         return accumulator_dtype(self.dtype)
 
     @property
-    def labels_apart(self) -> bool:
+    def targets_apart(self) -> bool:
         """Whether the targets' part of dW is added by itself, which a 16-bit product would round beforehand.
 
         PyTorch has no sum of rows on a GPU that is the same every time and waits for nothing.
@@ -96,30 +96,30 @@ class Head:
         """Dtype in which the gradient of the hidden states is gathered up: sums over ranks are rounded once, after."""
         return self.hidden.dtype if self.shard is None else torch.promote_types(self.hidden.dtype, torch.float32)
 
-    def merge(self, statistics: Tensor, *, total: bool) -> None:
+    def merge(self, statistics: Tensor, *, logit_sum: bool) -> None:
         """Make statistics of this head's columns those of the whole rows."""
         if self.shard is not None:
-            self.shard.merge(statistics, total=total)
+            self.shard.merge(statistics, logit_sum=logit_sum)
 
     def take(self, rows: ValidRows, part: slice = slice(None)) -> Tensor:
         """These of the valid rows of the hidden states, (n, D) in the dtype of the products."""
         source = Rows(self.hidden.detach())
-        if rows.places is None:
+        if rows.indices is None:
             if source.flat is not None:
                 return source.flat[part].to(self.dtype)
-            places = torch.arange(source.count, device=self.hidden.device)
+            indices = torch.arange(source.count, device=self.hidden.device)
         else:
-            places = rows.places
-        taken = source.read(places[part]).to(self.dtype)
+            indices = rows.indices
+        taken = source.read(indices[part]).to(self.dtype)
         # What stands in a position that is not scored must not reach a product, where 0 · NaN is NaN.
         return taken if rows.padding is None else taken.masked_fill_(rows.padding[part, None], 0)
 
-    def new_slab(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
+    def new_chunk(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
         """Memory for logits, (rows · columns,); ``fused``: for Q alone."""
         h = self.hidden.new_empty(0, dtype=self.dtype)
         if fused:
             return torch.empty(rows * padded(columns), dtype=self.dtype, device=h.device)
-        return torch.empty(rows * columns, dtype=slab_dtype(h), device=h.device)
+        return torch.empty(rows * columns, dtype=logits_dtype(h), device=h.device)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_slab`."""
@@ -127,28 +127,30 @@ class Head:
         z = memory[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         return project(z, h, w, None if self.b is None else self.b[columns])
 
-    def absorb(
-        self, statistics: Tensor, memory: Tensor, h: Tensor, targets: Tensor, *, total: bool, fused: bool
+    def update_statistics(
+        self, statistics: Tensor, memory: Tensor, h: Tensor, targets: Tensor, *, logit_sum: bool, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Statistics of whole rows, and their Q (n, V) times the second result, (n,), None for 1."""
         if fused:
             width = padded(self.columns)
-            sink = memory[: h.shape[0] * width].view(h.shape[0], width)
-            multiple = self.fused.exponentials(sink, self.operands(h), statistics, targets, self.transform, total=total)
-            return sink[:, : self.columns], multiple
+            out = memory[: h.shape[0] * width].view(h.shape[0], width)
+            multiple = self.fused.exponentials(
+                out, self.operands(h), statistics, targets, self.transform, logit_sum=logit_sum
+            )
+            return out[:, : self.columns], multiple
         z = self.project(memory, h)
         q = overlay(z, self.dtype)
         if self.shard is None:
-            self.kernels.absorb(statistics, z, targets, 0, self.transform, total=total, sink=q)
+            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=logit_sum, out=q)
         else:
-            self.kernels.absorb(statistics, z, targets, 0, self.transform, total=total)
-            self.merge(statistics, total=total)
+            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=logit_sum)
+            self.merge(statistics, logit_sum=logit_sum)
             self.kernels.gradient(q, z, statistics, targets, 0, self.transform)
         return q, None
 
     @property
     def fused(self) -> ModuleType:
-        """``absorb``, ``gradient`` and ``exponentials`` of products whose logits never leave the chip."""
+        """``update_statistics``, ``gradient`` and ``exponentials`` of products whose logits never leave the chip."""
         from fused_pref.kernels import linear as fused
 
         return fused
@@ -164,13 +166,13 @@ class Head:
         """Whether a fused product can read the rows of the hidden states in place."""
         return self.dtype == self.hidden.dtype and self.hidden.stride(-1) == 1 and Rows(self.hidden).flat is not None
 
-    def operands(self, h: Tensor, columns: slice = slice(None), places: Tensor | None = None) -> object:
-        """What a fused product multiplies: rows h, or the rows of h at ``places``, and a slice of the vocabulary."""
+    def operands(self, h: Tensor, columns: slice = slice(None), indices: Tensor | None = None) -> object:
+        """What a fused product multiplies: rows h, or the rows of h at ``indices``, and a slice of the vocabulary."""
         from fused_pref.kernels.gemm import Operands
 
         # Kernels go through a row, and through the bias, entry by entry.
         h = h if h.stride(1) == 1 else h.contiguous()
-        return Operands(h, self.w[columns], None if self.b is None else self.b[columns].contiguous(), places)
+        return Operands(h, self.w[columns], None if self.b is None else self.b[columns].contiguous(), indices)
 
     def operands_of(self, rows: ValidRows) -> object:
         """The same for these rows and the whole vocabulary, the rows read in place if they can be."""
@@ -178,12 +180,12 @@ class Head:
         if flat is None or not self.indexed:
             return self.operands(self.take(rows))
         # Padding stands for some row that is not scored: nobody asks for its statistics.
-        return self.operands(flat, places=rows.places)
+        return self.operands(flat, indices=rows.indices)
 
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
         labels = targets if self.shard is None else targets + self.shard.first
-        return torch_slab.finish(statistics, labels, self.vocabulary, self.ignore_index)
+        return torch_chunk.finish(statistics, labels, self.vocabulary, self.ignore_index)
 
     def new_hidden_gradient(self) -> Tensor:
         """Zeros shaped like the hidden states, contiguous."""
@@ -193,10 +195,12 @@ class Head:
         """The gradient of the hidden states over all shards, in their dtype."""
         return dh if self.shard is None else self.shard.reduce(dh).to(self.hidden.dtype)
 
-    def place(self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, label_q: Tensor | None) -> None:
+    def scatter_hidden(
+        self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None
+    ) -> None:
         """Rows of ``sums``, with their targets', times ``factor`` to their places of ``dh``, contiguous and else 0."""
-        label = None if label_q is None else torch_slab.Label(rows.targets, label_q, self.w)
-        self.kernels.place_rows(dh.view(-1, dh.shape[-1]), sums, factor, rows.places, label)
+        target_rows = None if target_q is None else torch_chunk.TargetRows(rows.targets, target_q, self.w)
+        self.kernels.scatter_rows(dh.view(-1, dh.shape[-1]), sums, factor, rows.indices, target_rows)
 
     def bias_gradient(self, q: Tensor, factor: Tensor) -> Tensor:
         """−qᵀ factor, (v,) in the dtype of the token math."""
@@ -225,82 +229,88 @@ class Forward(NamedTuple):
 
     statistics: Tensor
     u: Tensor | None
-    kept: list[Tensor]
+    saved: list[Tensor]
     skipped: Skipped | None = None
 
 
-def forward(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Forward:
-    """By plan ``logprob``, ``frozen_head`` or ``vocab_major``; ``total``: also Σ z."""
+def forward(head: Head, rows: ValidRows, plan: Plan, *, logit_sum: bool) -> Forward:
+    """By plan ``logprob``, ``frozen_head`` or ``vocab_major``; ``logit_sum``: also Σ z."""
     if plan.name == "logprob":
-        return Forward(logprob(head, rows, plan, total=total), None, [])
+        return Forward(logprob(head, rows, plan, logit_sum=logit_sum), None, [])
     if plan.name == "frozen_head":
-        return Forward(*frozen_head(head, rows, plan, total=total), [])
-    statistics, kept = vocab_major(head, rows, plan, total=total)
-    return Forward(statistics, None, kept)
+        return Forward(*frozen_head(head, rows, plan, logit_sum=logit_sum), [])
+    statistics, saved = vocab_major(head, rows, plan, logit_sum=logit_sum)
+    return Forward(statistics, None, saved)
 
 
-def logprob(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
+def logprob(head: Head, rows: ValidRows, plan: Plan, *, logit_sum: bool) -> Tensor:
     """Statistics (4, N) of the rows, a slice of the vocabulary at a time."""
-    statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+    statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
     if plan.fused:
-        head.fused.absorb(statistics, head.operands_of(rows), rows.targets, 0, head.transform, total=total)
-        head.merge(statistics, total=total)
+        head.fused.update_statistics(
+            statistics, head.operands_of(rows), rows.targets, 0, head.transform, logit_sum=logit_sum
+        )
+        head.merge(statistics, logit_sum=logit_sum)
         return statistics
-    memory = head.new_slab(plan.rows, plan.columns)
+    memory = head.new_chunk(plan.rows, plan.columns)
     for group in ranges(rows.number, plan.rows):
         h = head.take(rows, group)
         for columns in ranges(head.columns, plan.columns):
             z = head.project(memory, h, columns)
-            head.kernels.absorb(
-                statistics[:, group], z, rows.targets[group], columns.start, head.transform, total=total
+            head.kernels.update_statistics(
+                statistics[:, group], z, rows.targets[group], columns.start, head.transform, logit_sum=logit_sum
             )
-    head.merge(statistics, total=total)
+    head.merge(statistics, logit_sum=logit_sum)
     return statistics
 
 
-def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tuple[Tensor, Tensor]:
+def frozen_head(head: Head, rows: ValidRows, plan: Plan, *, logit_sum: bool) -> tuple[Tensor, Tensor]:
     """Statistics (4, N), and U (N, D): ∂logp/∂h of each row, in the dtype of the token math."""
-    statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+    statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
     u = torch.empty((rows.number, head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
-    memory = head.new_slab(plan.rows, head.columns, fused=plan.fused)
+    memory = head.new_chunk(plan.rows, head.columns, fused=plan.fused)
     for group in ranges(rows.number, plan.rows):
         h, targets = head.take(rows, group), rows.targets[group]
-        q, multiple = head.absorb(statistics[:, group], memory, h, targets, total=total, fused=plan.fused)
-        label_q = torch_slab.take_targets(q, targets, 0)
+        q, multiple = head.update_statistics(
+            statistics[:, group], memory, h, targets, logit_sum=logit_sum, fused=plan.fused
+        )
+        target_q = torch_chunk.take_targets(q, targets, 0)
         add_product(u[group], q, head.w, fresh=True)
-        _, miss = head.finish(statistics[:, group], targets)
-        miss = miss if multiple is None else miss / multiple
-        label = torch_slab.Label(targets, label_q, head.w)
-        head.kernels.place_rows(u[group], u[group], -head.transform.slope * miss, label=label)
+        _, one_minus_p = head.finish(statistics[:, group], targets)
+        one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
+        target_rows = torch_chunk.TargetRows(targets, target_q, head.w)
+        head.kernels.scatter_rows(u[group], u[group], -head.transform.slope * one_minus_p, target_rows=target_rows)
     return statistics, u
 
 
 def frozen_head_bwd(head: Head, rows: ValidRows, u: Tensor, grad_logp: Tensor) -> Tensor:
     """Gradient of the hidden states, a_n U_n at the valid rows; ``grad_logp`` (N,) is a."""
     dh = head.new_hidden_gradient()
-    head.place(dh, rows, u, grad_logp, None)
+    head.scatter_hidden(dh, rows, u, grad_logp, None)
     return head.reduced(dh)
 
 
-def vocab_major(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> tuple[Tensor, list[Tensor]]:
-    """Statistics (4, N), and the raw logits of the first ``plan.kept`` slices, (N, v) each."""
-    statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
-    h, kept = head.take(rows), []
+def vocab_major(head: Head, rows: ValidRows, plan: Plan, *, logit_sum: bool) -> tuple[Tensor, list[Tensor]]:
+    """Statistics (4, N), and the raw logits of the first ``plan.saved`` slices, (N, v) each."""
+    statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
+    h, saved = head.take(rows), []
     slices = list(ranges(head.columns, plan.columns))
     if plan.fused:
-        slices, rest = slices[: plan.kept], slice(plan.kept * plan.columns, head.columns)
+        slices, rest = slices[: plan.saved], slice(plan.saved * plan.columns, head.columns)
         operands = head.operands(h, rest)
-        head.fused.absorb(statistics, operands, rows.targets, rest.start, head.transform, total=total)
-    scratch = head.new_slab(rows.number, plan.columns) if plan.kept < len(slices) else None
+        head.fused.update_statistics(
+            statistics, operands, rows.targets, rest.start, head.transform, logit_sum=logit_sum
+        )
+    scratch = head.new_chunk(rows.number, plan.columns) if plan.saved < len(slices) else None
     for number, columns in enumerate(slices):
         width = columns.stop - columns.start
-        memory = head.new_slab(rows.number, width) if number < plan.kept or scratch is None else scratch
+        memory = head.new_chunk(rows.number, width) if number < plan.saved or scratch is None else scratch
         z = head.project(memory, h, columns)
-        head.kernels.absorb(statistics, z, rows.targets, columns.start, head.transform, total=total)
-        if number < plan.kept:
-            kept.append(z)
-    head.merge(statistics, total=total)
-    return statistics, kept
+        head.kernels.update_statistics(statistics, z, rows.targets, columns.start, head.transform, logit_sum=logit_sum)
+        if number < plan.saved:
+            saved.append(z)
+    head.merge(statistics, logit_sum=logit_sum)
+    return statistics, saved
 
 
 def vocab_major_bwd(
@@ -308,18 +318,18 @@ def vocab_major_bwd(
     rows: ValidRows,
     plan: Plan,
     statistics: Tensor,
-    kept: list[Tensor],
+    saved: list[Tensor],
     grad_logp: Tensor,
     wanted: frozenset[str],
 ) -> Gradients:
     """Gradients from a = ``grad_logp`` (N,); the kept slices are used up, the others computed again."""
-    _, miss = head.finish(statistics, rows.targets)
-    factor = grad_logp * miss * head.transform.slope
+    _, one_minus_p = head.finish(statistics, rows.targets)
+    factor = grad_logp * one_minus_p * head.transform.slope
     h, sums = head.take(rows), Sums.of(head, rows, wanted)
-    label_q = _add_slices(head, rows, plan, statistics, kept, h, factor, sums)
-    if sums.dw is not None and head.labels_apart:
-        head.kernels.add_labels(sums.dw, h, -factor * label_q, rows.targets)
-    return sums.gradients(head, rows, factor, label_q)
+    target_q = _add_slices(head, rows, plan, statistics, saved, h, factor, sums)
+    if sums.dw is not None and head.targets_apart:
+        head.kernels.add_target_rows(sums.dw, h, -factor * target_q, rows.targets)
+    return sums.gradients(head, rows, factor, target_q)
 
 
 def _add_slices(
@@ -327,40 +337,40 @@ def _add_slices(
     rows: ValidRows,
     plan: Plan,
     statistics: Tensor,
-    kept: list[Tensor],
+    saved: list[Tensor],
     h: Tensor,
     factor: Tensor,
     into: Sums,
 ) -> Tensor:
     """Products of every slice; gives the targets' entries of Q, (N,), which are not in the sums."""
     dw, db, hidden = into
-    label_q, apart = torch.zeros_like(factor), dw is not None and head.labels_apart
+    target_q, apart = torch.zeros_like(factor), dw is not None and head.targets_apart
     x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
     memory = None
     for number, columns in enumerate(ranges(head.columns, plan.columns)):
-        if number >= len(kept) and memory is None:
-            memory = head.new_slab(rows.number, plan.columns, fused=plan.fused)
-        if plan.fused and number >= len(kept) and memory is not None:
+        if number >= len(saved) and memory is None:
+            memory = head.new_chunk(rows.number, plan.columns, fused=plan.fused)
+        if plan.fused and number >= len(saved) and memory is not None:
             width = columns.stop - columns.start
             q = memory[: h.shape[0] * width].view(h.shape[0], width)
             operands = head.operands(h, columns)
             head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
         else:
-            z = kept[number] if memory is None else head.project(memory, h, columns)
+            z = saved[number] if memory is None else head.project(memory, h, columns)
             q = overlay(z, head.dtype)
             head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
         if db is not None:
             db[columns] = head.bias_gradient(q, factor)
         if apart:
-            label_q += torch_slab.take_targets(q, rows.targets, columns.start)
+            target_q += torch_chunk.take_targets(q, rows.targets, columns.start)
         if dw is not None and x is not None:
             add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
         if hidden is not None:
             if not apart:
-                label_q += torch_slab.take_targets(q, rows.targets, columns.start)
+                target_q += torch_chunk.take_targets(q, rows.targets, columns.start)
             add_product(hidden, q, head.w[columns], fresh=number == 0, terms=head.columns)
-    kept.clear()
-    return label_q
+    saved.clear()
+    return target_q
 
 
 def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -380,5 +390,5 @@ def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor |
 def _narrow(head: Head, h: Tensor, factor: Tensor) -> Tensor:
     """H · factor, multiplied in the dtype of the factor and rounded once; contiguous."""
     result = torch.empty_like(h, memory_format=torch.contiguous_format)
-    head.kernels.place_rows(result, h, factor)
+    head.kernels.scatter_rows(result, h, factor)
     return result

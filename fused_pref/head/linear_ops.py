@@ -43,18 +43,18 @@ def linear_token_logps_fwd(
     """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
     request = decode(call)
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
-    plan = replace(request.plan(head, rows), kept=0)
+    plan = replace(request.plan(head, rows), saved=0)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         logp, means, (statistics, u, *_) = request.score(head, rows, plan, labels)
         if plan.name == "logprob":
-            left = hidden.new_empty(0, dtype=head.accumulator)
+            saved = hidden.new_empty(0, dtype=head.accumulator)
         elif u is None:
-            left = torch.stack([rows.spread(row, labels).flatten() for row in statistics])
+            saved = torch.stack([rows.scatter(row, labels).flatten() for row in statistics])
         else:
-            left = u if rows.places is None else u.new_zeros(labels.numel(), u.shape[1])
-            if rows.places is not None:
-                left.index_copy_(0, rows.places, u)
-    return rows.spread(logp, labels), means, left
+            saved = u if rows.indices is None else u.new_zeros(labels.numel(), u.shape[1])
+            if rows.indices is not None:
+                saved.index_copy_(0, rows.indices, u)
+    return rows.scatter(logp, labels), means, saved
 
 
 @linear_token_logps_fwd.register_fake
@@ -73,25 +73,25 @@ def linear_token_logps_bwd(
     bias: Tensor | None,
     labels: Tensor,
     cu_seqlens: Tensor | None,
-    left: Tensor,
+    saved: Tensor,
     grad_logp: Tensor,
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias."""
     request = decode(call)
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
-    upstream = rows.pick(grad_logp)
+    upstream = rows.gather(grad_logp)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         if request.wanted == {"hidden"}:
-            u = left if rows.places is None else left.index_select(0, rows.places)
+            u = saved if rows.indices is None else saved.index_select(0, rows.indices)
             return _filled(Gradients(linear.frozen_head_bwd(head, rows, u, upstream), None, None), hidden)
-        plan = replace(request.plan(head, rows), kept=0)
-        statistics = torch.stack([rows.pick(row) for row in left])
+        plan = replace(request.plan(head, rows), saved=0)
+        statistics = torch.stack([rows.gather(row) for row in saved])
         return _filled(linear.vocab_major_bwd(head, rows, plan, statistics, [], upstream, request.wanted), hidden)
 
 
 @linear_token_logps_bwd.register_fake
-def _(hidden, weight, bias, labels, cu_seqlens, left, grad_logp, call):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, labels, cu_seqlens, saved, grad_logp, call):  # type: ignore[no-untyped-def]
     return _fake_gradients(hidden, weight, bias, decode(call), late=False)
 
 
@@ -117,12 +117,12 @@ def linear_known_gradients(
             logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
         return logp, means, *_filled(gradients, hidden)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
-        values, means, (statistics, _, kept, _) = request.score(head, rows, plan, labels)
+        values, means, (statistics, _, saved, _) = request.score(head, rows, plan, labels)
         sequences = (slice(0, rows.counts.shape[0]),)
-        upstream = rows.share(slope(sequences, rows.sums(values), rows.counts)).to(values.dtype)
-        gradients = linear.vocab_major_bwd(head, rows, plan, statistics, kept, upstream, request.wanted)
+        upstream = rows.expand(slope(sequences, rows.sums(values), rows.counts)).to(values.dtype)
+        gradients = linear.vocab_major_bwd(head, rows, plan, statistics, saved, upstream, request.wanted)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
-    return rows.spread(values, labels), means, *_filled(late, hidden)
+    return rows.scatter(values, labels), means, *_filled(late, hidden)
 
 
 @linear_known_gradients.register_fake
@@ -146,8 +146,8 @@ class CompiledTokenLogpsFunction(torch.autograd.Function):
         call: str,
     ) -> tuple[Tensor, Tensor]:
         """See :func:`linear_token_logps_fwd`."""
-        logp, means, left = linear_token_logps_fwd(hidden, weight, bias, labels, cu_seqlens, call)
-        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, left)
+        logp, means, saved = linear_token_logps_fwd(hidden, weight, bias, labels, cu_seqlens, call)
+        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, saved)
         ctx.call = call
         ctx.mark_non_differentiable(means)
         return logp, means

@@ -26,7 +26,7 @@ def token_logps_fwd(
     backend: str,
     shift: bool,
     ignore_index: int,
-    curve: str,
+    activation: str,
     inner: float,
     outer: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def token_logps_fwd(
         mean of z over the vocabulary, shape of ``labels``: 0 where ``logits_mean`` does not ask for it.
         Float32, float64 for float64 logits.
     """
-    transform = Transform(curve, inner, outer)
+    transform = Transform(activation, inner, outer)
     if backend == "triton":
         from fused_pref.kernels import logprob
 
@@ -65,7 +65,7 @@ def token_logps_bwd(
     backend: str,
     shift: bool,
     ignore_index: int,
-    curve: str,
+    activation: str,
     inner: float,
     outer: float,
 ) -> Tensor:
@@ -75,7 +75,7 @@ def token_logps_bwd(
         Contiguous, shape and dtype of ``logits``; rows that score nothing are 0.
     """
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    transform = Transform(curve, inner, outer)
+    transform = Transform(activation, inner, outer)
     _gradient_into(dlogits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
     return dlogits
 
@@ -95,12 +95,12 @@ def token_logps_bwd_(
     backend: str,
     shift: bool,
     ignore_index: int,
-    curve: str,
+    activation: str,
     inner: float,
     outer: float,
 ) -> None:
     """As :func:`token_logps_bwd`, over the logits."""
-    transform = Transform(curve, inner, outer)
+    transform = Transform(activation, inner, outer)
     _gradient_into(logits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
 
 

@@ -2,7 +2,7 @@
 
 A rank multiplies with its own rows. Of a token the ranks exchange what makes the statistics of its whole row: maximum,
 sum of exponentials and the target's logit, three floats, gathered and merged in the order of the ranks, so that losses
-and coefficients are the same to the bit everywhere. The gradient of the weight is each rank's own; that of the hidden
+and coefficients are the same bitwise everywhere. The gradient of the weight is each rank's own; that of the hidden
 states is a sum over the ranks.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_pref.head.slab import TOTAL, merged
+from fused_pref.head.chunk import LOGIT_SUM, merged
 from fused_pref.ranks import gathered
 
 
@@ -45,15 +45,15 @@ class Shard:
         """Rows of the largest shard, for which all ranks plan: so their groups of tokens are the same."""
         return max(self.sizes)
 
-    def merge(self, statistics: Tensor, *, total: bool) -> None:
+    def merge(self, statistics: Tensor, *, logit_sum: bool) -> None:
         """Make the statistics (4, n) of this rank's columns those of the whole rows, in place."""
         if statistics.numel() == 0:
             return
-        known = statistics if total else statistics[:TOTAL]
+        known = statistics if logit_sum else statistics[:LOGIT_SUM]
         known.copy_(merged(gathered(known, self.group)))
 
     def sum_exactly(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, the same to the bit on all of them."""
+        """Sum over the ranks, the same bitwise on all of them."""
         return gathered(values, self.group).sum(0)
 
     def reduce(self, dh: Tensor) -> Tensor:

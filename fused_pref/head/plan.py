@@ -13,8 +13,8 @@ Five plans turn hidden states (N, D) and a weight (V, D) into log-probs and grad
   leaves out what weighs next to nothing (:mod:`fused_pref.head.skipping`). One to four products.
 
 A product is 2·N·D·V operations. The workspace is what is alive beyond inputs, gradients and (S, T) results. Each plan
-has a *fused* form where Triton runs: the kernel that multiplies also takes the logits in, tile by tile, so that no slab
-of raw logits is written; it pays where passes over memory cost more than the kernel's epilogue.
+has a *fused* form where Triton runs: the kernel that multiplies also updates the row statistics, tile by tile, so
+that no raw logits are written. It pays where passes over memory cost more than the kernel's epilogue.
 """
 
 import functools
@@ -80,7 +80,7 @@ class Problem:
     skip: bool = False
 
     @property
-    def slab_itemsize(self) -> int:
+    def logits_itemsize(self) -> int:
         """Bytes of an entry of the logits at work."""
         return max(self.itemsize, 4) if self.device.mixed else self.itemsize
 
@@ -104,7 +104,7 @@ class Problem:
         block = min(self.device.columns, rows) + features
         return 4 * block * min(self.device.columns, self.vocabulary) if self.late_scale and not self.device.mixed else 0
 
-    def turned(self, rows: int, columns: int) -> int:
+    def transposed(self, rows: int, columns: int) -> int:
         """Bytes of a block of logits that is copied into rows of the vocabulary for dW (bfloat16 on a CPU)."""
         turns = self.narrow and not self.late_scale and "weight" in self.gradients
         return rows * min(columns, self.device.columns) * self.itemsize if turns else 0
@@ -118,9 +118,9 @@ class Problem:
         """Bytes of gathered rows."""
         return rows * self.hidden * self.itemsize if self.gathered else 0
 
-    def sink_itemsize(self, fused: bool) -> int:
-        """Bytes of an entry of the slab that the gradients' products read; not fused, raw logits came first."""
-        return self.itemsize if fused else self.slab_itemsize
+    def q_itemsize(self, fused: bool) -> int:
+        """Bytes of an entry of the chunk that the gradients' products read; not fused, raw logits came first."""
+        return self.itemsize if fused else self.logits_itemsize
 
     def product_seconds(self, rows: int, columns: int, products: tuple[str, ...]) -> float:
         """Time of these products on ``rows`` × ``columns`` logits, weight and rows read once for each."""
@@ -131,9 +131,9 @@ class Problem:
         moved = len(products) * (rows + columns) * self.hidden * self.itemsize
         return operations * slow / self.device.rates[self.itemsize] + moved / self.device.bandwidth
 
-    def slab_seconds(self, rows: int, columns: int) -> float:
-        """Time of a slab's passes over memory: raw logits written, read, and written over."""
-        return 3 * rows * columns * self.slab_itemsize / self.device.bandwidth
+    def chunk_seconds(self, rows: int, columns: int) -> float:
+        """Time of a chunk's passes over memory: raw logits written, read, and written over."""
+        return 3 * rows * columns * self.logits_itemsize / self.device.bandwidth
 
     def fused_seconds(self, rows: int, columns: int, *, written: bool) -> float:
         """Time that a fused product adds to multiplying: its epilogue, and the result if it is written."""
@@ -148,7 +148,7 @@ class Problem:
         """Time that statistics and Q of these logits add to multiplying, at once."""
         if fused:
             return self.fused_seconds(rows, columns, written=True)
-        return self.slab_seconds(rows, columns)
+        return self.chunk_seconds(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Plan:
     workspace: int
     seconds: float
     bounds: tuple[int, ...] = ()
-    kept: int = 0
+    saved: int = 0
     fused: bool = False
 
 
@@ -242,8 +242,8 @@ def _logprob(p: Problem) -> Iterator[Plan]:
     for rows in cuts(p.tokens, TILE):
         for columns in cuts(p.vocabulary, TILE):
             rounds = _rounds(p.tokens, rows) * _rounds(p.vocabulary, columns)
-            workspace = p.copied(rows) + rows * columns * p.slab_itemsize + least
-            seconds = rounds * (p.product_seconds(rows, columns, ("logits",)) + p.slab_seconds(rows, columns))
+            workspace = p.copied(rows) + rows * columns * p.logits_itemsize + least
+            seconds = rounds * (p.product_seconds(rows, columns, ("logits",)) + p.chunk_seconds(rows, columns))
             yield Plan("logprob", rows, columns, 1.0, workspace, seconds)
     if p.fused:
         rows, columns = p.tokens, p.vocabulary
@@ -253,14 +253,14 @@ def _logprob(p: Problem) -> Iterator[Plan]:
 
 
 def _frozen_head(p: Problem) -> Iterator[Plan]:
-    left = p.tokens * p.hidden * max(p.itemsize, 4)
+    saved = p.tokens * p.hidden * max(p.itemsize, 4)
     for fused in _at_once(p):
         for rows in cuts(p.tokens, TILE):
-            group = rows * p.vocabulary * p.sink_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
+            group = rows * p.vocabulary * p.q_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
             group += rows * p.hidden * max(p.itemsize, p.partial)
             seconds = p.product_seconds(rows, p.vocabulary, ("logits", "hidden"))
             seconds = _rounds(p.tokens, rows) * (seconds + p.pass_seconds(rows, p.vocabulary, fused=fused))
-            workspace = left + group + p.device.scratch + p.cast_weight
+            workspace = saved + group + p.device.scratch + p.cast_weight
             yield Plan("frozen_head", rows, p.vocabulary, 2.0, workspace, seconds, fused=fused)
 
 
@@ -281,12 +281,12 @@ def _grouped(p: Problem) -> Iterator[Plan]:
         single = len(groups) == 1
         # dW is its own accumulator where its dtype is that of the sums.
         direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
-        workspace = rows * p.vocabulary * p.sink_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
+        workspace = rows * p.vocabulary * p.q_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
         weight = hidden = 0
         if "weight" in p.gradients:
             workspace += 0 if direct else 4 * p.vocabulary * p.hidden
             partial = 0 if single and direct else p.partial * min(p.vocabulary, p.device.columns) * p.hidden
-            weight = rows * p.hidden * p.scaled_itemsize + partial + p.turned(rows, p.vocabulary)
+            weight = rows * p.hidden * p.scaled_itemsize + partial + p.transposed(rows, p.vocabulary)
             weight = max(weight, p.labels(rows, p.weight_itemsize if direct else 4))
         if "hidden" in p.gradients:
             # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
@@ -326,28 +326,28 @@ def _vocab_major(p: Problem) -> Iterator[Plan]:
     fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight + p.upcast(p.tokens, p.hidden)
     for columns, fused in itertools.product(cuts(p.vocabulary, TILE), (False, True) if p.fused else (False,)):
         count = _rounds(p.vocabulary, columns)
-        slab = p.tokens * columns * p.slab_itemsize
+        chunk = p.tokens * columns * p.logits_itemsize
         partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
-        late = max(p.partial * row if hidden else 0, partial + p.turned(p.tokens, columns))
+        late = max(p.partial * row if hidden else 0, partial + p.transposed(p.tokens, columns))
         backward = (row * p.scaled_itemsize if weight else 0) + sums + late
         # A slice that is kept, and one that is computed again.
-        seconds = p.product_seconds(p.tokens, columns, ("logits", *gradients)) + p.slab_seconds(p.tokens, columns)
+        seconds = p.product_seconds(p.tokens, columns, ("logits", *gradients)) + p.chunk_seconds(p.tokens, columns)
         twice = p.product_seconds(p.tokens, columns, ("logits", "logits", *gradients))
         if fused:
             twice += p.fused_seconds(p.tokens, columns, written=False)
             twice += p.fused_seconds(p.tokens, columns, written=True)
         else:
-            twice += 2 * p.slab_seconds(p.tokens, columns)
+            twice += 2 * p.chunk_seconds(p.tokens, columns)
         steps = range(9) if columns >= min(p.device.columns, p.vocabulary) else range(1)
-        for kept in sorted({count * part // 8 for part in steps}):
-            again = count - kept
+        for saved in sorted({count * part // 8 for part in steps}):
+            again = count - saved
             if fused and not again:
                 continue
-            workspace = fixed + kept * slab + backward + (p.tokens * columns * p.sink_itemsize(fused) if again else 0)
+            workspace = fixed + saved * chunk + backward + (p.tokens * columns * p.q_itemsize(fused) if again else 0)
             workspace = max(workspace, fixed + sums + p.labels(p.tokens, p.weight_itemsize))
-            time = kept * seconds + again * twice
+            time = saved * seconds + again * twice
             products = 1 + len(gradients) + again / count
-            yield Plan("vocab_major", p.tokens, columns, products, workspace, time, kept=kept, fused=fused)
+            yield Plan("vocab_major", p.tokens, columns, products, workspace, time, saved=saved, fused=fused)
 
 
 def _skipping(p: Problem) -> Iterator[Plan]:
@@ -356,12 +356,12 @@ def _skipping(p: Problem) -> Iterator[Plan]:
     Beside its workspace: the rows that need a tile, and for each row and tile statistics, mass, and order by mass.
     """
     row = p.tokens * p.hidden
-    picked = row * (p.itemsize + (max(p.itemsize, 4) if "hidden" in p.gradients else 0))
+    selected = row * (p.itemsize + (max(p.itemsize, 4) if "hidden" in p.gradients else 0))
     for plan in _vocab_major(p):
-        if plan.kept == 0 and plan.fused == p.fused and plan.columns <= p.device.columns:
+        if plan.saved == 0 and plan.fused == p.fused and plan.columns <= p.device.columns:
             tiles = 48 * _rounds(p.vocabulary, plan.columns) * p.tokens
             seconds = plan.seconds if p.tokens else 0.0
-            yield replace(plan, name="skipping", workspace=plan.workspace + picked + tiles, seconds=seconds)
+            yield replace(plan, name="skipping", workspace=plan.workspace + selected + tiles, seconds=seconds)
 
 
 def _rounds(length: int, size: int) -> int:

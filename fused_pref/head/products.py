@@ -13,7 +13,7 @@ from fused_pref.head.devices import device_of
 from fused_pref.head.streaming import ranges
 
 # Terms of an entry that a CPU's product may add up one after the other.
-CHAIN = 2**16
+MAX_TERMS = 2**16
 # Columns that are copied into rows at a time: what they touch stays in a cache.
 BAND = 32
 
@@ -33,24 +33,24 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if mixed(x) or upcast(x) else x.dtype
 
 
-def slab_dtype(x: Tensor) -> torch.dtype:
+def logits_dtype(x: Tensor) -> torch.dtype:
     """Dtype of the logits of these hidden states."""
     return torch.float32 if mixed(x) else x.dtype
 
 
-def overlay(slab: Tensor, dtype: torch.dtype) -> Tensor:
-    """The slab's rows as entries of ``dtype``, at the start of the same memory."""
-    return slab if slab.dtype == dtype else slab.view(dtype)[:, : slab.shape[1]]
+def overlay(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The chunk's rows as entries of ``dtype``, at the start of the same memory."""
+    return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
-def project(slab: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Slab ← h weightᵀ + bias; (n, v) from (n, D), (v, D), (v,)."""
+def project(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Chunk ← h weightᵀ + bias; (n, v) from (n, D), (v, D), (v,)."""
     if mixed(h):
-        torch.mm(h, weight.t(), out_dtype=slab.dtype, out=slab)
-        return slab if bias is None else slab.add_(bias)
+        torch.mm(h, weight.t(), out_dtype=logits.dtype, out=logits)
+        return logits if bias is None else logits.add_(bias)
     if bias is None:
-        return torch.mm(h, weight.t(), out=slab)
-    return torch.addmm(bias, h, weight.t(), out=slab)
+        return torch.mm(h, weight.t(), out=logits)
+    return torch.addmm(bias, h, weight.t(), out=logits)
 
 
 def add_product(
@@ -69,16 +69,16 @@ def add_product(
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
-    turn = turned(a)
+    turn = transposed(a)
     rows = max(1, total.shape[0]) if direct and not turn else device_of(a.device.type).columns
     copy = a.new_empty((min(rows, total.shape[0]), a.shape[1])) if turn else a
     for part in ranges(total.shape[0], rows):
-        operand = straight(a[part], copy[: part.stop - part.start]) if turn else a[part]
+        operand = contiguous_rows(a[part], copy[: part.stop - part.start]) if turn else a[part]
         if not direct:
             product = _product(operand, b)
             product = product if scale is None else product.to(total.dtype).mul_(scale)
             total[part] = product if fresh else product + total[part]
-        elif a.device.type == "cpu" and terms > CHAIN:
+        elif a.device.type == "cpu" and terms > MAX_TERMS:
             _add_runs(total[part], operand, b, fresh=fresh)
         elif fresh:
             torch.mm(operand, b, out=total[part])
@@ -89,7 +89,7 @@ def add_product(
 def _add_runs(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """Total ← a b, or total + a b, by sums of at most ``CHAIN`` terms: one after the other, errors grow with them."""
     rows = max(1, device_of("cpu").scratch // (b.shape[1] * b.itemsize))
-    for part, run in itertools.product(ranges(total.shape[0], rows), ranges(a.shape[1], CHAIN)):
+    for part, run in itertools.product(ranges(total.shape[0], rows), ranges(a.shape[1], MAX_TERMS)):
         product = torch.mm(a[part, run], b[run])
         if fresh and run.start == 0:
             total[part] = product
@@ -97,12 +97,12 @@ def _add_runs(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
             total[part] += product
 
 
-def turned(a: Tensor) -> bool:
+def transposed(a: Tensor) -> bool:
     """Whether a product first copies this operand into rows: 16-bit columns cost a CPU's product half its speed."""
     return a.dtype == torch.bfloat16 and not mixed(a) and a.stride(1) != 1
 
 
-def straight(a: Tensor, copy: Tensor) -> Tensor:
+def contiguous_rows(a: Tensor, copy: Tensor) -> Tensor:
     """The operand copied into rows."""
     for band in ranges(a.shape[1], BAND):
         copy[:, band] = a[:, band]

@@ -23,7 +23,7 @@ class ValidRows:
         overflow: 0-d bool, whether there are more valid rows than ``max_valid_tokens``; None where there is no bound.
     """
 
-    places: Tensor | None
+    indices: Tensor | None
     targets: Tensor
     counts: Tensor
     host_counts: tuple[int, ...] = ()
@@ -40,18 +40,18 @@ class ValidRows:
         ends = [0, *itertools.accumulate(self.host_counts)]
         runs = [slice(ends[run.start], ends[run.stop]) for run in members]
         counts = torch.cat([self.counts[run] for run in members])
-        if self.places is None:
-            places = torch.cat([torch.arange(run.start, run.stop, device=self.targets.device) for run in runs])
+        if self.indices is None:
+            indices = torch.cat([torch.arange(run.start, run.stop, device=self.targets.device) for run in runs])
         else:
-            places = torch.cat([self.places[run] for run in runs])
+            indices = torch.cat([self.indices[run] for run in runs])
         host_counts = tuple(count for run in members for count in self.host_counts[run])
-        return ValidRows(places, torch.cat([self.targets[run] for run in runs]), counts, host_counts)
+        return ValidRows(indices, torch.cat([self.targets[run] for run in runs]), counts, host_counts)
 
     def sums(self, values: Tensor) -> Tensor:
         """Float64 sum of each sequence's rows, (N,) → (S,)."""
         return sequence_sums(values, F.pad(self.counts.cumsum(0), (1, 0)))
 
-    def share(self, values: Tensor) -> Tensor:
+    def expand(self, values: Tensor) -> Tensor:
         """Each sequence's value at its rows, (S,) → (N,); 0 at padding."""
         if self.padding is None:
             return torch.repeat_interleave(values, self.counts, output_size=self.number)
@@ -61,26 +61,26 @@ class ValidRows:
         sequence = torch.searchsorted(self.counts.cumsum(0), row, right=True).clamp_(max=values.shape[0] - 1)
         return values[sequence].masked_fill_(self.padding, 0)
 
-    def put(self, flat: Tensor, values: Tensor) -> None:
+    def scatter_(self, flat: Tensor, values: Tensor) -> None:
         """Write rows (N,) at their places of all positions (P,), each of which is written once; padding is 0."""
         if self.padding is not None:
             values = values.masked_fill(self.padding, 0)
-        if self.places is None:
+        if self.indices is None:
             flat.copy_(values)
         else:
-            flat.index_copy_(0, self.places, values)
+            flat.index_copy_(0, self.indices, values)
 
-    def spread(self, values: Tensor, labels: Tensor) -> Tensor:
+    def scatter(self, values: Tensor, labels: Tensor) -> Tensor:
         """(N,) → the shape of the labels, 0 where nothing is scored; NaN everywhere if the rows overflow."""
         flat = values.new_zeros(labels.numel())
-        self.put(flat, values)
+        self.scatter_(flat, values)
         if self.overflow is not None:
             flat.masked_fill_(self.overflow, torch.nan)
         return flat.view(labels.shape)
 
-    def pick(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         """The shape of the labels → (N,)."""
-        return values.flatten() if self.places is None else values.flatten().index_select(0, self.places)
+        return values.flatten() if self.indices is None else values.flatten().index_select(0, self.indices)
 
 
 def valid_rows(
@@ -101,15 +101,15 @@ def valid_rows(
         number = sum(host_counts)
         if number == total:
             return ValidRows(None, flat, counts, host_counts)
-        places = torch.nonzero_static(scored.flatten(), size=number)[:, 0]
-        return ValidRows(places, flat.index_select(0, places), counts, host_counts)
+        indices = torch.nonzero_static(scored.flatten(), size=number)[:, 0]
+        return ValidRows(indices, flat.index_select(0, indices), counts, host_counts)
     bound = min(max_valid_tokens, total)
     number = counts.sum()
     if labels.device.type == "cpu" and number > bound:
         raise ValueError(f"max_valid_tokens must be at least N = {int(number)}; got {max_valid_tokens}")
-    places = torch.nonzero_static(scored.flatten(), size=bound, fill_value=-1)[:, 0]
-    padding = places < 0
+    indices = torch.nonzero_static(scored.flatten(), size=bound, fill_value=-1)[:, 0]
+    padding = indices < 0
     # Where there is padding there is a position that scores nothing: the padding points at it.
-    spare = scored.flatten().to(torch.uint8).argmin() if total else places.new_zeros(())
-    places = torch.where(padding, spare, places)
-    return ValidRows(places, flat.index_select(0, places), counts, (), padding, number > bound)
+    spare = scored.flatten().to(torch.uint8).argmin() if total else indices.new_zeros(())
+    indices = torch.where(padding, spare, indices)
+    return ValidRows(indices, flat.index_select(0, indices), counts, (), padding, number > bound)

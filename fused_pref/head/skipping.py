@@ -17,13 +17,13 @@ beyond what rounding costs every plan. The loss is that of every other plan: not
 import torch
 from torch import Tensor
 
-from fused_pref.head import slab as torch_slab
+from fused_pref.head import chunk as torch_chunk
+from fused_pref.head.chunk import ROW_MAX, SUM_EXP
 from fused_pref.head.gradients import Gradients, Sums
 from fused_pref.head.linear import Forward, Head, Skipped, padded, scaled_rows
 from fused_pref.head.plan import Plan
 from fused_pref.head.products import add_product, overlay, product_dtype
 from fused_pref.head.rows import ValidRows
-from fused_pref.head.slab import OTHERS, TOP
 from fused_pref.head.streaming import ranges
 
 # Masses are counted in units of this, rounded up: sums of integers are exact in any order.
@@ -35,33 +35,33 @@ def can_skip(head: Head) -> bool:
     return head.fusible or head.hidden.device.type == "cpu"
 
 
-def forward(head: Head, rows: ValidRows, plan: Plan, skip_mass: float, *, total: bool) -> Forward:
-    """Statistics of the rows and what the backward may leave out; ``total``: also Σ z."""
+def forward(head: Head, rows: ValidRows, plan: Plan, skip_mass: float, *, logit_sum: bool) -> Forward:
+    """Statistics of the rows and what the backward may leave out; ``logit_sum``: also Σ z."""
     if plan.fused and rows.number:
-        statistics = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator)
+        statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
         # Not read in place: padding has to be 0 here, as it is in the backward.
         operands, width = head.operands(head.take(rows)), plan.columns
-        parts = head.fused.absorb(
-            statistics, operands, rows.targets, 0, head.transform, total=total, split_columns=width
+        parts = head.fused.update_statistics(
+            statistics, operands, rows.targets, 0, head.transform, logit_sum=logit_sum, split_columns=width
         )
     else:
-        parts = tile_statistics(head, rows, plan, total=total)
-        statistics = torch_slab.merged(parts)
-    _, miss = head.finish(statistics, rows.targets)
+        parts = tile_statistics(head, rows, plan, logit_sum=logit_sum)
+        statistics = torch_chunk.merged(parts)
+    _, one_minus_p = head.finish(statistics, rows.targets)
     # A row has others of at least 1, or of 0 with all of its parts.
-    share = miss / statistics[OTHERS].clamp(min=0.5)
-    mass = parts[:, OTHERS] * (parts[:, TOP] - statistics[TOP]).exp_() * share
+    expand = one_minus_p / statistics[SUM_EXP].clamp(min=0.5)
+    mass = parts[:, SUM_EXP] * (parts[:, ROW_MAX] - statistics[ROW_MAX]).exp_() * expand
     return Forward(statistics, None, [], dropped(mass, rows.targets, plan.columns, skip_mass))
 
 
-def tile_statistics(head: Head, rows: ValidRows, plan: Plan, *, total: bool) -> Tensor:
+def tile_statistics(head: Head, rows: ValidRows, plan: Plan, *, logit_sum: bool) -> Tensor:
     """Statistics (K, 4, N) of each of the K tiles by itself."""
     tiles = list(ranges(head.columns, plan.columns))
-    parts = torch_slab.new_statistics(rows.number, head.hidden, head.accumulator).repeat(len(tiles), 1, 1)
-    h, memory = head.take(rows), head.new_slab(rows.number, plan.columns)
+    parts = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator).repeat(len(tiles), 1, 1)
+    h, memory = head.take(rows), head.new_chunk(rows.number, plan.columns)
     for part, columns in zip(parts, tiles, strict=True):
         z = head.project(memory, h, columns)
-        head.kernels.absorb(part, z, rows.targets, columns.start, head.transform, total=total)
+        head.kernels.update_statistics(part, z, rows.targets, columns.start, head.transform, logit_sum=logit_sum)
     return parts
 
 
@@ -95,17 +95,17 @@ def backward(
     wanted: frozenset[str],
 ) -> Gradients:
     """Gradients from a = ``grad_logp`` (N,) and the rows that need each tile, ``live`` (K, N)."""
-    _, miss = head.finish(statistics, rows.targets)
-    factor = grad_logp * miss * head.transform.slope
+    _, one_minus_p = head.finish(statistics, rows.targets)
+    factor = grad_logp * one_minus_p * head.transform.slope
     h, into = head.take(rows), Sums.of(head, rows, wanted)
     if into.hidden is not None:
         into.hidden.zero_()  # added to: no tile has all rows
     if plan.fused and rows.number:
-        label_q = None
+        target_q = None
         add_on_device(head, rows, plan, statistics, live, h, factor, into)
     else:
-        label_q = add_on_host(head, rows, plan, statistics, live, h, factor, into)
-    return into.gradients(head, rows, factor, label_q)
+        target_q = add_on_host(head, rows, plan, statistics, live, h, factor, into)
+    return into.gradients(head, rows, factor, target_q)
 
 
 def add_on_host(
@@ -116,46 +116,46 @@ def add_on_host(
     Returns:
         (N,) the targets' entries of Q, which are not in the sums.
     """
-    label_q, memory = torch.zeros_like(factor), head.new_slab(rows.number, plan.columns)
+    target_q, memory = torch.zeros_like(factor), head.new_chunk(rows.number, plan.columns)
     dw, db, sums = into
     for tile, columns in zip(live, ranges(head.columns, plan.columns), strict=True):
-        picked = tile.nonzero()[:, 0]
-        x, own, targets = h[picked], factor[picked], rows.targets[picked]
+        selected = tile.nonzero()[:, 0]
+        x, own, targets = h[selected], factor[selected], rows.targets[selected]
         z = head.project(memory, x, columns)
         q = overlay(z, head.dtype)
-        head.kernels.gradient(q, z, statistics[:, picked], targets, columns.start, head.transform)
+        head.kernels.gradient(q, z, statistics[:, selected], targets, columns.start, head.transform)
         if dw is not None:
             scaled, scale = scaled_rows(head, x, own)
             add_product(dw[columns], q.t(), scaled, fresh=True, scale=scale)
         if db is not None:
             db[columns] = head.bias_gradient(q, own)
         if sums is not None:
-            label_q.index_add_(0, picked, torch_slab.take_targets(q, targets, columns.start))
+            target_q.index_add_(0, selected, torch_chunk.take_targets(q, targets, columns.start))
             part = torch.empty(x.shape, dtype=product_dtype(x), device=x.device)
             add_product(part, q, head.w[columns], fresh=True)
-            sums.index_add_(0, picked, part.to(sums.dtype))
-    return label_q
+            sums.index_add_(0, selected, part.to(sums.dtype))
+    return target_q
 
 
 def add_on_device(
     head: Head, rows: ValidRows, plan: Plan, statistics: Tensor, live: Tensor, h: Tensor, factor: Tensor, into: Sums
 ) -> None:
     """By kernels that read the sizes: for each tile the rows that need it come first in a list. Nothing waits."""
-    from fused_pref.kernels import picked
+    from fused_pref.kernels import selected
 
     order = (~live).to(torch.uint8).argsort(dim=1, stable=True)
     counts = live.sum(1, dtype=torch.int32)
-    targets, tops = rows.targets[order], statistics[: OTHERS + 1, order]
+    targets, row_maxes = rows.targets[order], statistics[: SUM_EXP + 1, order]
     x, scale = scaled_rows(head, h, factor) if into.dw is not None else (h, None)
-    memory = head.new_slab(rows.number, plan.columns, fused=True)
+    memory = head.new_chunk(rows.number, plan.columns, fused=True)
     for k, columns in enumerate(ranges(head.columns, plan.columns)):
         width = columns.stop - columns.start
         q = memory[: rows.number * padded(width)].view(rows.number, padded(width))[:, :width]
         operands, count = head.operands(h, columns, order[k]), counts[k]
-        head.fused.gradient(q, operands, tops[:, k], targets[k], columns.start, head.transform, count)
+        head.fused.gradient(q, operands, row_maxes[:, k], targets[k], columns.start, head.transform, count)
         if into.dw is not None:
-            picked.weight_product(into.dw[columns], q, x, order[k], count, scale)
+            selected.weight_product(into.dw[columns], q, x, order[k], count, scale)
         if into.db is not None:
-            picked.bias_product(into.db[columns], q, factor, order[k], count)
+            selected.bias_product(into.db[columns], q, factor, order[k], count)
         if into.hidden is not None:
-            picked.hidden_product(into.hidden, q, head.w[columns], order[k], count)
+            selected.hidden_product(into.hidden, q, head.w[columns], order[k], count)

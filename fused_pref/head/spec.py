@@ -30,28 +30,28 @@ def from_text(text: str) -> list[Any]:
     return [ast.literal_eval(part) for part in text.split(";")]
 
 
-class Curve(NamedTuple):
+class Activation(NamedTuple):
     """An elementwise function of a block of any shape and floating dtype, and its slope, both in place."""
 
     apply_: Callable[[Tensor], Tensor]  # t → f(t), over t
-    chain_: Callable[[Tensor, Tensor], Tensor]  # (d, t) → d · f'(t), over d; t may be overwritten
+    backward_: Callable[[Tensor, Tensor], Tensor]  # (d, t) → d · f'(t), over d; t may be overwritten
 
 
-def _tanh_chain_(d: Tensor, t: Tensor) -> Tensor:
+def _tanh_backward_(d: Tensor, t: Tensor) -> Tensor:
     """1 − tanh² as 4u/(1+u)² with u = exp(−2|t|), which does not cancel where tanh saturates."""
     u = t.abs_().mul_(-2).exp_()
     return d.mul_(u).div_(u.add_(1).square_()).mul_(4)
 
 
 # What the logits can be bent by; the device twins are in kernels/helpers.py. "linear" is none of them: z = inner · x.
-CURVES = {"tanh": Curve(Tensor.tanh_, _tanh_chain_)}
+ACTIVATIONS = {"tanh": Activation(Tensor.tanh_, _tanh_backward_)}
 
 
 @dataclass(frozen=True)
 class Transform:
     """z = outer · f(inner · x) of a raw logit x, f one of ``CURVES``; z = inner · x for ``"linear"``."""
 
-    curve: str = "linear"
+    activation: str = "linear"
     inner: float = 1.0
     outer: float = 1.0
 
@@ -73,31 +73,31 @@ class Transform:
         return cls("linear", scale / temperature) if c is None else cls("tanh", scale / c, c / temperature)
 
     @property
-    def curved(self) -> bool:
+    def nonlinear(self) -> bool:
         """Whether ∂z/∂x differs from entry to entry."""
-        return self.curve != "linear"
+        return self.activation != "linear"
 
     @property
     def identity(self) -> bool:
         """Whether z = x."""
-        return not self.curved and self.inner == 1
+        return not self.nonlinear and self.inner == 1
 
     @property
     def slope(self) -> float:
         """∂z/∂x where it is a constant; 1 with a curve, whose slope :meth:`chain_` applies entry by entry."""
-        return 1.0 if self.curved else self.inner
+        return 1.0 if self.nonlinear else self.inner
 
     def apply_(self, x: Tensor) -> Tensor:
         """Transform a block in place."""
-        if self.curved:
-            return CURVES[self.curve].apply_(x.mul_(self.inner)).mul_(self.outer)
+        if self.nonlinear:
+            return ACTIVATIONS[self.activation].apply_(x.mul_(self.inner)).mul_(self.outer)
         return x if self.identity else x.mul_(self.inner)
 
-    def chain_(self, dz: Tensor, x: Tensor) -> Tensor:
+    def backward_(self, dz: Tensor, x: Tensor) -> Tensor:
         """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone."""
-        if self.curved:
+        if self.nonlinear:
             t = x.to(dz.dtype, copy=True).mul_(self.inner)
-            return CURVES[self.curve].chain_(dz, t).mul_(self.outer * self.inner)
+            return ACTIVATIONS[self.activation].backward_(dz, t).mul_(self.outer * self.inner)
         return dz if self.identity else dz.mul_(self.inner)
 
 
@@ -140,7 +140,7 @@ class TokenSpec:
     def constants(self) -> tuple[str, bool, int, str, float, float]:
         """What every op takes: backend, shift, ignore_index and the transform."""
         t = self.transform
-        return self.backend, self.shift, self.ignore_index, t.curve, t.inner, t.outer
+        return self.backend, self.shift, self.ignore_index, t.activation, t.inner, t.outer
 
 
 @dataclass(frozen=True)

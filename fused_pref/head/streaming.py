@@ -45,7 +45,7 @@ class Rows:
         except RuntimeError:
             self.flat = None
 
-    def _places(self, rows: Tensor) -> tuple[Tensor, ...]:
+    def _indices(self, rows: Tensor) -> tuple[Tensor, ...]:
         if self.source.dim() == 2:
             return (rows,)
         length = self.source.shape[1]
@@ -53,14 +53,14 @@ class Rows:
 
     def read(self, rows: Tensor) -> Tensor:
         """Copy of these rows, (number, n)."""
-        return self.flat.index_select(0, rows) if self.flat is not None else self.source[self._places(rows)]
+        return self.flat.index_select(0, rows) if self.flat is not None else self.source[self._indices(rows)]
 
     def write(self, rows: Tensor, block: Tensor) -> None:
         """Overwrite these rows; a 0-d block fills them."""
         if self.flat is not None:
             self.flat[rows] = block
         else:
-            self.source[self._places(rows)] = block
+            self.source[self._indices(rows)] = block
 
 
 def blocks(wanted: Tensor, columns: int) -> Iterator[Tensor]:
@@ -91,13 +91,13 @@ def token_logps_fwd(
         y = labels[rows].long()
         valid = (y >= 0) & (y < source.columns)
         y = y.where(valid, 0)[:, None]
-        top = z.amax(1)
-        zy = z.gather(1, y)[:, 0] - top
-        others = z.sub_(top[:, None]).exp_().scatter_(1, y, 0).sum(1).where(valid, torch.nan)
+        row_max = z.amax(1)
+        zy = z.gather(1, y)[:, 0] - row_max
+        sum_exp = z.sub_(row_max[:, None]).exp_().scatter_(1, y, 0).sum(1).where(valid, torch.nan)
         ey = zy.exp()
-        value = torch.where(others < ey, -torch.log1p(others / ey), zy - torch.log(others + ey))
+        value = torch.where(sum_exp < ey, -torch.log1p(sum_exp / ey), zy - torch.log(sum_exp + ey))
         logp[rows] = value.where(scored[rows], 0)
-        statistics[:, rows] = torch.stack((top, others + ey, others))
+        statistics[:, rows] = torch.stack((row_max, sum_exp + ey, sum_exp))
     if logits_mean == "all" and logits.device.type == "cpu":
         for rows in blocks(~scored, source.columns):
             means[rows] = transform.apply_(source.read(rows).to(dtype)).mean(1)
@@ -115,21 +115,21 @@ def token_logps_bwd(
     transform: Transform,
 ) -> None:
     """Write a_n (onehot − softmax) into ``dlogits``, which may be ``logits``; see :func:`fused_pref.head.ops`."""
-    source, sink, labels = Rows(logits), Rows(dlogits), targets.flatten()
+    source, out, labels = Rows(logits), Rows(dlogits), targets.flatten()
     dtype = statistics.dtype
     scored, upstream = labels != ignore_index, grad_logp.flatten().to(dtype)
-    top, total, others = statistics.view(3, -1)
+    row_max, total, sum_exp = statistics.view(3, -1)
     for rows in blocks(scored, source.columns):
         raw = source.read(rows)
         y = labels[rows].long()
         y = y.where((y >= 0) & (y < source.columns), 0)[:, None]
         factor = upstream[rows] / total[rows]
-        dz = transform.apply_(raw.to(dtype, copy=True)).sub_(top[rows, None]).exp_().mul_(-factor[:, None])
-        dz.scatter_(1, y, (factor * others[rows])[:, None])
-        transform.chain_(dz, raw)
+        dz = transform.apply_(raw.to(dtype, copy=True)).sub_(row_max[rows, None]).exp_().mul_(-factor[:, None])
+        dz.scatter_(1, y, (factor * sum_exp[rows])[:, None])
+        transform.backward_(dz, raw)
         if logits.device.type != "cpu":
             dz = dz.where(scored[rows, None], 0)
-        sink.write(rows, dz.to(dlogits.dtype))
+        out.write(rows, dz.to(dlogits.dtype))
     if logits.device.type == "cpu":
         for rows in blocks(~scored, source.columns):
-            sink.write(rows, dlogits.new_zeros(()))
+            out.write(rows, dlogits.new_zeros(()))

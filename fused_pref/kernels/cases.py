@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_pref.head.chunk import TargetRows
 from fused_pref.head.linear import padded
-from fused_pref.head.slab import Label
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import dlogits, gemm, linear, logprob, objective, picked, scale, sequences, slab
+from fused_pref.kernels import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)
@@ -60,33 +60,33 @@ def backward(dtype: torch.dtype, transform: Transform | None = None, **sizes: An
     dlogits.token_logps_bwd(logits, logits, labels, cu_seqlens, statistics, grad_logp, *rest)
 
 
-def slab_statistics(
-    dtype: torch.dtype, total: bool = False, transform: Transform | None = None, columns: int = 4096
+def chunk_statistics(
+    dtype: torch.dtype, logit_sum: bool = False, transform: Transform | None = None, columns: int = 4096
 ) -> None:
-    """Launch the statistics of a slab."""
+    """Launch the statistics of a chunk."""
     logits, targets = meta(8192, columns, dtype=dtype), meta(8192, dtype=torch.int64)
-    slab.absorb(meta(4, 8192), logits, targets, 0, transform or Transform(), total=total)
+    chunk.update_statistics(meta(4, 8192), logits, targets, 0, transform or Transform(), logit_sum=logit_sum)
 
 
-def slab_gradient(
-    dtype: torch.dtype, sink: torch.dtype | None = None, transform: Transform | None = None, columns: int = 4096
+def chunk_gradient(
+    dtype: torch.dtype, out_dtype: torch.dtype | None = None, transform: Transform | None = None, columns: int = 4096
 ) -> None:
-    """Launch the gradient of a slab, over it; ``sink`` is the dtype written."""
+    """Launch the gradient of a chunk, over it; ``out_dtype`` is what is written."""
     logits, targets = meta(8192, columns, dtype=dtype), meta(8192, dtype=torch.int64)
-    out = logits if sink is None else logits.view(sink)[:, :columns]
-    slab.gradient(out, logits, meta(4, 8192), targets, 0, transform or Transform())
+    out = logits if out_dtype is None else logits.view(out_dtype)[:, :columns]
+    chunk.gradient(out, logits, meta(4, 8192), targets, 0, transform or Transform())
 
 
 def operands(dtype: torch.dtype, columns: int, features: int, by_index: bool, bias: bool) -> gemm.Operands:
     """Rows of hidden states and a slice of the weight."""
-    places = meta(8192, dtype=torch.int64) if by_index else None
+    indices = meta(8192, dtype=torch.int64) if by_index else None
     hidden, weight = meta(16384 if by_index else 8192, features, dtype=dtype), meta(columns, features, dtype=dtype)
-    return gemm.Operands(hidden, weight, meta(columns, dtype=dtype) if bias else None, places)
+    return gemm.Operands(hidden, weight, meta(columns, dtype=dtype) if bias else None, indices)
 
 
 def linear_statistics(
     dtype: torch.dtype,
-    total: bool = False,
+    logit_sum: bool = False,
     transform: Transform | None = None,
     features: int = 4096,
     vocabulary: int = VOCABULARY,
@@ -95,7 +95,7 @@ def linear_statistics(
 ) -> None:
     """Launch the statistics of rows of the linear head."""
     head, targets = operands(dtype, vocabulary, features, by_index, bias), meta(8192, dtype=torch.int64)
-    linear.absorb(meta(4, 8192), head, targets, 0, transform or Transform(), total=total)
+    linear.update_statistics(meta(4, 8192), head, targets, 0, transform or Transform(), logit_sum=logit_sum)
 
 
 def linear_exponentials(
@@ -107,8 +107,8 @@ def linear_exponentials(
 ) -> None:
     """Launch the exponentials of a group of rows, and their statistics."""
     head, targets = operands(dtype, vocabulary, features, False, bias), meta(8192, dtype=torch.int64)
-    sink = meta(8192, padded(vocabulary), dtype=dtype)
-    linear.exponentials(sink, head, meta(4, 8192), targets, transform or Transform(), total=False)
+    out = meta(8192, padded(vocabulary), dtype=dtype)
+    linear.exponentials(out, head, meta(4, 8192), targets, transform or Transform(), logit_sum=False)
 
 
 def linear_gradient(
@@ -122,36 +122,36 @@ def linear_gradient(
     """Launch the gradient of a slice of the linear head; ``pick``: of as many rows as the device says."""
     columns = min(vocabulary, 8192)
     head, targets = operands(dtype, columns, features, pick, bias), meta(8192, dtype=torch.int64)
-    sink, count = meta(8192, columns, dtype=dtype), meta(dtype=torch.int32) if pick else None
-    linear.gradient(sink, head, meta(4, 8192), targets, 0, transform or Transform(), count)
+    out, count = meta(8192, columns, dtype=dtype), meta(dtype=torch.int32) if pick else None
+    linear.gradient(out, head, meta(4, 8192), targets, 0, transform or Transform(), count)
 
 
-def picked_products(dtype: torch.dtype, features: int = 4096, columns: int = 4096) -> None:
-    """Launch the products of picked rows, into a float32 dW if it is scaled."""
+def selected_products(dtype: torch.dtype, features: int = 4096, columns: int = 4096) -> None:
+    """Launch the products of selected rows, into a float32 dW if it is scaled."""
     q, rows, weight = (meta(8192, columns, dtype=dtype), meta(8192, features, dtype=dtype), meta(columns, features))
-    places, count = meta(8192, dtype=torch.int64), meta(dtype=torch.int32)
+    indices, count = meta(8192, dtype=torch.int64), meta(dtype=torch.int32)
     scaled = dtype == torch.float16
-    sink, scale = (weight, meta()) if scaled else (weight.to(dtype), None)
-    picked.weight_product(sink, q, rows, places, count, scale)
-    picked.hidden_product(meta(8192, features), q, weight.to(dtype), places, count)
-    picked.bias_product(meta(columns), q, meta(8192), places, count)
+    out, scale = (weight, meta()) if scaled else (weight.to(dtype), None)
+    selected.weight_product(out, q, rows, indices, count, scale)
+    selected.hidden_product(meta(8192, features), q, weight.to(dtype), indices, count)
+    selected.bias_product(meta(columns), q, meta(8192), indices, count)
 
 
-def placed_rows(dtype: torch.dtype, features: int = 4096, label: bool = True) -> None:
+def scattered_rows(dtype: torch.dtype, features: int = 4096, label: bool = True) -> None:
     """Launch rows of a product and their targets to their places among the hidden states, or rows alone to new ones."""
     number = meta(8192, dtype=torch.int64)
     if label:
-        own = Label(number, meta(8192), meta(VOCABULARY, features, dtype=dtype))
-        slab.place_rows(meta(16384, features, dtype=dtype), meta(8192, features), meta(8192), number, own)
+        own = TargetRows(number, meta(8192), meta(VOCABULARY, features, dtype=dtype))
+        chunk.scatter_rows(meta(16384, features, dtype=dtype), meta(8192, features), meta(8192), number, own)
     else:
         rows = meta(8192, features, dtype=dtype)
-        slab.place_rows(rows, rows, meta(8192))
+        chunk.scatter_rows(rows, rows, meta(8192))
 
 
-def added_labels(dtype: torch.dtype, features: int = 4096) -> None:
+def added_target_rows(dtype: torch.dtype, features: int = 4096) -> None:
     """Launch the targets' parts of dW."""
     dw, h = meta(VOCABULARY, features, dtype=dtype), meta(8192, features, dtype=dtype)
-    slab.add_labels(dw, h, meta(8192), meta(8192, dtype=torch.int64))
+    chunk.add_target_rows(dw, h, meta(8192), meta(8192, dtype=torch.int64))
 
 
 def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:
@@ -176,9 +176,9 @@ def scores(dtype: torch.dtype, mean: str | None, packed: bool) -> tuple[Tensor, 
     return sequences.sequence_scores(logp, logp, labels, cu_seqlens, mean, True, -100)
 
 
-def spread(dtype: torch.dtype) -> Tensor:
+def expand(dtype: torch.dtype) -> Tensor:
     """Launch the way back from sequences to tokens."""
-    return sequences.spread(meta(8, dtype=torch.float64), meta(9, dtype=torch.int32), 8192)
+    return sequences.expand(meta(8, dtype=torch.float64), meta(9, dtype=torch.int32), 8192)
 
 
 def pair(
@@ -242,23 +242,25 @@ CASES = [
     Case("vocabulary of 8k", partial(backward, **EIGHTS), (torch.bfloat16,)),
     Case("small vocabulary", partial(backward, columns=1000), (torch.bfloat16,)),
     Case("any strides", partial(backward, strided=True), (torch.bfloat16,)),
-    Case("plain", slab_statistics),
-    Case("sums, softcap", partial(slab_statistics, total=True, transform=SOFTCAP)),
-    Case("odd vocabulary", partial(slab_statistics, **ODD), (torch.float32,)),
-    Case("plain", slab_gradient),
-    Case("16-bit", partial(slab_gradient, sink=torch.bfloat16), (torch.float32,)),
+    Case("plain", chunk_statistics),
+    Case("sums, softcap", partial(chunk_statistics, logit_sum=True, transform=SOFTCAP)),
+    Case("odd vocabulary", partial(chunk_statistics, **ODD), (torch.float32,)),
+    Case("plain", chunk_gradient),
+    Case("16-bit", partial(chunk_gradient, out_dtype=torch.bfloat16), (torch.float32,)),
     Case(
-        "16-bit over float32, softcap", partial(slab_gradient, sink=torch.float16, transform=SOFTCAP), (torch.float32,)
+        "16-bit over float32, softcap",
+        partial(chunk_gradient, out_dtype=torch.float16, transform=SOFTCAP),
+        (torch.float32,),
     ),
-    Case("odd vocabulary", partial(slab_gradient, **ODD), (torch.float32,)),
-    Case("targets of dW", added_labels),
-    Case("odd depth", partial(added_labels, features=2305), (torch.bfloat16,)),
-    Case("by index, with targets", placed_rows),
-    Case("rows alone", partial(placed_rows, label=False)),
-    Case("odd depth", partial(placed_rows, features=2305), (torch.bfloat16,)),
+    Case("odd vocabulary", partial(chunk_gradient, **ODD), (torch.float32,)),
+    Case("targets of dW", added_target_rows),
+    Case("odd depth", partial(added_target_rows, features=2305), (torch.bfloat16,)),
+    Case("by index, with targets", scattered_rows),
+    Case("rows alone", partial(scattered_rows, label=False)),
+    Case("odd depth", partial(scattered_rows, features=2305), (torch.bfloat16,)),
     Case("by index", linear_statistics),
     Case("dense, bias", partial(linear_statistics, by_index=False, bias=True)),
-    Case("sums, softcap", partial(linear_statistics, total=True, transform=SOFTCAP)),
+    Case("sums, softcap", partial(linear_statistics, logit_sum=True, transform=SOFTCAP)),
     Case("odd depth", partial(linear_statistics, features=2305), (torch.bfloat16,)),
     Case("depth cut, bias", partial(linear_statistics, features=2312, bias=True), (torch.bfloat16,)),
     Case("odd vocabulary, bias", partial(linear_statistics, vocabulary=151937, bias=True), (torch.bfloat16,)),
@@ -273,16 +275,16 @@ CASES = [
     Case("TF32", partial(with_tf32, linear_gradient), (torch.float32,)),
     Case("softcap", partial(linear_gradient, transform=SOFTCAP)),
     Case("odd depth", partial(linear_gradient, features=2305), (torch.bfloat16,)),
-    Case("picked rows", partial(linear_gradient, pick=True)),
-    Case("picked rows, softcap, bias", partial(linear_gradient, pick=True, transform=SOFTCAP, bias=True)),
-    Case("plain", picked_products),
-    Case("odd depth", partial(picked_products, features=2305), (torch.bfloat16,)),
-    Case("odd columns", partial(picked_products, columns=4001), (torch.bfloat16,)),
-    Case("TF32", partial(with_tf32, picked_products), (torch.float32,)),
+    Case("selected rows", partial(linear_gradient, pick=True)),
+    Case("selected rows, softcap, bias", partial(linear_gradient, pick=True, transform=SOFTCAP, bias=True)),
+    Case("plain", selected_products),
+    Case("odd depth", partial(selected_products, features=2305), (torch.bfloat16,)),
+    Case("odd columns", partial(selected_products, columns=4001), (torch.bfloat16,)),
+    Case("TF32", partial(with_tf32, selected_products), (torch.float32,)),
     Case("plain", gradient_scale),
     Case("padded, means", partial(scores, mean="all", packed=False), SUMS),
     Case("packed", partial(scores, mean=None, packed=True), SUMS),
-    Case("packed", spread, SUMS),
+    Case("packed", expand, SUMS),
     Case("sigmoid, NLL, means", partial(pair, loss_type="sigmoid", nll="token", mean="all"), SUMS),
     Case("sigmoid, NLL, normalizers", partial(pair, loss_type="sigmoid", nll="token", normalizer=NUMBER), SUMS),
     Case("hinge, NLL of sequences", partial(pair, loss_type="hinge", nll="sequence"), SUMS),

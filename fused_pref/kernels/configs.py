@@ -56,7 +56,7 @@ class Defaults:
         statistics: of fused products of 16-bit entries that leave statistics or Q; the widest tile that does not spill.
         exponentials: of those that leave both.
         heavy: of those that need registers for more: a curve, a bias, columns whose end falls within an access.
-        picked: of products of picked rows, by pointers.
+        selected: of products of selected rows, by pointers.
         exact: of all products of float32.
     """
 
@@ -64,8 +64,8 @@ class Defaults:
     backward: dict[int, Config]
     statistics: Tile
     exponentials: Tile
-    heavy: Tile
-    picked: Tile
+    high_pressure: Tile
+    selected: Tile
     exact: Tile = Tile(64, 64, 16, 16, 8, 3, False)
 
 
@@ -81,32 +81,32 @@ DEFAULTS = {
         backward={2: _LARGE, 4: _SMALL},
         statistics=_POINTERS,
         exponentials=_POINTERS,
-        heavy=Tile(64, 128, 64, 16, 8, 3, False),
-        picked=_POINTERS,
+        high_pressure=Tile(64, 128, 64, 16, 8, 3, False),
+        selected=_POINTERS,
     ),
     "sm_90": Defaults(
         forward={2: _LARGE, 4: _LARGE},
         backward={2: _LARGE, 4: _SMALL},
         statistics=_WIDE,
         exponentials=_WIDE,
-        heavy=_SQUARE,
-        picked=_POINTERS,
+        high_pressure=_SQUARE,
+        selected=_POINTERS,
     ),
     "sm_100": Defaults(
         forward={2: _LARGE, 4: _LARGE},
         backward={2: _LARGE, 4: _SMALL},
         statistics=_TWICE,
         exponentials=_TWICE,
-        heavy=_SQUARE,
-        picked=_POINTERS,
+        high_pressure=_SQUARE,
+        selected=_POINTERS,
     ),
     "gfx942": Defaults(
         forward={2: _LARGE, 4: _SMALL},
         backward={2: _LARGE, 4: _SMALL},
         statistics=Tile(256, 128, 64, 16, 8, 2, False),
         exponentials=_MI300,
-        heavy=_MI300,
-        picked=_MI300,
+        high_pressure=_MI300,
+        selected=_MI300,
     ),
 }
 # The same by (architecture, bytes of an entry), a table for each kind of launch.
@@ -121,15 +121,15 @@ def _tiles(kind: str) -> dict[tuple[str, int], Tile]:
 
 STATISTICS_TILE = GRADIENT_TILE = _tiles("statistics")
 EXPONENTIALS_TILE = _tiles("exponentials")
-HEAVY_TILE = _tiles("heavy")
-PICKED_TILE = _tiles("picked")
+HIGH_PRESSURE_TILE = _tiles("high_pressure")
+SELECTED_TILE = _tiles("selected")
 # For rows that are read entry by entry, or whose end falls within a block.
 UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
 INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)
 # Entries of a target's product that a program takes at a time.
-LABEL_PRODUCT = Config(1024, 4)
-# Columns of Q that a program sums over the picked rows.
-PICKED_BIAS = Config(64, 4)
+TARGET_PRODUCT = Config(1024, 4)
+# Columns of Q that a program sums over the selected rows.
+SELECTED_BIAS = Config(64, 4)
 CANDIDATES = [Config(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
 # Rows, columns, depth, warps and stages of tiles by bytes of an entry.
 TILE_CANDIDATES = {
@@ -163,11 +163,15 @@ def choose(table: dict[tuple[str, int], Config], device: torch.device, dtype: to
     return Config(min(config.block, max(1024, triton.next_power_of_2(columns))), config.num_warps)
 
 
-def tile(table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch.Tensor, *, heavy: bool) -> Tile:
-    """The default tile for hidden (n, D) · weight (v, D)ᵀ; ``heavy``: with an epilogue that needs more registers."""
+def tile(
+    table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch.Tensor, *, high_pressure: bool
+) -> Tile:
+    """The default tile for hidden (n, D) · weight (v, D)ᵀ; ``high_pressure``: its epilogue needs more registers."""
     if hidden.device.type == "cpu":
         return INTERPRETER_TILE
-    own = (HEAVY_TILE if heavy or weight.shape[0] % 16 else table)[architecture(hidden.device), hidden.dtype.itemsize]
+    own = (HIGH_PRESSURE_TILE if high_pressure or weight.shape[0] % 16 else table)[
+        architecture(hidden.device), hidden.dtype.itemsize
+    ]
     aligned = rows_aligned(hidden) and rows_aligned(weight)
     return own if aligned and hidden.shape[1] % own.depth == 0 else UNALIGNED_TILE
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, tune
-from fused_pref.kernels.helpers import chain, column_of, exp, row_offset, target_of, transform
+from fused_pref.kernels.helpers import column_of, exp, row_offset, target_of, transform, transform_backward
 from fused_pref.kernels.logprob import aligned, factors, geometry
 
 
@@ -46,13 +46,13 @@ def _token_logps_bwd_kernel(
         source = logits + row_offset(row, length, logits_stride_s, logits_stride_t, WIDTH)
         source += cols if ALIGNED else cols.to(tl.int64) * logits_stride_v
         x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        top = tl.load(statistics + row)
+        row_max = tl.load(statistics + row)
         total = tl.load(statistics + (row + rows))
-        others = tl.load(statistics + (row + rows + rows))
+        sum_exp = tl.load(statistics + (row + rows + rows))
         factor = tl.load(grad_logp + row_offset(row, length, grad_stride_s, grad_stride_t, 1)) / total
-        p = exp(transform(x, inner, outer, TRANSFORM) - top)
-        dz = tl.where(cols == column, factor * others, -factor * p)
-        dx = chain(dz, x, inner, outer, TRANSFORM)
+        p = exp(transform(x, inner, outer, TRANSFORM) - row_max)
+        dz = tl.where(cols == column, factor * sum_exp, -factor * p)
+        dx = transform_backward(dz, x, inner, outer, TRANSFORM)
     tl.store(out, dx.to(dlogits.dtype.element_ty), mask=inside)
 
 

@@ -35,16 +35,16 @@ def tile_order(number, row_blocks, splits, GROUP: tl.constexpr):
 def logits_tile(
     hidden,  # [N_total, D], or the descriptor of its blocks [ROWS, DEPTH]
     weight,  # [V, D], or the descriptor of its blocks [COLUMNS, DEPTH]
-    places,  # [ROWS] int64 rows of hidden
+    indices,  # [ROWS] int64 rows of hidden
     row, column, columns, features, hidden_stride, weight_stride,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Products [ROWS, COLUMNS] float32, the rows at ``places`` (from ``row`` on with a descriptor)."""
+    """Products [ROWS, COLUMNS] float32, the rows at ``indices`` (from ``row`` on with a descriptor)."""
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
     depth = tl.arange(0, DEPTH)
     if not HIDDEN_DESCRIPTOR:
-        hidden_pointers = hidden + places[:, None] * hidden_stride + depth[None, :]
+        hidden_pointers = hidden + indices[:, None] * hidden_stride + depth[None, :]
     if not WEIGHT_DESCRIPTOR:
         # Columns beyond the end repeat the last: what they give is not used.
         own = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - column)
@@ -89,11 +89,11 @@ def quarter(parts, NUMBER: tl.constexpr, bias, column, columns, COLUMNS: tl.cons
 
 
 @triton.jit
-def store(sink, x, row, inside, cols, end, stride, ROWS: tl.constexpr):
-    """Part of a tile to its place in ``sink``: offsets inside a tile are int32, which spares registers."""
+def store(out, x, row, inside, cols, end, stride, ROWS: tl.constexpr):
+    """Part of a tile to its place in ``out``: offsets inside a tile are int32, which spares registers."""
     offsets = tl.arange(0, ROWS)[:, None] * stride + cols[None, :]
-    pointers = sink + tl.cast(row, tl.int64) * stride + offsets
-    tl.store(pointers, x.to(sink.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
+    pointers = out + tl.cast(row, tl.int64) * stride + offsets
+    tl.store(pointers, x.to(out.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class Operands:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    places: Tensor | None
+    indices: Tensor | None
 
     @property
     def rows(self) -> int:
         """N."""
-        return self.hidden.shape[0] if self.places is None else self.places.shape[0]
+        return self.hidden.shape[0] if self.indices is None else self.indices.shape[0]
 
     @property
     def columns(self) -> int:
@@ -124,12 +124,12 @@ class Operands:
 
     def tile(self, table: dict[tuple[str, int], configs.Tile], transform: Transform) -> configs.Tile:
         """The tile of a table that suits them and their transform."""
-        heavy = transform.curved or self.bias is not None
-        return configs.tile(table, self.hidden, self.weight, heavy=heavy)
+        high_pressure = transform.nonlinear or self.bias is not None
+        return configs.tile(table, self.hidden, self.weight, high_pressure=high_pressure)
 
     def arguments(self, tile: configs.Tile) -> dict[str, Any]:
         """Keywords of a kernel that calls :func:`logits_tile`."""
-        hidden_descriptor = tile.descriptors and self.places is None and describable(self.hidden)
+        hidden_descriptor = tile.descriptors and self.indices is None and describable(self.hidden)
         weight_descriptor = tile.descriptors and describable(self.weight)
         features = self.hidden.shape[1]
         return {

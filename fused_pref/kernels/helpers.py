@@ -42,16 +42,16 @@ def transform(x, inner, outer, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def bend(dz, x, inner, outer, TRANSFORM: tl.constexpr):
+def activation_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
     """:func:`chain` where the slope differs from entry to entry; where it is a constant, dz as it is."""
     if TRANSFORM == "identity" or TRANSFORM == "linear":
         return dz
     else:
-        return chain(dz, x, inner, outer, TRANSFORM)
+        return transform_backward(dz, x, inner, outer, TRANSFORM)
 
 
 @triton.jit
-def chain(dz, x, inner, outer, TRANSFORM: tl.constexpr):
+def transform_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
     """∂/∂x from ∂/∂z; 1 − tanh² as 4u/(1+u)² does not cancel where the softcap saturates."""
     if TRANSFORM == "identity":
         return dz

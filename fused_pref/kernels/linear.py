@@ -1,8 +1,8 @@
 """The linear head on a device: products whose logits never leave the chip.
 
-The fused twins of :mod:`fused_pref.head.slab`: what those read from a slab of logits, these make tile by tile.
+The fused twins of :mod:`fused_pref.head.chunk`: what those read from a logits chunk, these make tile by tile.
 
-- :func:`absorb`: the statistics of rows from a slice of the vocabulary; nothing of size N·V is written.
+- :func:`update_statistics`: the statistics of rows from a slice of the vocabulary; nothing of size N·V is written.
 - :func:`gradient`: Q of a slice from the statistics of the whole rows, computed again.
 - :func:`exponentials`: Q of the whole vocabulary, up to a factor for each row, and the statistics in the same product.
 """
@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.head.slab import LABEL, OTHERS, TOP, TOTAL
+from fused_pref.head.chunk import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT
 from fused_pref.head.spec import Transform
 from fused_pref.kernels import configs, tune
 from fused_pref.kernels.gemm import Operands, logits_tile, quarter, quarters, store, tile_order, vocabulary_splits
-from fused_pref.kernels.helpers import bend, exp, transform
+from fused_pref.kernels.helpers import activation_backward, exp, transform
 from fused_pref.kernels.logprob import factors
 
 # Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they are kept: far enough
@@ -42,36 +42,36 @@ def _targets(targets, row, rows, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _places(places, r, rows):
+def _indices(indices, r, rows):
     """Rows (int64) of the hidden states that rows ``r`` stand for; those beyond the end stand for one that is there."""
-    if places is None:
+    if indices is None:
         return tl.minimum(r, rows - 1).to(tl.int64)
     else:
-        return tl.load(places + r, mask=r < rows, other=0)
+        return tl.load(indices + r, mask=r < rows, other=0)
 
 
 @triton.jit
-def _others(x, cols, y, end, total, inner, outer, TRANSFORM: tl.constexpr, TOTALS: tl.constexpr):
+def _without_targets(x, cols, y, end, logit_sum, inner, outer, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr):
     """Where part of a tile has the targets, its z with −inf there and beyond the end, and Σ z with it."""
     own = cols[None, :] == y[:, None]
     z = transform(x, inner, outer, TRANSFORM)
-    if TOTALS:
-        total += tl.sum(tl.where((cols < end)[None, :], z, 0.0), 1)
-    return own, tl.where(own | (cols >= end)[None, :], float("-inf"), z), total
+    if WITH_LOGIT_SUM:
+        logit_sum += tl.sum(tl.where((cols < end)[None, :], z, 0.0), 1)
+    return own, tl.where(own | (cols >= end)[None, :], float("-inf"), z), logit_sum
 
 
 @triton.jit
 def _linear_statistics_kernel(
-    hidden, weight, bias, places,  # see logits_tile
+    hidden, weight, bias, indices,  # see logits_tile
     targets,  # [N]
     partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z
     pivots,  # [N] or None: the exponentials are exp(z − pivot)
     before,  # [N] or None: pivots of an earlier pass, which a block of rows repeats only if one of its own has risen
-    sink,  # [N, width] or None: receives the exponentials, −1 at the targets, times the curve's slope; 0 beyond v
+    out,  # [N, width] or None: receives the exponentials, −1 at the targets, times the curve's slope; 0 beyond v
     rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns,
-    width, sink_stride, inner, outer,
+    width, out_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, TOTALS: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     block, split = tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
@@ -79,11 +79,11 @@ def _linear_statistics_kernel(
     r = row + tl.arange(0, ROWS)
     if pivots is not None:
         pivot = tl.load(pivots + r, mask=r < rows, other=0.0)
-    place = _places(places, r, rows)
+    place = _indices(indices, r, rows)
     y = _targets(targets, row, rows, first, ROWS)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    others = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    sum_exp = tl.zeros([ROWS], tl.float32)
+    logit_sum = tl.zeros([ROWS], tl.float32)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, columns)
     there = r < rows
@@ -99,29 +99,29 @@ def _linear_statistics_kernel(
         parts = quarters(x, ROWS, COLUMNS)
         for i in tl.static_range(4):
             cols, part = quarter(parts, i, bias, column, columns, COLUMNS)
-            own, z, total = _others(part, cols, y, end, total, inner, outer, TRANSFORM, TOTALS)
-            risen = tl.maximum(top, tl.max(z, 1))
+            own, z, logit_sum = _without_targets(part, cols, y, end, logit_sum, inner, outer, TRANSFORM, WITH_LOGIT_SUM)
+            risen = tl.maximum(row_max, tl.max(z, 1))
             if pivots is None:
                 shift = tl.where(risen == float("-inf"), 0.0, risen)
-                others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
+                sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
             else:
                 e = exp(z - pivot[:, None])
-                others += tl.sum(e, 1)
-                e = bend(tl.where(own, -1.0, e), part, inner, outer, TRANSFORM)
-                store(sink, e, row, r < rows, cols, width, sink_stride, ROWS)
-            top = risen
+                sum_exp += tl.sum(e, 1)
+                e = activation_backward(tl.where(own, -1.0, e), part, inner, outer, TRANSFORM)
+                store(out, e, row, r < rows, cols, width, out_stride, ROWS)
+            row_max = risen
     part = tl.cast(split, tl.int64) * 3 * rows
-    tl.store(partials + part + r, top, mask=there)
-    tl.store(partials + (part + rows) + r, others, mask=there)
-    tl.store(partials + (part + rows + rows) + r, total, mask=there)
+    tl.store(partials + part + r, row_max, mask=there)
+    tl.store(partials + (part + rows) + r, sum_exp, mask=there)
+    tl.store(partials + (part + rows + rows) + r, logit_sum, mask=there)
 
 
 @triton.jit
-def _linear_label_kernel(
+def _linear_target_logit_kernel(
     hidden,  # [N_total, D]
     weight,  # [v, D]
     bias,  # [v] or None
-    places,  # [N] or None
+    indices,  # [N] or None
     targets,  # [N]
     labels,  # [N], written where the target is in this slice
     columns, features, hidden_stride, weight_stride, first, inner, outer,
@@ -131,8 +131,8 @@ def _linear_label_kernel(
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row).to(tl.int64) - first
     place = row
-    if places is not None:
-        place = tl.load(places + row)
+    if indices is not None:
+        place = tl.load(indices + row)
     if (y >= 0) & (y < columns):
         sums = tl.zeros([BLOCK], tl.float32)
         for start in range(0, features, BLOCK):
@@ -148,12 +148,12 @@ def _linear_label_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["count"])
 def _linear_gradient_kernel(
-    hidden, weight, bias, places,  # see logits_tile
+    hidden, weight, bias, indices,  # see logits_tile
     count,  # 0-d int or None: how many of the rows are wanted, the first ones
     targets,  # [N]
     statistics,  # [4, N]
-    sink,  # [N, v], receives Q
-    rows, columns, features, hidden_stride, weight_stride, first, statistics_stride, sink_stride, inner, outer,
+    out,  # [N, v], receives Q
+    rows, columns, features, hidden_stride, weight_stride, first, statistics_stride, out_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, TRANSFORM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
@@ -165,41 +165,41 @@ def _linear_gradient_kernel(
         if row >= rows:
             return
     r = row + tl.arange(0, ROWS)
-    place = _places(places, r, rows)
+    place = _indices(indices, r, rows)
     x = logits_tile(
         hidden, weight, place, row, column, columns, features, hidden_stride,
         weight_stride, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     y = _targets(targets, row, rows, first, ROWS)
-    top = tl.load(statistics + r, mask=r < rows, other=0.0)
+    row_max = tl.load(statistics + r, mask=r < rows, other=0.0)
     inverse = 1.0 / tl.maximum(tl.load(statistics + statistics_stride + r, mask=r < rows, other=1.0), 0.5)
     parts = quarters(x, ROWS, COLUMNS)
     for i in tl.static_range(4):
         cols, part = quarter(parts, i, bias, column, columns, COLUMNS)
-        q = exp(transform(part, inner, outer, TRANSFORM) - top[:, None]) * inverse[:, None]
-        q = bend(tl.where(cols[None, :] == y[:, None], -1.0, q), part, inner, outer, TRANSFORM)
-        store(sink, q, row, r < rows, cols, columns, sink_stride, ROWS)
+        q = exp(transform(part, inner, outer, TRANSFORM) - row_max[:, None]) * inverse[:, None]
+        q = activation_backward(tl.where(cols[None, :] == y[:, None], -1.0, q), part, inner, outer, TRANSFORM)
+        store(out, q, row, r < rows, cols, columns, out_stride, ROWS)
 
 
-def absorb(
+def update_statistics(
     statistics: Tensor,
     operands: Operands,
     targets: Tensor,
     first: int,
     transform: Transform,
     *,
-    total: bool,
+    logit_sum: bool,
     split_columns: int | None = None,
 ) -> Tensor | None:
     """Take a slice of the vocabulary into the running statistics of its rows.
 
     Args:
-        statistics: (4, N), see :mod:`fused_pref.head.slab`; updated.
+        statistics: (4, N), see :mod:`fused_pref.head.chunk`; updated.
         operands: the slice.
         targets: (N,) labels of the rows.
         first: the slice's first column in the vocabulary.
         transform: the logits transform.
-        total: whether Σ z is wanted.
+        logit_sum: whether Σ z is wanted.
         split_columns: width of the parts that a row is split into; None: what keeps the device busy.
 
     Returns:
@@ -207,23 +207,23 @@ def absorb(
     """
     if operands.rows == 0 or operands.columns == 0:
         return None
-    _labels(statistics, operands, targets, first, transform)
+    _target_logits(statistics, operands, targets, first, transform)
 
     def launch(tile: configs.Tile) -> Tensor:
-        return _partials(operands, targets, first, transform, total, tile, split_columns=split_columns)
+        return _partials(operands, targets, first, transform, logit_sum, tile, split_columns=split_columns)
 
     partials = launch(_tuned("linear_statistics", operands, configs.STATISTICS_TILE, transform, launch))
-    top = torch.maximum(statistics[TOP], partials[:, 0].amax(0))
-    statistics[OTHERS] *= (statistics[TOP] - top).exp_()
-    statistics[OTHERS] += (partials[:, 1] * (partials[:, 0] - top).exp_()).sum(0)
-    statistics[TOP] = top
-    if total:
-        statistics[TOTAL] += partials[:, 2].sum(0)
+    row_max = torch.maximum(statistics[ROW_MAX], partials[:, 0].amax(0))
+    statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
+    statistics[SUM_EXP] += (partials[:, 1] * (partials[:, 0] - row_max).exp_()).sum(0)
+    statistics[ROW_MAX] = row_max
+    if logit_sum:
+        statistics[LOGIT_SUM] += partials[:, 2].sum(0)
     return partials
 
 
 def gradient(
-    sink: Tensor,
+    out: Tensor,
     operands: Operands,
     statistics: Tensor,
     targets: Tensor,
@@ -231,7 +231,7 @@ def gradient(
     transform: Transform,
     count: Tensor | None = None,
 ) -> None:
-    """Write Q of a slice of the vocabulary into ``sink`` (N, v) from the statistics of the whole rows. One launch.
+    """Write Q of a slice of the vocabulary into ``out`` (N, v) from the statistics of the whole rows. One launch.
 
     ``count`` (0-d) is the number of rows that are wanted, the first ones; None: all.
     """
@@ -241,8 +241,8 @@ def gradient(
 
     def launch(tile: configs.Tile) -> None:
         _linear_gradient_kernel[triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),](
-            places=operands.places, count=count, targets=targets, statistics=statistics, sink=sink, first=first,
-            statistics_stride=statistics.stride(0), sink_stride=sink.stride(0), **operands.arguments(tile),
+            indices=operands.indices, count=count, targets=targets, statistics=statistics, out=out, first=first,
+            statistics_stride=statistics.stride(0), out_stride=out.stride(0), **operands.arguments(tile),
             **factors(transform), **tile.options,
         )  # fmt: skip
 
@@ -250,21 +250,21 @@ def gradient(
 
 
 def exponentials(
-    sink: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, transform: Transform, *, total: bool
+    out: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, transform: Transform, *, logit_sum: bool
 ) -> Tensor:
-    """Write exp(z − pivot) of whole rows into ``sink`` (N, V), and their statistics, in one product.
+    """Write exp(z − pivot) of whole rows into ``out`` (N, V), and their statistics, in one product.
 
     A row's pivot is the maximum of its first columns. Rows that rise too far above it for the dtype are computed again
     with their own maximum: the device decides, nothing waits for it.
 
     Args:
-        sink: (N, V) or wider, of a dtype with the range of float32; receives Q times the result. Rows of whole 32
+        out: (N, V) or wider, of a dtype with the range of float32; receives Q times the result. Rows of whole 32
             bytes are written faster: what is beyond V becomes 0 (or finite, with a curve).
         operands: the whole vocabulary.
         statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
         targets: (N,) labels of the rows.
         transform: the logits transform.
-        total: whether Σ z is wanted.
+        logit_sum: whether Σ z is wanted.
 
     Returns:
         (N,) what each row of Q was multiplied by, exactly as the targets' entries say it.
@@ -273,31 +273,31 @@ def exponentials(
         operands.hidden,
         operands.weight[:PROBE],
         None if operands.bias is None else operands.bias[:PROBE],
-        operands.places,
+        operands.indices,
     )
     if operands.rows:
-        _labels(statistics, operands, targets, 0, transform)
+        _target_logits(statistics, operands, targets, 0, transform)
         # The maximum of nothing is the least finite number, as in other statistics.
         probe_tile = probe.tile(configs.STATISTICS_TILE, transform)
         low = _partials(probe, targets, 0, transform, False, probe_tile)[:, 0].amax(0)
         low.clamp_(min=torch.finfo(torch.float32).min)
 
         def launch(tile: configs.Tile) -> Tensor:
-            return _partials(operands, targets, 0, transform, total, tile, Exponentials(sink, low))
+            return _partials(operands, targets, 0, transform, logit_sum, tile, Exponentials(out, low))
 
         tile = _tuned("linear_exponentials", operands, configs.EXPONENTIALS_TILE, transform, launch)
         partials = launch(tile)
-        top = partials[:, 0].amax(0)
-        high = torch.where(top - low > REACH, top, low)
-        _partials(operands, targets, 0, transform, total, tile, Exponentials(sink, high, low, partials))
-        statistics[TOP], statistics[OTHERS] = high, partials[:, 1].sum(0)
-        if total:
-            statistics[TOTAL] = partials[:, 2].sum(0)
-    others = statistics[OTHERS].to(sink.dtype)
-    scale = torch.where(others == 0, 1, others)
+        row_max = partials[:, 0].amax(0)
+        high = torch.where(row_max - low > REACH, row_max, low)
+        _partials(operands, targets, 0, transform, logit_sum, tile, Exponentials(out, high, low, partials))
+        statistics[ROW_MAX], statistics[SUM_EXP] = high, partials[:, 1].sum(0)
+        if logit_sum:
+            statistics[LOGIT_SUM] = partials[:, 2].sum(0)
+    sum_exp = statistics[SUM_EXP].to(out.dtype)
+    scale = torch.where(sum_exp == 0, 1, sum_exp)
     here = (targets >= 0) & (targets < operands.columns)
-    row, column = torch.arange(operands.rows, device=sink.device), targets.long().where(here, 0)
-    sink[row, column] *= torch.where(here, scale, 1)
+    row, column = torch.arange(operands.rows, device=out.device), targets.long().where(here, 0)
+    out[row, column] *= torch.where(here, scale, 1)
     return scale.to(statistics.dtype)
 
 
@@ -306,13 +306,13 @@ class Exponentials:
     """Where a pass over the vocabulary leaves exp(z − pivot).
 
     Attributes:
-        sink: (N, V) or wider.
+        out: (N, V) or wider.
         pivots: (N,).
         before: (N,) pivots of an earlier pass: only where they differ is there something to do.
         partials: what the earlier pass gave, updated there.
     """
 
-    sink: Tensor
+    out: Tensor
     pivots: Tensor
     before: Tensor | None = None
     partials: Tensor | None = None
@@ -323,7 +323,7 @@ def _partials(
     targets: Tensor,
     first: int,
     transform: Transform,
-    total: bool,
+    logit_sum: bool,
     tile: configs.Tile,
     exponentials: Exponentials | None = None,
     split_columns: int | None = None,
@@ -335,9 +335,9 @@ def _partials(
         parts = vocabulary_splits(blocks, chunks, configs.processors(device))
         split_columns = triton.cdiv(chunks, parts) * tile.columns
     splits = triton.cdiv(operands.columns, split_columns)
-    sink = pivots = before = partials = None
+    out = pivots = before = partials = None
     if exponentials is not None:
-        sink, pivots = exponentials.sink, exponentials.pivots
+        out, pivots = exponentials.out, exponentials.pivots
         before, partials = exponentials.before, exponentials.partials
     if before is not None:
         # The kernel also holds what tells it whether to do anything: smaller tiles leave registers for that.
@@ -345,9 +345,9 @@ def _partials(
     if partials is None:
         partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device)
     _linear_statistics_kernel[triton.cdiv(rows, tile.rows) * splits,](
-        places=operands.places, targets=targets, partials=partials, pivots=pivots, before=before, sink=sink,
-        first=first, splits=splits, split_columns=split_columns, width=0 if sink is None else sink.shape[1],
-        sink_stride=0 if sink is None else sink.stride(0), TOTALS=total, **operands.arguments(tile),
+        indices=operands.indices, targets=targets, partials=partials, pivots=pivots, before=before, out=out,
+        first=first, splits=splits, split_columns=split_columns, width=0 if out is None else out.shape[1],
+        out_stride=0 if out is None else out.stride(0), WITH_LOGIT_SUM=logit_sum, **operands.arguments(tile),
         **factors(transform), **tile.options,
     )  # fmt: skip
     return partials
@@ -363,21 +363,21 @@ def _tuned(
     """The tile of a table, or what a search prefers."""
     default, hidden = operands.tile(table, transform), operands.hidden
     flags = {
-        transform.curve: transform.curved,
+        transform.activation: transform.nonlinear,
         "bias": operands.bias is not None,
-        "by index": operands.places is not None,
+        "by index": operands.indices is not None,
     }
     name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
     candidates = configs.tile_candidates(default, hidden.dtype)
     return tune.tuned(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, launch)
 
 
-def _labels(statistics: Tensor, operands: Operands, targets: Tensor, first: int, transform: Transform) -> None:
+def _target_logits(statistics: Tensor, operands: Operands, targets: Tensor, first: int, transform: Transform) -> None:
     """Launch the targets' z."""
     hidden, weight = operands.hidden, operands.weight
-    _linear_label_kernel[operands.rows,](
-        hidden, weight, operands.bias, operands.places, targets, statistics[LABEL], operands.columns, hidden.shape[1],
-        hidden.stride(0), weight.stride(0), first, **factors(transform),
-        BLOCK=min(configs.LABEL_PRODUCT.block, triton.next_power_of_2(hidden.shape[1])),
-        **configs.LABEL_PRODUCT.options,
+    _linear_target_logit_kernel[operands.rows,](
+        hidden, weight, operands.bias, operands.indices, targets, statistics[TARGET_LOGIT], operands.columns,
+        hidden.shape[1], hidden.stride(0), weight.stride(0), first, **factors(transform),
+        BLOCK=min(configs.TARGET_PRODUCT.block, triton.next_power_of_2(hidden.shape[1])),
+        **configs.TARGET_PRODUCT.options,
     )  # fmt: skip

@@ -31,33 +31,33 @@ def _columns(start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def _joined(tops, others):
+def _joined(row_maxes, sum_exp):
     """Maximum and sum of parts that have a maximum and a sum of exp(z − maximum) each."""
-    top = tl.max(tops, 0)
+    row_max = tl.max(row_maxes, 0)
     # Where every entry is −inf there is nothing to scale.
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    return top, tl.sum(others * exp(tops - shift), 0)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    return row_max, tl.sum(sum_exp * exp(row_maxes - shift), 0)
 
 
 @triton.jit
 def _finish(
-    row, rows, base, stride, column, scored, top, others, inner, outer, logp, statistics, TRANSFORM: tl.constexpr
+    row, rows, base, stride, column, scored, row_max, sum_exp, inner, outer, logp, statistics, TRANSFORM: tl.constexpr
 ):
     """Store logp and the statistics of a row from the maximum and the sum of the entries other than its target's."""
     valid = column >= 0
     x = tl.load(base + column.to(tl.int64) * stride, mask=scored & valid, other=0.0).to(tl.float32)
     z = transform(x, inner, outer, TRANSFORM)
-    risen = tl.where(valid, tl.maximum(top, z), top)
-    others *= exp(tl.where(top == risen, 0.0, top - risen))
+    risen = tl.where(valid, tl.maximum(row_max, z), row_max)
+    sum_exp *= exp(tl.where(row_max == risen, 0.0, row_max - risen))
     # A label outside the vocabulary makes the log-prob and, by way of the sum, the row's gradient NaN.
-    others = tl.where(valid, others, float("nan"))
+    sum_exp = tl.where(valid, sum_exp, float("nan"))
     zy = z - risen
     ey = tl.where(valid, exp(zy), 0.0)
-    value = tl.where(others < ey, -log1p(others / ey), zy - tl.log(others + ey))
+    value = tl.where(sum_exp < ey, -log1p(sum_exp / ey), zy - tl.log(sum_exp + ey))
     tl.store(logp + row, tl.where(scored, value, 0.0))
     tl.store(statistics + row, tl.where(scored, risen, 0.0))
-    tl.store(statistics + (row + rows), tl.where(scored, others + ey, 0.0))
-    tl.store(statistics + (row + rows + rows), tl.where(scored, others, 0.0))
+    tl.store(statistics + (row + rows), tl.where(scored, sum_exp + ey, 0.0))
+    tl.store(statistics + (row + rows + rows), tl.where(scored, sum_exp, 0.0))
 
 
 @triton.jit
@@ -85,8 +85,8 @@ def _token_logps_fwd_kernel(
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, WIDTH if ALIGNED else 1)
     # Kept apart per group of entries: nothing is exchanged between threads inside the loop.
-    top = tl.full([BLOCK // WIDTH], float("-inf"), tl.float32)
-    others = tl.zeros([BLOCK // WIDTH], tl.float32)
+    row_max = tl.full([BLOCK // WIDTH], float("-inf"), tl.float32)
+    sum_exp = tl.zeros([BLOCK // WIDTH], tl.float32)
     total = tl.zeros([BLOCK // WIDTH], tl.float32)
     if scored | (MEANS == "all"):
         # Entries that are read one by one have addresses a constant apart from one that moves with the block.
@@ -102,11 +102,11 @@ def _token_logps_fwd_kernel(
                 total += tl.sum(z, 1)  # z is 0 beyond the end
             if (start + BLOCK > columns) | ((start <= column) & (column < start + BLOCK)):
                 z = tl.where((cols < columns) & (cols != column), z, float("-inf"))
-            risen = tl.maximum(top, tl.max(z, 1))
+            risen = tl.maximum(row_max, tl.max(z, 1))
             shift = tl.where(risen == float("-inf"), 0.0, risen)
-            others = others * exp(top - shift) + tl.sum(exp(z - shift[:, None]), 1)
-            top = risen
-    highest, remainder = _joined(top, others)
+            sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
+            row_max = risen
+    highest, remainder = _joined(row_max, sum_exp)
     if partials is not None:
         part = (tl.program_id(1).to(tl.int64) * 3) * rows + row
         tl.store(partials + part, highest)
@@ -138,14 +138,14 @@ def _token_logps_combine_kernel(
     scored = y != ignore_index
     split = tl.arange(0, BLOCK)
     part = (split.to(tl.int64) * 3) * rows + row
-    tops = tl.load(partials + part, mask=split < splits, other=float("-inf"))
+    row_maxes = tl.load(partials + part, mask=split < splits, other=float("-inf"))
     sums = tl.load(partials + (part + rows), mask=split < splits, other=0.0)
     totals = tl.load(partials + (part + rows + rows), mask=split < splits, other=0.0)
-    top, others = _joined(tops, sums)
+    row_max, sum_exp = _joined(row_maxes, sums)
     base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, 1)
     _finish(
-        row, rows, base, logits_stride_v, column_of(y, columns), scored, top, others, inner, outer, logp, statistics,
-        TRANSFORM,
+        row, rows, base, logits_stride_v, column_of(y, columns), scored, row_max, sum_exp, inner, outer, logp,
+        statistics, TRANSFORM,
     )  # fmt: skip
     if means is not None:
         tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(totals, 0) / columns, 0.0))
@@ -178,7 +178,7 @@ def factors(transform: Transform) -> dict[str, float | str]:
     return {
         "inner": transform.inner,
         "outer": transform.outer,
-        "TRANSFORM": "identity" if transform.identity else transform.curve,
+        "TRANSFORM": "identity" if transform.identity else transform.activation,
     }
 
 

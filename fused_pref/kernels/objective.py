@@ -1,6 +1,6 @@
 """The objectives in one launch each: per-sequence sums to loss, slopes and everything that is reported.
 
-One program walks the sequences in blocks, in a fixed order, so that results repeat to the bit. ``loss`` is a tensor of
+One program walks the sequences in blocks, in a fixed order, so that results repeat bitwise. ``loss`` is a tensor of
 its own, because a caller may change it in place; ``scalars`` receives float32: NLL (BCO: δ), mean logits of the chosen
 and of the rejected sequences.
 """
@@ -39,19 +39,19 @@ def _zeros(TYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _with_logits(total, places, s, members, totals, positions):
+def _with_logits(total, positions_sum, s, members, totals, positions):
     """Σ z and the number of its positions, with those of the ``members`` of sequences ``s``."""
     if totals is not None:
         total += tl.load(totals + s, mask=members, other=0.0)
-        places += tl.load(positions + s, mask=members, other=0)
-    return total, places
+        positions_sum += tl.load(positions + s, mask=members, other=0)
+    return total, positions_sum
 
 
 @triton.jit
-def _store_mean(sink, total, places):
+def _store_mean(out, total, positions_sum):
     """The mean logit from sums of z and of positions, 0 without a position."""
-    mean = tl.sum(total, 0) / tl.maximum(tl.sum(places, 0), 1).to(tl.float64)
-    tl.store(sink, saturate(mean).to(tl.float32))
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(positions_sum, 0), 1).to(tl.float64)
+    tl.store(out, saturate(mean).to(tl.float32))
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _pair_objective_kernel(
         nll_number = _divisor(tokens)
     summed, chosen = _zeros(tl.float64, BLOCK)
     w_total, l_total = _zeros(tl.float64, BLOCK)
-    w_places, l_places = _zeros(tl.int64, BLOCK)
+    w_positions, l_positions = _zeros(tl.int64, BLOCK)
     for start in range(0, pairs, BLOCK):
         w = start + tl.arange(0, BLOCK)
         l = w + pairs
@@ -127,8 +127,8 @@ def _pair_objective_kernel(
             w_slope -= cpo_alpha / nll_number
         tl.store(slope + w, saturate(w_slope), mask=inside)
         tl.store(slope + l, saturate(l_slope), mask=inside)
-        w_total, w_places = _with_logits(w_total, w_places, w, inside, totals, positions)
-        l_total, l_places = _with_logits(l_total, l_places, l, inside, totals, positions)
+        w_total, w_positions = _with_logits(w_total, w_positions, w, inside, totals, positions)
+        l_total, l_positions = _with_logits(l_total, l_positions, l, inside, totals, positions)
     result = tl.sum(summed, 0) / pair_number
     nll = tl.zeros_like(result)
     if NLL is not None:
@@ -137,8 +137,8 @@ def _pair_objective_kernel(
     tl.store(loss, saturate(result).to(tl.float32))
     tl.store(scalars, saturate(nll).to(tl.float32))
     if totals is not None:
-        _store_mean(scalars + 1, w_total, w_places)
-        _store_mean(scalars + 2, l_total, l_places)
+        _store_mean(scalars + 1, w_total, w_positions)
+        _store_mean(scalars + 2, l_total, l_positions)
 
 
 @triton.jit
@@ -263,7 +263,7 @@ def _bco_objective_kernel(
         l_count = w_count
     summed = tl.zeros([BLOCK], tl.float64)
     w_total, l_total = _zeros(tl.float64, BLOCK)
-    w_places, l_places = _zeros(tl.int64, BLOCK)
+    w_positions, l_positions = _zeros(tl.int64, BLOCK)
     for start in range(0, sequences, BLOCK):
         s = start + tl.arange(0, BLOCK)
         inside = s < sequences
@@ -275,13 +275,13 @@ def _bco_objective_kernel(
             weight *= tl.load(sample_weight + s, mask=inside, other=0.0).to(tl.float64)
         summed += tl.where(inside, -log_logistic(x) * (sign * weight), 0.0)
         tl.store(slope + s, saturate(-beta * logistic(-x) * weight), mask=inside)
-        w_total, w_places = _with_logits(w_total, w_places, s, w, totals, positions)
-        l_total, l_places = _with_logits(l_total, l_places, s, l, totals, positions)
+        w_total, w_positions = _with_logits(w_total, w_positions, s, w, totals, positions)
+        l_total, l_positions = _with_logits(l_total, l_positions, s, l, totals, positions)
     tl.store(loss, saturate(tl.sum(summed, 0)).to(tl.float32))
     tl.store(scalars, saturate(shift).to(tl.float32))
     if totals is not None:
-        _store_mean(scalars + 1, w_total, w_places)
-        _store_mean(scalars + 2, l_total, l_places)
+        _store_mean(scalars + 1, w_total, w_positions)
+        _store_mean(scalars + 2, l_total, l_positions)
 
 
 def value_and_pointer(number: float | None, tensor: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:

@@ -31,11 +31,11 @@ def _sequence_scores_kernel(
     if PACKED:
         start = tl.load(cu_seqlens + s).to(tl.int64)
         number = tl.load(cu_seqlens + s + 1).to(tl.int64) - start
-        places = labels + start * labels_stride_t
+        row_labels = labels + start * labels_stride_t
     else:
         start = s * length
         number = length
-        places = labels + s * labels_stride_s
+        row_labels = labels + s * labels_stride_s
     total = tl.zeros([BLOCK], tl.float64)
     mean = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.int64)
@@ -45,7 +45,7 @@ def _sequence_scores_kernel(
         if means is not None:
             mean += tl.load(means + start + t, mask=t < number, other=0.0).to(tl.float64)
         target = t + 1 if SHIFT else t
-        y = tl.load(places + target.to(tl.int64) * labels_stride_t, mask=target < number, other=ignore_index)
+        y = tl.load(row_labels + target.to(tl.int64) * labels_stride_t, mask=target < number, other=ignore_index)
         count += (y != ignore_index).to(tl.int64)
     counted = tl.sum(count, 0)
     tl.store(sums + s, tl.sum(total, 0))
@@ -59,7 +59,7 @@ def _sequence_scores_kernel(
 
 
 @triton.jit
-def _spread_kernel(
+def _expand_kernel(
     values,  # [S] float64
     cu_seqlens,  # [S+1]
     tokens,  # [N_total] float32
@@ -102,11 +102,11 @@ def sequence_scores(
     return sums, counts, totals, positions
 
 
-def spread(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+def expand(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     """Each sequence's value at its positions, (N_total,) float32. One launch."""
     tokens = torch.empty(total, dtype=torch.float32, device=values.device)
     if values.shape[0]:
-        _spread_kernel[values.shape[0],](
+        _expand_kernel[values.shape[0],](
             values, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options
         )
     return tokens

@@ -1,6 +1,6 @@
-"""Products of picked rows, of which the device alone knows how many there are.
+"""Products of selected rows, of which the device alone knows how many there are.
 
-A list of row numbers begins with those that are picked, and a count says how many: programs beyond it return at once,
+A list of row numbers begins with those that are selected, and a count says how many: programs beyond it return at once,
 and loops end there, so that the host need not wait. Used by :mod:`fused_pref.head.skipping`.
 """
 
@@ -17,26 +17,26 @@ from fused_pref.kernels.gemm import constants, tile_order
 
 # Counts are entries of one tensor: where they lie must not make code of its own.
 @triton.jit(do_not_specialize_on_alignment=["count"])
-def _picked_weight_kernel(
+def _selected_weight_kernel(
     q,  # [N, v], row i is that of the i-th of the places
     hidden,  # [N_total, D]
-    places,  # [N] int64 rows of hidden, the picked ones first
-    count,  # 0-d int, how many are picked
+    indices,  # [N] int64 rows of hidden, the selected ones first
+    count,  # 0-d int, how many are selected
     scale,  # 0-d or None, factor on the result
-    sink,  # [v, D], written
-    columns, features, q_stride, hidden_stride, sink_stride,
+    out,  # [v, D], written
+    columns, features, q_stride, hidden_stride, out_stride,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Qᵀ hidden over the picked rows."""
+    """Qᵀ hidden over the selected rows."""
     block, part = tile_order(tl.program_id(0), tl.cdiv(columns, ROWS), tl.cdiv(features, COLUMNS), GROUP)
     v, d = block * ROWS + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
-    picked = tl.load(count).to(tl.int32)
+    selected = tl.load(count).to(tl.int32)
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, picked, DEPTH):
+    for start in range(0, selected, DEPTH):
         n = start + tl.arange(0, DEPTH)
-        there = (n < picked)[:, None]
-        place = tl.load(places + n, mask=n < picked, other=0)
+        there = (n < selected)[:, None]
+        place = tl.load(indices + n, mask=n < selected, other=0)
         a = tl.load(q + n.to(tl.int64)[:, None] * q_stride + v[None, :], mask=there & (v < columns)[None, :], other=0.0)
         b = tl.load(
             hidden + place[:, None] * hidden_stride + d[None, :], mask=there & (d < features)[None, :], other=0.0
@@ -48,14 +48,14 @@ def _picked_weight_kernel(
     if scale is not None:
         x *= tl.load(scale)
     inside = (v < columns)[:, None] & (d < features)[None, :]
-    tl.store(sink + v.to(tl.int64)[:, None] * sink_stride + d[None, :], x.to(sink.dtype.element_ty), mask=inside)
+    tl.store(out + v.to(tl.int64)[:, None] * out_stride + d[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count"])
-def _picked_hidden_kernel(
+def _selected_hidden_kernel(
     q,  # [N, v], see above
     weight,  # [v, D]
-    places,  # [N] int64 rows of sums, no row twice
+    indices,  # [N] int64 rows of sums, no row twice
     count,  # 0-d int
     sums,  # [N_total, D], added to
     rows, columns, features, q_stride, weight_stride, sums_stride,
@@ -64,8 +64,8 @@ def _picked_hidden_kernel(
 ):  # fmt: skip
     """Q weight, each row added at its place."""
     block, part = tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(features, COLUMNS), GROUP)
-    picked = tl.load(count).to(tl.int32)
-    if block * ROWS >= picked:
+    selected = tl.load(count).to(tl.int32)
+    if block * ROWS >= selected:
         return
     n, d = block * ROWS + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -73,7 +73,7 @@ def _picked_hidden_kernel(
         v = start + tl.arange(0, DEPTH)
         a = tl.load(
             q + n.to(tl.int64)[:, None] * q_stride + v[None, :],
-            mask=(n < picked)[:, None] & (v < columns)[None, :], other=0.0,
+            mask=(n < selected)[:, None] & (v < columns)[None, :], other=0.0,
         )  # fmt: skip
         b = tl.load(
             weight + v.to(tl.int64)[:, None] * weight_stride + d[None, :],
@@ -83,73 +83,73 @@ def _picked_hidden_kernel(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         x = tl.dot(a, b, x, input_precision=PRECISION)
-    place = tl.load(places + n, mask=n < picked, other=0)
+    place = tl.load(indices + n, mask=n < selected, other=0)
     pointers = sums + place[:, None] * sums_stride + d[None, :]
-    inside = (n < picked)[:, None] & (d < features)[None, :]
+    inside = (n < selected)[:, None] & (d < features)[None, :]
     tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + x, mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count"])
-def _picked_bias_kernel(
+def _selected_bias_kernel(
     q,  # [N, v], see above
     factor,  # [N_total]
-    places,  # [N] int64 entries of factor
+    indices,  # [N] int64 entries of factor
     count,  # 0-d int
-    sink,  # [v], written
+    out,  # [v], written
     columns, q_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """−Qᵀ factor over the picked rows."""
+    """−Qᵀ factor over the selected rows."""
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    picked = tl.load(count).to(tl.int32)
+    selected = tl.load(count).to(tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, picked, ROWS):
+    for start in range(0, selected, ROWS):
         n = start + tl.arange(0, ROWS)
-        f = tl.load(factor + tl.load(places + n, mask=n < picked, other=0), mask=n < picked, other=0.0)
-        inside = (n < picked)[:, None] & (v < columns)[None, :]
+        f = tl.load(factor + tl.load(indices + n, mask=n < selected, other=0), mask=n < selected, other=0.0)
+        inside = (n < selected)[:, None] & (v < columns)[None, :]
         x = tl.load(q + n.to(tl.int64)[:, None] * q_stride + v[None, :], mask=inside, other=0.0)
         total += tl.sum(x.to(tl.float32) * f[:, None], 0)
-    tl.store(sink + v, -total, mask=v < columns)
+    tl.store(out + v, -total, mask=v < columns)
 
 
 def weight_product(
-    sink: Tensor, q: Tensor, hidden: Tensor, places: Tensor, count: Tensor, scale: Tensor | None
+    out: Tensor, q: Tensor, hidden: Tensor, indices: Tensor, count: Tensor, scale: Tensor | None
 ) -> None:
-    """Write Qᵀ hidden of the picked rows, times ``scale`` (0-d), into ``sink`` (v, D). One launch.
+    """Write Qᵀ hidden of the selected rows, times ``scale`` (0-d), into ``out`` (v, D). One launch.
 
     Args:
-        sink: a slice of dW, of any float dtype.
-        q: (N, v) of the dtype of ``hidden``; what is beyond the picked rows is not read.
+        out: a slice of dW, of any float dtype.
+        q: (N, v) of the dtype of ``hidden``; what is beyond the selected rows is not read.
         hidden: (N_total, D).
         places: (N,) int64 rows of ``hidden``.
-        count: 0-d, how many of them are picked.
+        count: 0-d, how many of them are selected.
         scale: None for 1.
     """
-    columns, features = sink.shape
+    columns, features = out.shape
     tile = _tile(q, hidden)
     grid = (triton.cdiv(columns, tile.rows) * triton.cdiv(features, tile.columns),)
-    _picked_weight_kernel[grid](
-        q, hidden, places, count, scale, sink, columns, features, q.stride(0), hidden.stride(0), sink.stride(0),
+    _selected_weight_kernel[grid](
+        q, hidden, indices, count, scale, out, columns, features, q.stride(0), hidden.stride(0), out.stride(0),
         **constants(q, tile), **tile.options,
     )  # fmt: skip
 
 
-def hidden_product(sums: Tensor, q: Tensor, weight: Tensor, places: Tensor, count: Tensor) -> None:
-    """Add Q weight of the picked rows to the rows ``places`` of ``sums`` (N_total, D) float32. One launch."""
+def hidden_product(sums: Tensor, q: Tensor, weight: Tensor, indices: Tensor, count: Tensor) -> None:
+    """Add Q weight of the selected rows to the rows ``indices`` of ``sums`` (N_total, D) float32. One launch."""
     columns, features = weight.shape
     tile = _tile(q, weight)
     grid = (triton.cdiv(q.shape[0], tile.rows) * triton.cdiv(features, tile.columns),)
-    _picked_hidden_kernel[grid](
-        q, weight, places, count, sums, q.shape[0], columns, features, q.stride(0), weight.stride(0), sums.stride(0),
+    _selected_hidden_kernel[grid](
+        q, weight, indices, count, sums, q.shape[0], columns, features, q.stride(0), weight.stride(0), sums.stride(0),
         **constants(q, tile), **tile.options,
     )  # fmt: skip
 
 
-def bias_product(sink: Tensor, q: Tensor, factor: Tensor, places: Tensor, count: Tensor) -> None:
-    """Write −Qᵀ factor of the picked rows into ``sink`` (v,) float32; factor (N_total,) float32. One launch."""
-    config = configs.PICKED_BIAS
-    _picked_bias_kernel[triton.cdiv(sink.shape[0], config.block),](
-        q, factor, places, count, sink, sink.shape[0], q.stride(0), ROWS=16, BLOCK=config.block, **config.options
+def bias_product(out: Tensor, q: Tensor, factor: Tensor, indices: Tensor, count: Tensor) -> None:
+    """Write −Qᵀ factor of the selected rows into ``out`` (v,) float32; factor (N_total,) float32. One launch."""
+    config = configs.SELECTED_BIAS
+    _selected_bias_kernel[triton.cdiv(out.shape[0], config.block),](
+        q, factor, indices, count, out, out.shape[0], q.stride(0), ROWS=16, BLOCK=config.block, **config.options
     )
 
 
@@ -158,4 +158,4 @@ def _tile(q: Tensor, other: Tensor) -> configs.Tile:
         return configs.INTERPRETER_TILE
     if not (configs.rows_aligned(q) and configs.rows_aligned(other)):
         return configs.UNALIGNED_TILE
-    return configs.PICKED_TILE[configs.architecture(q.device), q.dtype.itemsize]
+    return configs.SELECTED_TILE[configs.architecture(q.device), q.dtype.itemsize]

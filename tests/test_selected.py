@@ -1,4 +1,4 @@
-"""Products of picked rows, whose number the device alone knows: values, and that nothing beyond it is touched."""
+"""Products of selected rows, whose number the device alone knows: values, and that nothing beyond it is touched."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from torch import Tensor
 from fused_pref.head import call, devices, skipping
 from fused_pref.head.call import HeadCall
 from fused_pref.head.spec import LinearSpec, Transform
-from fused_pref.kernels import gemm, linear, picked
+from fused_pref.kernels import gemm, linear, selected
 from fused_pref.keywords import LinearKeywords, table
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-# N, D and v, and how many of the N rows are picked.
+# N, D and v, and how many of the N rows are selected.
 SHAPES = [(1, 1, 1, 1), (5, 31, 2, 0), (17, 16, 67, 17), (40, 8, 33, 18), (33, 48, 32, 1)]
 
 
@@ -30,8 +30,8 @@ def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
 
 
 def lists(rows: int, number: int, device: str) -> tuple[Tensor, Tensor]:
-    places = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
-    return places.to(device), torch.tensor(number, dtype=torch.int32, device=device)
+    indices = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+    return indices.to(device), torch.tensor(number, dtype=torch.int32, device=device)
 
 
 def close(ours: Tensor, truth: Tensor, tolerance: float) -> None:
@@ -42,32 +42,32 @@ def close(ours: Tensor, truth: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel_device: str) -> None:
-    """What Q holds beyond the picked rows is NaN, and so is what is to be written."""
+    """What Q holds beyond the selected rows is NaN, and so is what is to be written."""
     rows, features, columns, number = shape
-    places, count = lists(rows, number, kernel_device)
+    indices, count = lists(rows, number, kernel_device)
     torch.manual_seed(0)
     q = torch.randn(rows, columns + 3).to(kernel_device, dtype)[:, :columns]
     q[number:] = torch.nan
     hidden, weight = torch.randn(rows, features).to(q), torch.randn(columns, features).to(q)
     factor, scale = torch.randn(rows, device=kernel_device), torch.tensor(0.25, device=kernel_device)
-    wide, own = q[:number].double(), places[:number]
+    wide, own = q[:number].double(), indices[:number]
 
-    for sink_dtype, given in ((dtype, None), (torch.float32, scale)):
-        sink = torch.full((columns, features), torch.nan, dtype=sink_dtype, device=kernel_device)
-        picked.weight_product(sink, q, hidden, places, count, given)
-        close(sink, wide.t() @ hidden[own].double() * (1.0 if given is None else 0.25), ROUNDING[sink_dtype])
+    for out_dtype, given in ((dtype, None), (torch.float32, scale)):
+        out = torch.full((columns, features), torch.nan, dtype=out_dtype, device=kernel_device)
+        selected.weight_product(out, q, hidden, indices, count, given)
+        close(out, wide.t() @ hidden[own].double() * (1.0 if given is None else 0.25), ROUNDING[out_dtype])
 
     before = torch.randn(rows, features, device=kernel_device)
     sums, truth = before.clone(), before.double()
     truth[own] += wide @ weight.double()
-    picked.hidden_product(sums, q, weight, places, count)
+    selected.hidden_product(sums, q, weight, indices, count)
     close(sums, truth, 2e-6)
     untouched = torch.ones(rows, dtype=torch.bool, device=kernel_device).index_fill_(0, own, False)
     assert torch.equal(sums[untouched], before[untouched])
 
-    sink = torch.full((columns,), torch.nan, device=kernel_device)
-    picked.bias_product(sink, q, factor, places, count)
-    close(sink, -wide.t() @ factor[own].double(), 2e-6)
+    out = torch.full((columns,), torch.nan, device=kernel_device)
+    selected.bias_product(out, q, factor, indices, count)
+    close(out, -wide.t() @ factor[own].double(), 2e-6)
 
 
 @pytest.mark.parametrize("constants", [Transform(), Transform("tanh", -1.7 / 3, 3 / 0.6)], ids=str)
@@ -77,15 +77,15 @@ def test_gradient(
 ) -> None:
     """The first rows of Q are those of a launch without a count, and nothing else is written."""
     rows, features, columns, number = shape
-    places, count = lists(rows, number, kernel_device)
+    indices, count = lists(rows, number, kernel_device)
     torch.manual_seed(0)
     hidden, weight = torch.randn(rows, features).to(kernel_device), torch.randn(columns, features).to(kernel_device)
     targets = torch.randint(0, columns, (rows,)).to(kernel_device)
     statistics = torch.stack([torch.full((rows,), 1.5), torch.full((rows,), 4.0)]).to(kernel_device)
     every, some = torch.empty(2, rows, columns, device=kernel_device)
-    linear.gradient(every, gemm.Operands(hidden[places], weight, None, None), statistics, targets, 0, constants)
+    linear.gradient(every, gemm.Operands(hidden[indices], weight, None, None), statistics, targets, 0, constants)
     before = 0 if watch is None else len(watch.within(some, watch.written))
-    operands = gemm.Operands(hidden, weight, None, places)
+    operands = gemm.Operands(hidden, weight, None, indices)
     linear.gradient(some, operands, statistics, targets, 0, constants, count)
     torch.testing.assert_close(some[:number], every[:number], rtol=1e-5, atol=1e-6)
     assert some[number:].isnan().all()
@@ -110,13 +110,13 @@ def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
         assert chosen.fused
         upstream = reference_logps(rows.number, kernel_device)
         with launches() as recorder:
-            statistics, _, _, skipped = skipping.forward(head, rows, chosen, 0.3, total=False)
+            statistics, _, _, skipped = skipping.forward(head, rows, chosen, 0.3, logit_sum=False)
             skipping.backward(head, rows, chosen, statistics, skipped.live, upstream, request.wanted)
         tiles = -(-70 // chosen.columns)
         kernels = Counter(name for name in recorder.names if name.endswith("_kernel"))
         each = ("_linear_gradient_kernel", "_picked_weight_kernel", "_picked_bias_kernel", "_picked_hidden_kernel")
         # Rows are scaled for dW, and brought to their places in dh.
-        once = {"_linear_statistics_kernel": 1, "_linear_label_kernel": 1, "_place_rows_kernel": 2}
+        once = {"_linear_statistics_kernel": 1, "_linear_label_kernel": 1, "_scatter_rows_kernel": 2}
         assert kernels == {**once, **dict.fromkeys(each, tiles)}
         assert not recorder.synchronising
         found.append(recorder.names)

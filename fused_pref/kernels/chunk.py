@@ -1,0 +1,219 @@
+"""A logits chunk on a device: the statistics of its rows, their gradient written over it, and rows of its products.
+
+The device twins of :mod:`fused_pref.head.chunk`, under the same names. One program walks a row from left to right.
+"""
+
+# A launch gives values for constexpr arguments, and device code is not Python.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_pref.head.chunk import TargetRows
+from fused_pref.head.spec import Transform
+from fused_pref.kernels import configs
+from fused_pref.kernels.helpers import activation_backward, exp, transform
+from fused_pref.kernels.logprob import aligned, factors
+
+
+@triton.jit
+def _chunk_statistics_kernel(
+    logits,  # [n, v]
+    targets,  # [n]
+    statistics,  # [4, n], updated
+    columns, first, logits_stride, targets_stride, statistics_stride, inner, outer,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row * targets_stride).to(tl.int64) - first
+    WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    base = logits + tl.multiple_of(row * logits_stride, WIDTH)
+    # The quotient tells the compiler that the end falls between two accesses.
+    end = columns // WIDTH * WIDTH
+    seen = statistics + row
+    statistics_stride = tl.cast(statistics_stride, tl.int64)
+    start_max = tl.load(seen)
+    row_max = start_max
+    # Kept apart per lane: only the maximum is reduced inside the loop.
+    sum_exp = tl.zeros([BLOCK], tl.float32)
+    logit_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(base + cols, mask=cols < end, other=0.0).to(tl.float32)
+        z = transform(x, inner, outer, TRANSFORM)
+        if WITH_LOGIT_SUM:
+            logit_sum += z  # 0 beyond the end
+        z = tl.where((cols < columns) & (cols != y), z, float("-inf"))
+        risen = tl.maximum(row_max, tl.max(z, 0))
+        sum_exp = sum_exp * exp(row_max - risen) + exp(z - risen)
+        row_max = risen
+    tl.store(
+        seen + statistics_stride, tl.load(seen + statistics_stride) * exp(start_max - row_max) + tl.sum(sum_exp, 0)
+    )
+    tl.store(seen, row_max)
+    here = (y >= 0) & (y < columns)
+    target_logit = tl.load(base + y, mask=here, other=0.0).to(tl.float32)
+    tl.store(seen + 2 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=here)
+    if WITH_LOGIT_SUM:
+        tl.store(seen + 3 * statistics_stride, tl.load(seen + 3 * statistics_stride) + tl.sum(logit_sum, 0))
+
+
+@triton.jit
+def _chunk_gradient_kernel(
+    logits,  # [n, v]
+    targets,  # [n]
+    statistics,  # [4, n]
+    out,  # [n, v], may start where the chunk does, with narrower entries
+    columns, first, logits_stride, targets_stride, statistics_stride, out_stride, inner, outer,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row * targets_stride).to(tl.int64) - first
+    row_max = tl.load(statistics + row)
+    inverse = 1.0 / tl.maximum(tl.load(statistics + statistics_stride + row), 0.5)
+    WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    source = logits + tl.multiple_of(row * logits_stride, WIDTH)
+    out_row = out + tl.multiple_of(row * out_stride, WIDTH)
+    end = columns // WIDTH * WIDTH
+    for start in range(0, columns, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(source + cols, mask=cols < end, other=0.0).to(tl.float32)
+        # Narrow entries are written where wide ones were read: not before every thread has read its own.
+        tl.debug_barrier()
+        q = exp(transform(x, inner, outer, TRANSFORM) - row_max) * inverse
+        q = activation_backward(tl.where(cols == y, -1.0, q), x, inner, outer, TRANSFORM)
+        tl.store(out_row + cols, q.to(out.dtype.element_ty), mask=cols < end)
+
+
+@triton.jit
+def _scatter_rows_kernel(
+    source,  # [n, D]
+    factor,  # [n]
+    indices,  # [n] or None
+    targets, target_q,  # [n] or None
+    weight,  # [v, D] or None, with the targets
+    out,  # [P, D], may be the source
+    features, source_row, source_column, out_stride, columns, targets_stride, weight_row, weight_column,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = row
+    if indices is not None:
+        place = tl.load(indices + row)
+    a = tl.load(factor + row)
+    WIDTH: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    base = source + tl.multiple_of(row * source_row, WIDTH)
+    out_row = out + tl.multiple_of(place * out_stride, WIDTH)
+    end = features // WIDTH * WIDTH
+    if weight is not None:
+        y = tl.load(targets + row * targets_stride).to(tl.int64)
+        here = (y >= 0) & (y < columns)
+        q = tl.load(target_q + row)
+        own = weight + tl.multiple_of(tl.where(here, y, 0) * weight_row, WIDTH)
+        last = tl.where(here, end, 0)
+    for start in range(0, features, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(base + cols.to(tl.int64) * source_column, mask=cols < end, other=0.0).to(tl.float32)
+        if weight is not None:
+            x += q * tl.load(own + cols.to(tl.int64) * weight_column, mask=cols < last, other=0.0).to(tl.float32)
+        tl.store(out_row + cols, (x * a).to(out.dtype.element_ty), mask=cols < end)
+
+
+@triton.jit
+def _add_target_rows_kernel(
+    dw,  # [v, D], updated
+    h,  # [n, D]
+    factor,  # [n]
+    targets, ends, order,  # [n]: targets in rising order, where the run of each ends, and which rows they are of
+    features, columns, dw_stride, h_row, h_column,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + first).to(tl.int64)
+    before = tl.load(targets + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    # The first row of a target adds those of all.
+    if (y != before) & (y >= 0) & (y < columns):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        out = dw + y * dw_stride + cols
+        total = tl.load(out, mask=cols < features, other=0.0).to(tl.float32)
+        for place in range(first, tl.load(ends + first)):
+            row = tl.load(order + place)
+            source = h + row * h_row + cols.to(tl.int64) * h_column
+            total += tl.load(factor + row) * tl.load(source, mask=cols < features, other=0.0).to(tl.float32)
+        tl.store(out, total.to(dw.dtype.element_ty), mask=cols < features)
+
+
+def update_statistics(
+    statistics: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    first: int,
+    transform: Transform,
+    *,
+    logit_sum: bool,
+    out: Tensor | None = None,
+) -> None:
+    """See :func:`fused_pref.head.chunk.update_statistics`. One launch, two with an ``out``."""
+    rows, columns = logits.shape
+    if rows == 0:
+        return
+    config = configs.choose(configs.FORWARD, logits.device, logits.dtype, columns)
+    _chunk_statistics_kernel[rows,](
+        logits, targets, statistics, columns, first, logits.stride(0), targets.stride(0), statistics.stride(0),
+        **factors(transform), ALIGNED=aligned(logits), WITH_LOGIT_SUM=logit_sum, BLOCK=config.block, **config.options,
+    )  # fmt: skip
+    if out is not None:
+        gradient(out, logits, statistics, targets, first, transform)
+
+
+def gradient(
+    out: Tensor, logits: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform
+) -> None:
+    """See :func:`fused_pref.head.chunk.gradient`. One launch."""
+    rows, columns = logits.shape
+    if rows == 0:
+        return
+    config = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)
+    _chunk_gradient_kernel[rows,](
+        logits, targets, statistics, out, columns, first, logits.stride(0), targets.stride(0), statistics.stride(0),
+        out.stride(0), **factors(transform), ALIGNED=aligned(logits) and aligned(out), BLOCK=config.block,
+        **config.options,
+    )  # fmt: skip
+
+
+def scatter_rows(
+    out: Tensor, source: Tensor, factor: Tensor, indices: Tensor | None = None, target_rows: TargetRows | None = None
+) -> None:
+    """See :func:`fused_pref.head.chunk.scatter_rows`. One launch."""
+    rows, features = source.shape
+    if rows == 0:
+        return
+    targets, target_q, weight = target_rows or (None, None, None)
+    sizes = (
+        (0, 0, 0, 0)
+        if target_rows is None
+        else (target_rows.weight.shape[0], target_rows.targets.stride(0), *target_rows.weight.stride())
+    )
+    config = configs.choose(configs.BACKWARD, out.device, out.dtype, features)
+    _scatter_rows_kernel[rows,](
+        source, factor, indices, targets, target_q, weight, out, features, *source.stride(), out.stride(0), *sizes,
+        ALIGNED=all(aligned(x) for x in (source, out, weight) if x is not None), BLOCK=config.block,
+        **config.options,
+    )  # fmt: skip
+
+
+def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
+    """See :func:`fused_pref.head.chunk.add_target_rows`. One launch after a sort; sums are in the order of the rows."""
+    rows, features = h.shape
+    if rows == 0:
+        return
+    ordered, order = targets.sort(stable=True)
+    ends = torch.searchsorted(ordered, ordered, right=True)
+    config = configs.choose(configs.BACKWARD, dw.device, dw.dtype, features)
+    _add_target_rows_kernel[rows, triton.cdiv(features, config.block)](
+        dw, h, factor, ordered, ends, order, features, dw.shape[0], dw.stride(0), *h.stride(), BLOCK=config.block,
+        **config.options,
+    )  # fmt: skip
