@@ -45,8 +45,9 @@ def without_gpu(step: Callable[[], object]) -> int:
 
 @contextmanager
 def _counting() -> Iterator[Operations]:
-    from fused_pref.head import call, devices, streaming
-    from fused_pref.kernels import logprob
+    from fused_pref.head import call, streaming
+    from fused_pref.ops import devices
+    from fused_pref.ops.triton import logprob
 
     operations = Operations()
 

@@ -6,7 +6,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fused_pref.head.devices import GPUS
+from fused_pref.ops.devices import GPUS
 from fused_pref.head.plan import Problem, choose
 
 VOCABULARY, HIDDEN, TOKENS = 262_144, 8192, 8192

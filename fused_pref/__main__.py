@@ -9,7 +9,7 @@ COMMANDS = {
     "doctor": ("fused_pref.doctor", "say which backend is used on this machine and check it against the reference"),
     "explain": ("fused_pref.explain_command", "print the plan that a call of the linear head would take, and its cost"),
     "parity": ("fused_pref.testing.command", "compare every loss with float64 and with other libraries, by every plan"),
-    "kernels": ("fused_pref.kernels.report", "compile every kernel, without a GPU, and report what the code uses"),
+    "kernels": ("fused_pref.ops.triton.report", "compile every kernel, without a GPU, and report what the code uses"),
 }
 
 

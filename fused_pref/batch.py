@@ -17,7 +17,7 @@ from fused_pref.head.agreement import Agreement
 from fused_pref.head.call import HeadCall, operand_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
 from fused_pref.head.logits import TokenLogpsFunction
-from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.logits_ops import accumulator_dtype
 from fused_pref.head.parallel import Shard
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
 from fused_pref.ranks import local_head, sum_over_ranks

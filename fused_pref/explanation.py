@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fused_pref import backend, validate
-from fused_pref.head.devices import CPU, GPUS, Device, device_of
+from fused_pref.ops.devices import CPU, GPUS, Device, device_of
 from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, default_budget
 
 # Public shapes of language models: (D, V).
@@ -180,7 +180,7 @@ def explain(
         hidden: D.
         vocab: V.
         dtype: of hidden states and weight, ``torch.bfloat16`` or its name.
-        device: ``"cpu"``, ``"cuda"``, ``"xpu"``, or an architecture of ``fused_pref.head.devices.GPUS``
+        device: ``"cpu"``, ``"cuda"``, ``"xpu"``, or an architecture of ``fused_pref.ops.devices.GPUS``
             (``"sm_90"``, …), which need not be there; None: an accelerator if there is one.
         sequences: S, over which the tokens are spread evenly.
         positions: S·T, scored or not; None: ``tokens``, so that no row has to be gathered (a batch whose labels were

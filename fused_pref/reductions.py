@@ -239,7 +239,7 @@ def sequence_scores_op(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors of :class:`Scores`; ``totals`` and ``positions`` are not set with ``logits_mean=None``."""
-    from fused_pref.kernels import sequences
+    from fused_pref.ops.triton import sequences
 
     return sequences.sequence_scores(logp, means, labels, cu_seqlens, logits_mean, shift, ignore_index)
 
@@ -254,7 +254,7 @@ def _(logp, means, labels, cu_seqlens, *constants):  # type: ignore[no-untyped-d
 @torch.library.custom_op("fused_pref::spread", mutates_args=())
 def expand_op(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     """Each sequence's value at its positions, (N_total,) float32."""
-    from fused_pref.kernels import sequences
+    from fused_pref.ops.triton import sequences
 
     return sequences.expand(values, cu_seqlens, total)
 
@@ -285,8 +285,8 @@ def pair_objective_op(
     alpha: float,
     nll_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64; see :mod:`fused_pref.kernels.objective`."""
-    from fused_pref.kernels import objective
+    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64; see :mod:`fused_pref.ops.triton.objective`."""
+    from fused_pref.ops.triton import objective
 
     return objective.pair_objective(
         sums, counts, totals, positions, ref_logps, pair_number, pair_tensor, token_number, token_tensor, logits_mean,
@@ -331,7 +331,7 @@ def bco_objective_op(
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates the state."""
-    from fused_pref.kernels import objective
+    from fused_pref.ops.triton import objective
 
     return objective.bco_objective(
         sums, totals, positions, desirable, ref_logps, sample_weight, delta_number, delta_tensor,

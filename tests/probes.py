@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.traffic import computes
-from fused_pref.kernels import configs, dlogits, logprob, objective, sequences
+from fused_pref.ops.triton import configs, dlogits, logprob, objective, sequences
 
 LAUNCHERS = [
     (logprob, "token_logps_fwd"),

@@ -53,7 +53,7 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("first", "columns"), ROWS)
 def test_aligned(first: int, columns: int, dtype: torch.dtype) -> None:
-    logprob = pytest.importorskip("fused_pref.kernels.logprob")
+    logprob = pytest.importorskip("fused_pref.ops.triton.logprob")
     rows = torch.zeros(3, 5, columns + 32, dtype=dtype)[..., first : first + columns]
     entries = 16 // dtype.itemsize
     assert logprob.aligned(rows) == (first % entries == columns % entries == 0)

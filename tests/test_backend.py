@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fused_pref import backend as backends
-from fused_pref.head.devices import GPUS
-from fused_pref.kernels import configs
+from fused_pref.ops.devices import GPUS
+from fused_pref.ops.triton import configs
 
 CPU = torch.device("cpu")
 CALL = "fp.cpo_loss(torch.randn(2, 3, 5{dtype}), torch.randint(0, 5, (2, 3)), backend='triton')"

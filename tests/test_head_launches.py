@@ -8,7 +8,8 @@ from probes import launches
 from test_linear import only
 
 import fused_pref as fp
-from fused_pref.head import call, devices, streaming
+from fused_pref.head import call, streaming
+from fused_pref.ops import devices
 
 
 @pytest.mark.usefixtures("poison")

@@ -83,9 +83,9 @@ def test_kernels_are_imported_inside_functions() -> None:
     found = [
         (module, name)
         for module, path in modules().items()
-        if not module.startswith("fused_pref.kernels.") and module != "fused_pref.kernels"
+        if not module.startswith("fused_pref.ops.triton.") and module != "fused_pref.ops.triton"
         for name in imports(path, top=True)
-        if name.startswith(("fused_pref.kernels", "triton"))
+        if name.startswith(("fused_pref.ops.triton", "triton"))
     ]
     assert found == []
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fused_pref
-from fused_pref.head.devices import GPUS
+from fused_pref.ops.devices import GPUS
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -79,7 +79,7 @@ def test_every_kernel_is_compiled_on_every_target(rows: list[dict[str, Any]]) ->
 
 
 def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
-    from fused_pref.kernels import configs
+    from fused_pref.ops.triton import configs
 
     for kernel, table in (("_token_logps_fwd_kernel", configs.FORWARD), ("_token_logps_bwd_kernel", configs.BACKWARD)):
         for (target, size), config in table.items():
@@ -93,7 +93,7 @@ def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
 
 
 def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
-    from fused_pref.kernels import configs
+    from fused_pref.ops.triton import configs
 
     statistics, gradient = "_linear_statistics_kernel", "_linear_gradient_kernel"
     tables = [
@@ -177,7 +177,7 @@ def test_table_names_every_row() -> None:
 
 def test_spills_and_missing_cases_fail() -> None:
     before = (
-        "from fused_pref.kernels import cases, configs; configs.OBJECTIVE = configs.Config(1024, 4);"
+        "from fused_pref.ops.triton import cases, configs; configs.OBJECTIVE = configs.Config(1024, 4);"
         "cases.CASES[:] = [case for case in cases.CASES if case.name == 'simpo, alpha'];"
     )
     done = command("--json", "--targets", "sm_90", before=before)

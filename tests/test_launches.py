@@ -12,7 +12,7 @@ from torch import Tensor
 import fused_pref as fp
 from fused_pref import validate
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import dlogits, logprob, objective, sequences
+from fused_pref.ops.triton import dlogits, logprob, objective, sequences
 
 OBJECTIVES = ["cpo", "dpo", "bco", "bco_step"]
 SPLIT = pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])

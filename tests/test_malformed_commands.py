@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fused_pref.__main__ import main
-from fused_pref.head.devices import GPUS
+from fused_pref.ops.devices import GPUS
 
 MODEL = ("--model", "phi-4", "--device", "cpu")
 # arguments, part of the message (with "--" that of argparse, which differs between versions of Python)
@@ -212,7 +212,7 @@ def test_texts_that_are_empty_long_or_of_two_lines(arguments: list[str], capsys:
 def test_kernels_cannot_be_compiled_in_the_interpreter(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fused_pref.kernels.report.compile_obstacle", lambda: "nothing to compile with")
+    monkeypatch.setattr("fused_pref.ops.triton.report.compile_obstacle", lambda: "nothing to compile with")
     assert refused(["kernels"], capsys) == "fused_pref: kernels cannot be compiled: nothing to compile with\n"
 
 

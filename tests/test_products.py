@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fused_pref.head.devices import CPU
-from fused_pref.head.products import BAND, add_product
+from fused_pref.ops.devices import CPU
+from fused_pref.ops.torch.matmul import BAND, add_product
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 

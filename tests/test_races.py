@@ -19,7 +19,7 @@ from sanitize import steps
 from wrong_kernels import chase_kernel, overlap_kernel
 
 import fused_pref
-from fused_pref.kernels import chunk, configs, linear
+from fused_pref.ops.triton import chunk, configs, linear
 
 ROOT = Path(__file__).parents[1]
 SOURCES = list(Path(fused_pref.__file__).parent.glob("kernels/*.py"))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fused_pref.head import chunk, streaming
-from fused_pref.head.chunk import TargetRows
+from fused_pref.head import streaming
+from fused_pref.ops.torch import chunk
+from fused_pref.ops.torch.chunk import TargetRows
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -21,7 +22,7 @@ def test_scatter_rows(
     """Also with a source and a weight that are stored by columns; rows of ``out`` that are not written stay."""
     module = chunk
     if backend == "triton":
-        from fused_pref.kernels import chunk as module
+        from fused_pref.ops.triton import chunk as module
     generator = torch.Generator().manual_seed(features)
     rows, columns, positions = 9, 5, 20
     source = torch.randn(features, rows, generator=generator).to(dtype).to(kernel_device).T
@@ -46,7 +47,7 @@ def test_scatter_rows(
 
 @pytest.mark.usefixtures("poison")
 def test_rows_are_scaled_where_they_are(kernel_device: str) -> None:
-    from fused_pref.kernels import chunk as device_chunk
+    from fused_pref.ops.triton import chunk as device_chunk
 
     for module in (chunk, device_chunk):
         rows = torch.randn(6, 40, device=kernel_device)
@@ -66,7 +67,7 @@ def test_add_target_rows(
     """Targets that occur once, often, and not in this slice; sums are rounded once, though a block ends among them."""
     module = chunk
     if backend == "triton":
-        from fused_pref.kernels import chunk as module
+        from fused_pref.ops.triton import chunk as module
     monkeypatch.setattr(streaming, "CPU_BLOCK", 4 * 40)
     generator = torch.Generator().manual_seed(0)
     rows, columns, features = 30, 6, 40

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_pref as fp
-from fused_pref.head import call, devices, plan, skipping
+from fused_pref.head import call, plan, skipping
+from fused_pref.ops import devices
 from fused_pref.head.spec import LinearSpec
 from fused_pref.keywords import LinearKeywords, table
 from fused_pref.validate import describe

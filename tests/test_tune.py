@@ -15,7 +15,7 @@ from test_linear import only
 from triton.errors import TritonError
 
 import fused_pref as fp
-from fused_pref.kernels import configs, tune
+from fused_pref.ops.triton import configs, tune
 
 CPU = torch.device("cpu")
 DEFAULT, FAST, SLOW = configs.Config(64, 1), configs.Config(2048, 16), configs.Config(1024, 4)
@@ -206,7 +206,7 @@ def test_not_while_a_graph_is_captured(timed: list[Any], monkeypatch: pytest.Mon
 def test_importing_reads_and_writes_nothing(folder: Path) -> None:
     folder.mkdir()
     (folder / "tune.json").write_text("not ours")
-    code = "import warnings; warnings.simplefilter('error'); import fused_pref, fused_pref.kernels.tune"
+    code = "import warnings; warnings.simplefilter('error'); import fused_pref, fused_pref.ops.triton.tune"
     environment = {**os.environ, "FUSED_PREF_TUNE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert [path.name for path in folder.iterdir()] == ["tune.json"]

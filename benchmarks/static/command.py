@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: nothing can be compiled here.
     """
-    from fused_pref.kernels.report import compile_obstacle
+    from fused_pref.ops.triton.report import compile_obstacle
 
     obstacle = compile_obstacle()
     if obstacle:

@@ -6,8 +6,8 @@ from typing import Any
 
 import triton
 
-from fused_pref.head import devices
-from fused_pref.kernels import compile
+from fused_pref.ops import devices
+from fused_pref.ops.triton import compile
 
 # Seconds of latency of memory under load, typical.
 LATENCY = 0.8e-6
@@ -18,7 +18,7 @@ LOAD = r"LDG|(global|buffer)_load"
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU can do; rates of products and of memory are those of :data:`fused_pref.head.devices.GPUS`.
+    """What a GPU can do; rates of products and of memory are those of :data:`fused_pref.ops.devices.GPUS`.
 
     Attributes:
         name: of the GPU.

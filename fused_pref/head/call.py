@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fused_pref.backend import architecture
-from fused_pref.head import chunk as torch_chunk
+from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.head import linear, skipping
 from fused_pref.head.advice import advising
-from fused_pref.head.devices import device_of
+from fused_pref.ops.devices import device_of
 from fused_pref.head.linear import Forward, Head
 from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, default_budget

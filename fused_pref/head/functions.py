@@ -130,7 +130,7 @@ def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) 
         return (gradient.to(wide) * upstream.to(wide)).to(dtype)
     own = gradient.dtype == dtype and not _keeps_graph()
     if own and backend == "triton":
-        from fused_pref.kernels.scale import scale_
+        from fused_pref.ops.triton.scale import scale_
 
         return scale_(gradient, upstream)
     if own and gradient.device.type == "cpu" and upstream == 1:

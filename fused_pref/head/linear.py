@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_pref.head import chunk as torch_chunk
+from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.head.gradients import Gradients, Sums
-from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.logits_ops import accumulator_dtype
 from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
-from fused_pref.head.products import add_product, logits_dtype, overlay, project, upcast
+from fused_pref.ops.torch.matmul import add_product, logits_dtype, overlay, project, upcast
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.spec import Transform
 from fused_pref.head.streaming import Rows, block_rows, ranges
@@ -63,7 +63,7 @@ class Head:
     def kernels(self) -> ModuleType:
         """The backend's token math on a logits chunk."""
         if self.backend == "triton":
-            from fused_pref.kernels import chunk as triton_chunk
+            from fused_pref.ops.triton import chunk as triton_chunk
 
             return triton_chunk
         return torch_chunk
@@ -151,7 +151,7 @@ class Head:
     @property
     def fused(self) -> ModuleType:
         """``update_statistics``, ``gradient`` and ``exponentials`` of products whose logits never leave the chip."""
-        from fused_pref.kernels import linear as fused
+        from fused_pref.ops.triton import linear as fused
 
         return fused
 
@@ -168,7 +168,7 @@ class Head:
 
     def operands(self, h: Tensor, columns: slice = slice(None), indices: Tensor | None = None) -> object:
         """What a fused product multiplies: rows h, or the rows of h at ``indices``, and a slice of the vocabulary."""
-        from fused_pref.kernels.gemm import Operands
+        from fused_pref.ops.triton.gemm import Operands
 
         # Kernels go through a row, and through the bias, entry by entry.
         h = h if h.stride(1) == 1 else h.contiguous()

@@ -14,7 +14,7 @@ from fused_pref.head.call import HeadCall
 from fused_pref.head.functions import known_gradients
 from fused_pref.head.gradients import Gradients
 from fused_pref.head.linear import late_dtype
-from fused_pref.head.ops import accumulator_dtype
+from fused_pref.head.logits_ops import accumulator_dtype
 from fused_pref.head.plan import GRADIENTS
 from fused_pref.head.spec import LinearSpec, Transform, from_text, to_text
 

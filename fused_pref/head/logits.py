@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head.ops import token_logps_bwd, token_logps_bwd_, token_logps_fwd
+from fused_pref.head.logits_ops import token_logps_bwd, token_logps_bwd_, token_logps_fwd
 from fused_pref.head.spec import LogitsSpec
 
 
@@ -16,7 +16,7 @@ class TokenLogpsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: LogitsSpec
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`fused_pref.head.ops.token_logps_fwd`."""
+        """See :func:`fused_pref.head.logits_ops.token_logps_fwd`."""
         logp, statistics, means = token_logps_fwd(logits, labels, cu_seqlens, spec.logits_mean, *spec.constants)
         ctx.save_for_backward(logits, labels, cu_seqlens, statistics)
         ctx.spec, ctx.overwritten = spec, False
@@ -28,7 +28,7 @@ class TokenLogpsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        """See :func:`fused_pref.head.ops.token_logps_bwd`."""
+        """See :func:`fused_pref.head.logits_ops.token_logps_bwd`."""
         spec: LogitsSpec = ctx.spec
         if grads[0] is None:
             return None, None, None, None

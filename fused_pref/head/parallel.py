@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_pref.head.chunk import LOGIT_SUM, merged
+from fused_pref.ops.torch.chunk import LOGIT_SUM, merged
 from fused_pref.ranks import gathered
 
 

@@ -22,7 +22,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fused_pref.head.devices import Device
+from fused_pref.ops.devices import Device
 
 # What can be differentiated, in the order of the arguments.
 GRADIENTS = ("hidden", "weight", "bias")

@@ -17,12 +17,12 @@ beyond what rounding costs every plan. The loss is that of every other plan: not
 import torch
 from torch import Tensor
 
-from fused_pref.head import chunk as torch_chunk
-from fused_pref.head.chunk import ROW_MAX, SUM_EXP
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.chunk import ROW_MAX, SUM_EXP
 from fused_pref.head.gradients import Gradients, Sums
 from fused_pref.head.linear import Forward, Head, Skipped, padded, scaled_rows
 from fused_pref.head.plan import Plan
-from fused_pref.head.products import add_product, overlay, product_dtype
+from fused_pref.ops.torch.matmul import add_product, overlay, product_dtype
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.streaming import ranges
 
@@ -141,7 +141,7 @@ def add_on_device(
     head: Head, rows: ValidRows, plan: Plan, statistics: Tensor, live: Tensor, h: Tensor, factor: Tensor, into: Sums
 ) -> None:
     """By kernels that read the sizes: for each tile the rows that need it come first in a list. Nothing waits."""
-    from fused_pref.kernels import selected
+    from fused_pref.ops.triton import selected
 
     order = (~live).to(torch.uint8).argsort(dim=1, stable=True)
     counts = live.sum(1, dtype=torch.int32)

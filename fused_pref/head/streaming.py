@@ -78,7 +78,7 @@ def token_logps_fwd(
     logits_mean: str | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.head.ops.token_logps_fwd`; ``dtype`` is that of the token math."""
+    """See :func:`fused_pref.head.logits_ops.token_logps_fwd`; ``dtype`` is that of the token math."""
     source, labels = Rows(logits), targets.flatten()
     scored = labels != ignore_index
     logp = torch.zeros(labels.shape, dtype=dtype, device=logits.device)
@@ -114,7 +114,7 @@ def token_logps_bwd(
     ignore_index: int,
     transform: Transform,
 ) -> None:
-    """Write a_n (onehot − softmax) into ``dlogits``, which may be ``logits``; see :func:`fused_pref.head.ops`."""
+    """Write a_n (onehot − softmax) into ``dlogits``, which may be ``logits``; see :func:`fused_pref.head.logits_ops`."""
     source, out, labels = Rows(logits), Rows(dlogits), targets.flatten()
     dtype = statistics.dtype
     scored, upstream = labels != ignore_index, grad_logp.flatten().to(dtype)

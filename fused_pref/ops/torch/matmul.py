@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fused_pref.head.devices import device_of
+from fused_pref.ops.devices import device_of
 from fused_pref.head.streaming import ranges
 
 # Terms of an entry that a CPU's product may add up one after the other.

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import configs, tune
-from fused_pref.kernels.helpers import column_of, exp, row_offset, target_of, transform, transform_backward
-from fused_pref.kernels.logprob import aligned, factors, geometry
+from fused_pref.ops.triton import configs, tune
+from fused_pref.ops.triton.helpers import column_of, exp, row_offset, target_of, transform, transform_backward
+from fused_pref.ops.triton.logprob import aligned, factors, geometry
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def token_logps_bwd(
 ) -> None:
     """Write the gradient into ``dlogits``, which may be ``logits``. One launch.
 
-    See :func:`fused_pref.head.ops.token_logps_bwd`: ``grad_logp`` is float32 of the shape of ``labels``, and so are the
+    See :func:`fused_pref.head.logits_ops.token_logps_bwd`: ``grad_logp`` is float32 of the shape of ``labels``, and so are the
     three rows of ``statistics``; ``dlogits`` has the shape and dtype of ``logits``.
     """
     rows, columns = labels.numel(), logits.shape[-1]

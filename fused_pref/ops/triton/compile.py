@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fused_pref.kernels import configs
+from fused_pref.ops.triton import configs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

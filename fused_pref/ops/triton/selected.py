@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.kernels import configs
-from fused_pref.kernels.gemm import constants, tile_order
+from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.gemm import constants, tile_order
 
 
 # Counts are entries of one tensor: where they lie must not make code of its own.

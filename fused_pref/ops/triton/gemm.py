@@ -1,6 +1,6 @@
 """A tile of logits in registers: rows of the hidden states times rows of the head's weight.
 
-:func:`logits_tile` is the product that the kernels of :mod:`fused_pref.kernels.linear` put their epilogues to;
+:func:`logits_tile` is the product that the kernels of :mod:`fused_pref.ops.triton.linear` put their epilogues to;
 :class:`Operands` is what a launch gives it.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import configs
+from fused_pref.ops.triton import configs
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def token_logps_fwd(
     """
     transform = Transform(activation, inner, outer)
     if backend == "triton":
-        from fused_pref.kernels import logprob
+        from fused_pref.ops.triton import logprob
 
         return logprob.token_logps_fwd(logits, labels, cu_seqlens, logits_mean, shift, ignore_index, transform)
     targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
@@ -117,7 +117,7 @@ def _gradient_into(
     transform: Transform,
 ) -> None:
     if backend == "triton":
-        from fused_pref.kernels import dlogits as kernel
+        from fused_pref.ops.triton import dlogits as kernel
 
         kernel.token_logps_bwd(
             dlogits, logits, labels, cu_seqlens, statistics, grad_logp, shift, ignore_index, transform

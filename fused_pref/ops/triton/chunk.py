@@ -1,6 +1,6 @@
 """A logits chunk on a device: the statistics of its rows, their gradient written over it, and rows of its products.
 
-The device twins of :mod:`fused_pref.head.chunk`, under the same names. One program walks a row from left to right.
+The device twins of :mod:`fused_pref.ops.torch.chunk`, under the same names. One program walks a row from left to right.
 """
 
 # A launch gives values for constexpr arguments, and device code is not Python.
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.head.chunk import TargetRows
+from fused_pref.ops.torch.chunk import TargetRows
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import configs
-from fused_pref.kernels.helpers import activation_backward, exp, transform
-from fused_pref.kernels.logprob import aligned, factors
+from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.helpers import activation_backward, exp, transform
+from fused_pref.ops.triton.logprob import aligned, factors
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def update_statistics(
     logit_sum: bool,
     out: Tensor | None = None,
 ) -> None:
-    """See :func:`fused_pref.head.chunk.update_statistics`. One launch, two with an ``out``."""
+    """See :func:`fused_pref.ops.torch.chunk.update_statistics`. One launch, two with an ``out``."""
     rows, columns = logits.shape
     if rows == 0:
         return
@@ -172,7 +172,7 @@ def update_statistics(
 def gradient(
     out: Tensor, logits: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform
 ) -> None:
-    """See :func:`fused_pref.head.chunk.gradient`. One launch."""
+    """See :func:`fused_pref.ops.torch.chunk.gradient`. One launch."""
     rows, columns = logits.shape
     if rows == 0:
         return
@@ -187,7 +187,7 @@ def gradient(
 def scatter_rows(
     out: Tensor, source: Tensor, factor: Tensor, indices: Tensor | None = None, target_rows: TargetRows | None = None
 ) -> None:
-    """See :func:`fused_pref.head.chunk.scatter_rows`. One launch."""
+    """See :func:`fused_pref.ops.torch.chunk.scatter_rows`. One launch."""
     rows, features = source.shape
     if rows == 0:
         return
@@ -206,7 +206,7 @@ def scatter_rows(
 
 
 def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
-    """See :func:`fused_pref.head.chunk.add_target_rows`. One launch after a sort; sums are in the order of the rows."""
+    """See :func:`fused_pref.ops.torch.chunk.add_target_rows`. One launch after a sort; sums are in the order of the rows."""
     rows, features = h.shape
     if rows == 0:
         return

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.kernels import configs
+from fused_pref.ops.triton import configs
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The search for launch configurations, which is opt-in, and the file that keeps what it found.
 
 With ``FUSED_PREF_TUNE=1`` the first call of each (kernel, dtype, size) on a device times the candidates of
-:mod:`fused_pref.kernels.configs` and takes the fastest from then on; without it the defaults are taken and nothing
+:mod:`fused_pref.ops.triton.configs` and takes the fastest from then on; without it the defaults are taken and nothing
 here is read. What was found is kept in ``tune.json`` in the folder that ``FUSED_PREF_CACHE`` names, else in
 ``fused_pref`` in the user's cache folder, by name of the device and release of Triton. :func:`search` does the same for
 one step and gives every time. Kernels that cannot be launched twice on the same memory keep their defaults.
@@ -21,7 +21,7 @@ import triton
 from triton.errors import TritonError
 
 from fused_pref import files
-from fused_pref.kernels.configs import Config, Tile
+from fused_pref.ops.triton.configs import Config, Tile
 
 # Layout of the file.
 VERSION = 1

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.kernels import configs
-from fused_pref.kernels.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
+from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
 
 
 @triton.jit

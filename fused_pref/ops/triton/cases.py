@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head.chunk import TargetRows
+from fused_pref.ops.torch.chunk import TargetRows
 from fused_pref.head.linear import padded
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
+from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)

@@ -1,6 +1,6 @@
 """The linear head on a device: products whose logits never leave the chip.
 
-The fused twins of :mod:`fused_pref.head.chunk`: what those read from a logits chunk, these make tile by tile.
+The fused twins of :mod:`fused_pref.ops.torch.chunk`: what those read from a logits chunk, these make tile by tile.
 
 - :func:`update_statistics`: the statistics of rows from a slice of the vocabulary; nothing of size N·V is written.
 - :func:`gradient`: Q of a slice from the statistics of the whole rows, computed again.
@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.head.chunk import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT
+from fused_pref.ops.torch.chunk import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT
 from fused_pref.head.spec import Transform
-from fused_pref.kernels import configs, tune
-from fused_pref.kernels.gemm import Operands, logits_tile, quarter, quarters, store, tile_order, vocabulary_splits
-from fused_pref.kernels.helpers import activation_backward, exp, transform
-from fused_pref.kernels.logprob import factors
+from fused_pref.ops.triton import configs, tune
+from fused_pref.ops.triton.gemm import Operands, logits_tile, quarter, quarters, store, tile_order, vocabulary_splits
+from fused_pref.ops.triton.helpers import activation_backward, exp, transform
+from fused_pref.ops.triton.logprob import factors
 
 # Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they are kept: far enough
 # for any trained model, near enough that float32 sums and bfloat16 entries hold them.
@@ -194,7 +194,7 @@ def update_statistics(
     """Take a slice of the vocabulary into the running statistics of its rows.
 
     Args:
-        statistics: (4, N), see :mod:`fused_pref.head.chunk`; updated.
+        statistics: (4, N), see :mod:`fused_pref.ops.torch.chunk`; updated.
         operands: the slice.
         targets: (N,) labels of the rows.
         first: the slice's first column in the vocabulary.

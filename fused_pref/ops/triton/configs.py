@@ -1,6 +1,6 @@
 """Launch configurations: a fixed default per (architecture, bytes of an entry), and the candidates of a search.
 
-The search is opt-in: :mod:`fused_pref.kernels.tune`.
+The search is opt-in: :mod:`fused_pref.ops.triton.tune`.
 """
 
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ _WIDE, _SQUARE = Tile(128, 256, 64, 16, 8, 3, True), Tile(128, 128, 64, 16, 8, 3
 _TWICE = Tile(128, 256, 64, 16, 8, 2, True)
 _POINTERS, _MI300 = Tile(128, 128, 64, 16, 8, 3, False), Tile(128, 128, 64, 16, 8, 2, False)
 _LARGE, _SMALL = Config(4096, 8), Config(2048, 8)
-# In the order of fused_pref.head.devices.GPUS, which names the architectures.
+# In the order of fused_pref.ops.devices.GPUS, which names the architectures.
 DEFAULTS = {
     "sm_80": Defaults(
         forward={2: _LARGE, 4: _SMALL},
