@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ),
     ),
     "frozen_head": (
-        {**GPU, "memory_budget": 10**9, "gradients": ("hidden",)},
+        {**GPU, "memory_budget": 1002 << 20, "gradients": ("hidden",)},
         ("in 4 groups of at most 2,048", picture.ONCE, "501.0 MiB"),
     ),
     "grouped": ({**GPU, "memory_budget": 2**33}, (picture.ONCE, "8,192 x 128,256 logits, 1.96 GiB", "not cut")),
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "vocab_major, all kept": ({**SMALL, "objective": "bco"}, (f"{picture.KEPT}: 1 of 1 slices, 0.2 MiB",)),
     "vocab_major, fused": (
-        {**GPU, "memory_budget": 10**9},
+        {**GPU, "memory_budget": 1002 << 20},
         (f"{picture.KEPT}: 1 of 12 slices, 336.0 MiB", picture.AGAIN, "168.0 MiB"),
     ),
     "skipping": ({**GPU, "skip_mass": 2**-9}, (picture.NEEDED, "in 32 slices of at most 4,096", "64.0 MiB")),
