@@ -45,7 +45,7 @@ def without_gpu(step: Callable[[], object]) -> int:
 
 @contextmanager
 def _counting() -> Iterator[Operations]:
-    from fused_pref.head import call, streaming
+    from fused_pref.head import budget, call, streaming
     from fused_pref.ops import devices
     from fused_pref.ops.triton import logprob
 
@@ -55,7 +55,9 @@ def _counting() -> Iterator[Operations]:
         operations.count += 1
 
     kind = type(logprob._token_logps_fwd_kernel)
-    planned = mock.patch.object(call, "device_of", return_value=devices.GPUS["sm_90"])
+    gpu = devices.GPUS["sm_90"]
+    planned = mock.patch.object(call, "device_of", return_value=gpu)
+    memory = mock.patch.object(budget, "memory_of", return_value=gpu.memory)
     blocks = mock.patch.object(streaming, "CPU_BLOCK", streaming.DEVICE_BLOCK)
-    with planned, blocks, mock.patch.object(kind, "run", run), operations:
+    with planned, memory, blocks, mock.patch.object(kind, "run", run), operations:
         yield operations

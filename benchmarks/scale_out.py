@@ -6,8 +6,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fused_pref.ops.devices import GPUS
 from fused_pref.head.plan import Problem, choose
+from fused_pref.ops.devices import GPUS
 
 VOCABULARY, HIDDEN, TOKENS = 262_144, 8192, 8192
 DEVICE = GPUS["sm_90"]

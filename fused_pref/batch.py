@@ -167,9 +167,9 @@ class LinearBatch(Batch):
             "which gradients are wanted": sorted(wanted_gradients(self.hidden, self.weight, self.bias)),
             "labels": self.labels,
         }
-        sizes = agreement.rows(self.weight, asked, self.labels != self.spec.ignore_index)
+        sizes, budget = agreement.meet(self.weight, asked, self.labels != self.spec.ignore_index)
         _check_labels(self.labels, sum(sizes), self.spec)
-        return Shard(agreement.group, sizes, self.spec.tp_partial)
+        return Shard(agreement.group, sizes, self.spec.tp_partial, budget)
 
     def call(self, objective: Objective | None) -> HeadCall:
         """What the head is asked for."""

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gradients", nargs="*", choices=GRADIENTS, help="default: hidden weight")
     parser.add_argument("--delta", choices=DELTAS, help="BCO: who moves δ (default: %(default)s)")
     parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
+    parser.add_argument("--device-memory", type=int, help="bytes of the device, of which the default budget is 1/16")
     parser.add_argument("--skip-mass", type=float, help="probability that a token's gradient may lose")
     parser.add_argument("--plot", metavar="FILE", help=f"also draw it, as {' or '.join(figures.SUFFIXES)}")
     parser.add_argument("--all", action="store_true", help="also list what other budgets would buy")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from fused_pref import backend, validate
+from fused_pref.head.budget import PART, default_budget, memory_of
+from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, least_budget
 from fused_pref.ops.devices import CPU, GPUS, Device, device_of
-from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, default_budget
 
 # Public shapes of language models: (D, V).
 MODELS = {
@@ -43,11 +44,13 @@ class Explanation:
         plan: what would be done.
         problem: the sizes it was chosen for.
         objective: the objective.
+        rule: what the budget follows from.
     """
 
     plan: Plan
     problem: Problem
     objective: str
+    rule: str
 
     @property
     def products(self) -> float:
@@ -63,6 +66,14 @@ class Explanation:
     def peak_bytes(self) -> int:
         """Predicted workspace."""
         return self.plan.workspace
+
+    @property
+    def budget(self) -> str:
+        """Which budget holds, and why."""
+        text = f"{bytes_text(self.problem.budget)}, {self.rule}"
+        if self.peak_bytes <= self.problem.budget:
+            return text
+        return f"{text}; passed, as plans begin at {bytes_text(least_budget(self.problem))}"
 
     @property
     def eager_flops(self) -> int:
@@ -142,8 +153,8 @@ class Explanation:
         sizes = f"N={p.tokens} of {p.positions} positions, D={p.hidden}, V={p.vocabulary}, {p.itemsize * 8}-bit"
         lines = [
             f"{self.objective}, {sizes}, gradients of {', '.join(sorted(p.gradients)) or 'nothing'}",
-            f"plan {plan.name}{', fused,' if plan.fused else ''} on {p.device.name} (budget {bytes_text(p.budget)}; "
-            f"figures of {p.device.measured})",
+            f"plan {plan.name}{', fused,' if plan.fused else ''} on {p.device.name} (figures of {p.device.measured})",
+            f"budget {self.budget}",
             *(f"  {number}. {step}" for number, step in enumerate(self.steps, 1)),
             f"{'':10}{'products':>12}{'FLOP':>12}{'peak beyond gradients':>24}",
             f"{'ours':10}{plan.products:>9.2f}NDV{self.flops:>12.3g}{bytes_text(self.peak_bytes):>24}",
@@ -169,6 +180,7 @@ def explain(
     gradients: Sequence[str] = ("hidden", "weight"),
     delta: str = "batch",
     memory_budget: int | None = None,
+    device_memory: int | None = None,
     skip_mass: float | None = None,
 ) -> Explanation:
     """The plan that a call of the linear head would take, and what it costs; nothing is computed.
@@ -188,13 +200,16 @@ def explain(
         gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted; none for evaluation.
         delta: of BCO: ``"batch"`` if this batch moves δ, ``"known"`` if it is known before.
         memory_budget: bytes, as for the call.
+        device_memory: bytes of a GPU, of which the default budget is 1/16, for cards that share an architecture; None:
+            those of the GPU that is there, else of ``GPUS``. Without effect beside a ``memory_budget``.
         skip_mass: as for the call; what can be skipped depends on the logits, so that the products are the most.
 
     Returns:
         :class:`Explanation`; print it, or draw it by :func:`fused_pref.picture.draw`.
 
     Raises:
-        ValueError, TypeError: a malformed argument, or a budget that no plan fits; the message says the least.
+        ValueError, TypeError: a malformed argument, a ``memory_budget`` that no plan fits (the message says the least),
+            or a ``device_memory`` on a CPU.
     """
     hidden, vocab = _shape(model, hidden, vocab)
     for name, value, least in (("tokens", tokens, 0), ("sequences", sequences, 1), ("hidden", hidden, 1)):
@@ -205,12 +220,14 @@ def explain(
     validate.at_least("positions", positions, tokens)
     validate.choice("objective", objective, OBJECTIVES)
     validate.choice("delta", delta, DELTAS)
-    constants, fusible = _device(device)
+    kind = _kind(device)
+    constants, fusible = _device(kind)
     dtype = _dtype(dtype)
     validate.choices("gradients", gradients, GRADIENTS)
     if skip_mass is not None:
         validate.within("skip_mass", skip_mass, 0, 1)
     validate.at_least("memory_budget", memory_budget, 1, optional=True)
+    memory = _memory(kind, constants, device_memory)
     unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "logps": 0}[objective]
     if unit == 2 and sequences % 2:
         raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
@@ -226,7 +243,8 @@ def explain(
         gradients=frozenset(gradients),
         local=unit > 0,
         units=tuple(tokens // units + (n < tokens % units) for n in range(units)),
-        budget=default_budget(vocab, hidden, dtype.itemsize) if memory_budget is None else memory_budget,
+        budget=default_budget(memory, vocab, hidden, dtype.itemsize) if memory_budget is None else memory_budget,
+        promised=memory_budget is not None,
         device=constants,
         late_scale=dtype == torch.float16,
         gathered=positions > tokens,
@@ -235,7 +253,7 @@ def explain(
         indexed=True,
         skip=skip_mass is not None and (fused or constants is CPU),
     )
-    return Explanation(choose(problem), problem, objective)
+    return Explanation(choose(problem), problem, objective, "memory_budget" if memory_budget else _rule(memory))
 
 
 def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[int, int]:
@@ -248,17 +266,37 @@ def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[in
     return hidden, vocab
 
 
-def _device(device: str | None) -> tuple[Device, bool]:
-    """Constants of a device, and whether it has fused products."""
+def _kind(device: str | None) -> str:
     if device is not None:
-        validate.choice("device", device, DEVICES)
-    else:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = "cpu" if accelerator is None else accelerator.type
-    if device in GPUS:
-        return GPUS[device], True
-    here = device == "cuda" and torch.cuda.is_available()
-    return device_of(device, backend.architecture(torch.device(device)) if here else "sm_90"), device == "cuda"
+        return validate.choice("device", device, DEVICES)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _device(kind: str) -> tuple[Device, bool]:
+    """Constants of a device, and whether it has fused products."""
+    if kind in GPUS:
+        return GPUS[kind], True
+    here = kind == "cuda" and torch.cuda.is_available()
+    return device_of(kind, backend.architecture(torch.device(kind)) if here else "sm_90"), kind == "cuda"
+
+
+def _memory(kind: str, constants: Device, given: int | None) -> int | None:
+    """Bytes of the device that the default budget is a part of; None where it is not."""
+    if given is not None:
+        given = validate.at_least("device_memory", given, 1)
+        if kind == "cpu":
+            raise ValueError(f"device_memory must be None on a CPU, whose default budget has another rule; got {given}")
+        return given
+    if kind in backend.DEVICES and torch.get_device_module(kind).is_available():
+        return memory_of(torch.device(kind, torch.get_device_module(kind).current_device()))
+    return constants.memory if kind == "cuda" or kind in GPUS else None
+
+
+def _rule(memory: int | None) -> str:
+    if memory is None:
+        return "256 MiB or the bytes of dW, whichever is more"
+    return f"1/{PART} of the device's {bytes_text(memory)}"
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

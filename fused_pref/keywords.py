@@ -101,8 +101,9 @@ class LinearKeywords(TokenKeywords, total=False):
         int | None,
         Keyword(
             None,
-            "bytes of workspace beyond inputs, gradients and results (> 0); None: 256 MiB or the bytes of the "
-            "weight's gradient, whichever is more",
+            "bytes of workspace beyond inputs, gradients and results (> 0), or an error. None: 1/16 of the GPU's "
+            "memory; on a CPU, and where the memory is not known, 256 MiB or the bytes of the weight's gradient, "
+            "whichever is more. Where that is too little, about the smallest plan there is, with one warning",
         ),
     ]
     tp_group: Annotated[

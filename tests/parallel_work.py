@@ -1,6 +1,7 @@
 """What ranks are asked to do in the tests of heads that are split over them."""
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -44,8 +45,8 @@ def everything(rank: int) -> dict[str, Any]:
         name: evaluate(name, torch.float32, part, tp_group=dist.group.WORLD, backend="triton") for name in INTERPRETED
     }
     if dist.get_world_size() == 3:
-        return {**found, "plans": note_plans(rank)}
-    works = (count_collectives, partial_gradients, dtensors, context_parallel)
+        return {**found, "plans": note_plans(rank), "smallest_default": smallest_default(rank)}
+    works = (count_collectives, partial_gradients, dtensors, context_parallel, smallest_default)
     works += (disagree_again, heads_that_share_a_shape, rows_that_are_alike)
     found |= {work.__name__: work(rank) for work in works}
     found["refused"] |= {work.__name__: work(rank) for work in (checked_again, not_a_member, no_shift)}
@@ -74,6 +75,28 @@ def note_plans(rank: int) -> dict[str, Any]:
         evaluate(name, torch.float32, parts_of(3)[rank], tp_group=dist.group.WORLD)
     HeadCall.plan = choose
     return plans
+
+
+def smallest_default(rank: int) -> tuple[int, Any, Tensor]:
+    """Budget, plan and loss of a call without a budget on ranks whose devices differ."""
+    from fused_pref.head import budget, call
+
+    sizes, plans = [], []
+    memory_of, choose = budget.memory_of, call.choose
+
+    def noted(problem: Any) -> Any:
+        sizes.append(problem.budget)
+        plans.append(choose(problem))
+        return plans[-1]
+
+    budget.memory_of, call.choose = lambda device: 2**18 if rank == 1 else 2**40, noted
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the default budget of the linear head")
+        part = parts_of(dist.get_world_size())[rank]
+        loss = evaluate("cpo", torch.float32, part, tp_group=dist.group.WORLD)["loss"]
+    budget.memory_of, call.choose = memory_of, choose
+    assert len(plans) == 1
+    return sizes[0], plans[0], loss
 
 
 # What is exchanged.

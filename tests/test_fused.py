@@ -13,9 +13,9 @@ from test_linear import only, parity
 
 import fused_pref as fp
 from fused_pref.head import call, plan
-from fused_pref.ops.torch import chunk
-from fused_pref.ops import devices
 from fused_pref.head.spec import Transform
+from fused_pref.ops import devices
+from fused_pref.ops.torch import chunk
 from fused_pref.ops.triton import configs, gemm, linear
 
 TRANSFORMS = [{}, {"softcap": 3.0, "logit_scale": -1.7, "temperature": 0.6}]

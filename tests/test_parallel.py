@@ -60,9 +60,9 @@ def test_several_groups_and_slices_were_taken() -> None:
 
 
 def test_collectives() -> None:
-    """Four integers, three floats a token for each group, the means' D + 1; and dh in the backward."""
+    """Five integers, three floats a token for each group, the means' D + 1; and dh in the backward."""
     counts = on_ranks(2)[0]["count_collectives"]
-    words, scored, means, dh = ("gather", 4), ("gather", 3 * 21), ("gather", D + 1), ("reduce", S * T * D)
+    words, scored, means, dh = ("gather", 5), ("gather", 3 * 21), ("gather", D + 1), ("reduce", S * T * D)
     assert counts["cpo"] == [words, scored, means, dh]
     groups = counts["cpo in groups"]
     assert [kind for kind, _ in groups] == ["gather", "gather", "gather", "reduce"]
@@ -173,5 +173,5 @@ def test_other_refusals(name: str) -> None:
 
 
 def test_shards_know_their_place() -> None:
-    assert Shard(None, (40, 1, 60), False).vocabulary == 101
-    assert Shard(None, (40, 1, 60), False).largest == 60
+    assert Shard(None, (40, 1, 60), False, 0).vocabulary == 101
+    assert Shard(None, (40, 1, 60), False, 0).largest == 60

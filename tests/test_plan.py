@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_pref as fp
-from fused_pref.ops.devices import CPU, GPU
 from fused_pref.head.plan import Plan, Problem, candidates, choose
+from fused_pref.ops.devices import CPU, GPU
 from fused_pref.validate import describe
 
 GRADIENTS = [frozenset(), frozenset({"hidden"}), frozenset({"hidden", "weight"}), frozenset({"weight", "bias"})]

@@ -16,9 +16,9 @@ from probes import KERNEL, memory, small_blocks
 from torch import Tensor
 from wrong_kernels import narrow_kernel
 
-from fused_pref.ops.torch.chunk import TargetRows, new_statistics
-from fused_pref.ops.devices import GPUS
 from fused_pref.head.spec import Transform
+from fused_pref.ops.devices import GPUS
+from fused_pref.ops.torch.chunk import TargetRows, new_statistics
 from fused_pref.ops.triton import cases, chunk, configs, dlogits, linear, logprob, objective, scale, selected, sequences
 from fused_pref.ops.triton.gemm import Operands
 

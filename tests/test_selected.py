@@ -12,11 +12,11 @@ from probes import Memory, launches, memory
 from torch import Tensor
 
 from fused_pref.head import call, skipping
-from fused_pref.ops import devices
 from fused_pref.head.call import HeadCall
 from fused_pref.head.spec import LinearSpec, Transform
-from fused_pref.ops.triton import gemm, linear, selected
 from fused_pref.keywords import LinearKeywords, table
+from fused_pref.ops import devices
+from fused_pref.ops.triton import gemm, linear, selected
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # N, D and v, and how many of the N rows are selected.

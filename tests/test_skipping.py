@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_pref as fp
 from fused_pref.head import call, plan, skipping
-from fused_pref.ops import devices
 from fused_pref.head.spec import LinearSpec
 from fused_pref.keywords import LinearKeywords, table
+from fused_pref.ops import devices
 from fused_pref.validate import describe
 
 TRANSFORMS = [{}, {"softcap": 30.0, "logit_scale": -1.3, "temperature": 0.7}]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.static.gpus import GPUS, LATENCY, LOAD, SPECIAL, Listing, lanes_of, table
-from fused_pref.ops import devices
 from fused_pref.head.spec import Transform
+from fused_pref.ops import devices
 from fused_pref.ops.triton import cases, compile
 
 ROWS = 8192

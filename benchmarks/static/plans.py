@@ -12,7 +12,7 @@ from fused_pref.usage import UsageError
 
 TOKENS, SEQUENCES = 8192, 16
 SHAPES = ((4096, 151936), (4096, 128256), (2304, 256000), (1024, 128256))
-# (work, bytes of workspace allowed): None is the default.
+# (work, bytes of workspace allowed): None is the default, of the usual card of an architecture.
 ASKED = (("cpo", None), ("cpo", 3 << 30), ("cpo", 1 << 30), ("cpo", 512 << 20), ("bco", None), ("frozen", None),
          ("logps", None))  # fmt: skip
 HEADER = [

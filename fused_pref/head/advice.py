@@ -1,12 +1,16 @@
-"""What to say when memory runs out in a call of the linear head."""
+"""What to say when memory runs out in a call of the linear head, or its default budget is too small."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from fused_pref.head.plan import Problem, candidates, choose, least_budget
+from fused_pref.head.plan import Plan, Problem, candidates, choose, least_budget
+
+# What has been said; once a process is enough.
+_said: set[str] = set()
 
 
 @contextmanager
@@ -45,4 +49,17 @@ def advice(problem: Problem) -> str:
     return (
         f"{said}. memory_budget={budget} takes {time:.3g} times as long by the planner's model; the least is {least}, "
         f"{longest:.3g} times."
+    )
+
+
+def warn_of(plan: Plan, problem: Problem) -> None:
+    """Warn, once a process, of a plan that takes more than the default budget."""
+    if "budget" in _said:
+        return
+    _said.add("budget")
+    warnings.warn(
+        f"the default budget of the linear head, {problem.budget} bytes, is too little for N={problem.tokens} tokens, "
+        f"D={problem.hidden}, V={problem.vocabulary}: plan {plan.name} takes {plan.workspace} bytes beside inputs and "
+        "gradients. Give it fewer tokens at a time, or set memory_budget. This is said once.",
+        stacklevel=2,
     )

@@ -1,8 +1,8 @@
 """What the ranks of a vocab-parallel head tell each other at the start of every call.
 
-Four integers of each rank are gathered: its number of rows, whether it wants a comparison in full, and two checksums of
-everything that must be the same on all ranks. Only where those differ, or somebody wants it, do the ranks exchange
-more: then all of them raise the same error, or look once whether their rows are different ones.
+Five integers of each rank are gathered: its number of rows, whether it wants a comparison in full, its default budget,
+and two checksums of everything that must be the same on all ranks. Only where those differ, or somebody wants it, do
+the ranks exchange more: then all of them raise the same error, or look once whether their rows are different ones.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_pref import validate
+from fused_pref.head.budget import budget_of
 from fused_pref.ranks import gathered, head_group
 
 # In place of its number of rows, what a rank sends whose arguments are refused.
@@ -38,7 +39,7 @@ _compared: set[tuple[str, torch.Size, torch.dtype]] = set()
 class Agreement:
     """One call of the ranks of a group.
 
-    As a context it lets the others, which wait in :meth:`rows`, know of arguments that are refused on this rank.
+    As a context it lets the others, which wait in :meth:`meet`, know of arguments that are refused on this rank.
     """
 
     def __init__(self, group: Any, asked: Mapping[str, Any], *arguments: Any) -> None:
@@ -60,11 +61,11 @@ class Agreement:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TypeError | ValueError) and not self.met:
             with contextlib.suppress(RuntimeError):  # what is refused says more than ranks that do not answer
-                gathered(torch.tensor([REFUSED, 1, 0, 0], device=self.device), self.group)
+                gathered(torch.tensor([REFUSED, 1, 0, 0, 0], device=self.device), self.group)
                 _exchanged(f"{type(error).__name__}: {error}", self.group)
 
-    def rows(self, weight: Tensor, asked: Mapping[str, Any], scored: Tensor) -> tuple[int, ...]:
-        """Rows of each rank.
+    def meet(self, weight: Tensor, asked: Mapping[str, Any], scored: Tensor) -> tuple[tuple[int, ...], int]:
+        """Rows of each rank, and the smallest of their default budgets.
 
         Args:
             weight: (V of this rank, D).
@@ -83,10 +84,10 @@ class Agreement:
         digest = int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=8).digest(), "big", signed=True)
         exact = {name: value for name, value in asked.items() if _is_exact(value)}
         sums = {name: checksum(value.flatten()).to(weight.device) for name, value in exact.items()}
-        numbers = torch.tensor([weight.shape[0], wants, digest, 0], device=weight.device)
-        numbers[3] = checksum(torch.stack(list(sums.values())))
+        numbers = torch.tensor([weight.shape[0], wants, budget_of(weight), digest, 0], device=weight.device)
+        numbers[4] = checksum(torch.stack(list(sums.values())))
         ranks = gathered(numbers, group).tolist()
-        if any(rank[1] or rank[2:] != ranks[0][2:] for rank in ranks):
+        if any(rank[1] or rank[3:] != ranks[0][3:] for rank in ranks):
             shown = {
                 name: f"{value.item()}" if value.dim() == 0 else f"{texts[name]} of checksum {sums[name].item()}"
                 for name, value in exact.items()
@@ -95,7 +96,7 @@ class Agreement:
             _compare(_exchanged({**others, "N": f"{int(scored.sum())}", **shown}, group))
             _check_rows(weight, [rank[0] for rank in ranks], group)
             _compared.add(head)
-        return tuple(rank[0] for rank in ranks)
+        return tuple(rank[0] for rank in ranks), min(rank[2] for rank in ranks)
 
 
 def across_ranks(function: Function) -> Function:

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from fused_pref.backend import architecture
-from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.head import linear, skipping
-from fused_pref.head.advice import advising
-from fused_pref.ops.devices import device_of
+from fused_pref.head.advice import advising, warn_of
+from fused_pref.head.budget import budget_of
 from fused_pref.head.linear import Forward, Head
 from fused_pref.head.parallel import Shard
-from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, default_budget
+from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose
 from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
 from fused_pref.head.streaming import Rows, block_rows, ranges
+from fused_pref.ops.devices import device_of
+from fused_pref.ops.torch import chunk as torch_chunk
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
@@ -72,7 +73,7 @@ class HeadCall:
 
     def problem(self, head: Head, rows: ValidRows) -> Problem:
         """What the planner sees."""
-        weight, budget = head.weight, self.spec.memory_budget
+        weight = head.weight
         positions = head.hidden.shape[:-1].numel()
         counts = rows.host_counts
         if self.unit == 2:
@@ -89,7 +90,8 @@ class HeadCall:
             gradients=self.wanted,
             local=self.unit > 0,
             units=counts,
-            budget=default_budget(vocabulary, weight.shape[1], weight.dtype.itemsize) if budget is None else budget,
+            budget=self.budget(weight),
+            promised=self.spec.memory_budget is not None,
             device=device_of(weight.device.type, architecture(weight.device)),
             late_scale=weight.dtype == torch.float16,
             gathered=rows.indices is not None or not head.hidden.is_contiguous() or self.dtype != head.hidden.dtype,
@@ -103,8 +105,14 @@ class HeadCall:
         )
 
     def plan(self, head: Head, rows: ValidRows) -> Plan:
-        """See :func:`fused_pref.head.plan.choose`."""
-        return choose(self.problem(head, rows))
+        """See :func:`chosen`."""
+        return chosen(self.problem(head, rows))
+
+    def budget(self, weight: Tensor) -> int:
+        """Bytes of workspace that are allowed."""
+        if self.spec.memory_budget is not None:
+            return self.spec.memory_budget
+        return budget_of(weight) if self.shard is None else self.shard.budget
 
     def advising(self, head: Head, rows: ValidRows) -> AbstractContextManager[None]:
         """See :func:`fused_pref.head.advice.advising`."""
@@ -161,10 +169,18 @@ class HeadCall:
         rows.scatter_(scored, valid)
         indices = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
         others = ValidRows(indices, torch.full((number,), head.ignore_index, device=labels.device), rows.counts)
-        plan = choose(replace(self.problem(head, rows), tokens=number, gradients=frozenset(), unscored=0))
+        plan = chosen(replace(self.problem(head, rows), tokens=number, gradients=frozenset(), unscored=0))
         statistics = linear.logprob(head, others, plan, logit_sum=True)
         found = others.scatter(statistics[torch_chunk.LOGIT_SUM], labels)
         return found.masked_fill_(scored.view(labels.shape), 0)
+
+
+def chosen(problem: Problem) -> Plan:
+    """See :func:`fused_pref.head.plan.choose`; a plan that passes the default budget is warned of."""
+    plan = choose(problem)
+    if plan.workspace > problem.budget:
+        warn_of(plan, problem)
+    return plan
 
 
 def linear_means(head: Head) -> Tensor:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.head.gradients import Gradients
 from fused_pref.head.linear import Head, late_dtype, scaled_rows
 from fused_pref.head.plan import Plan
-from fused_pref.ops.torch.matmul import add_product, product_dtype
 from fused_pref.head.rows import ValidRows
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.matmul import add_product, product_dtype
 
 # (runs of sequences, their sums (s,) float64, scored tokens of all sequences (S,) int64) → ∂loss/∂sums (s,) float64
 Slope = Callable[[tuple[slice, ...], Tensor, Tensor], Tensor]

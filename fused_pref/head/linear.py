@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.head.gradients import Gradients, Sums
 from fused_pref.head.logits_ops import accumulator_dtype
 from fused_pref.head.parallel import Shard
 from fused_pref.head.plan import Plan
-from fused_pref.ops.torch.matmul import add_product, logits_dtype, overlay, project, upcast
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.spec import Transform
 from fused_pref.head.streaming import Rows, block_rows, ranges
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.matmul import add_product, logits_dtype, overlay, project, upcast
 
 
 def late_dtype(tensor: Tensor) -> torch.dtype:

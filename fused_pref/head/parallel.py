@@ -24,11 +24,13 @@ class Shard:
         group: the process group.
         sizes: rows of each rank.
         partial: whether the gradient of the hidden states is left as this rank's part of the sum.
+        budget: the smallest default budget among the ranks, for which all of them plan.
     """
 
     group: Any
     sizes: tuple[int, ...]
     partial: bool
+    budget: int
 
     @property
     def first(self) -> int:

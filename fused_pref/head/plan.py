@@ -26,7 +26,6 @@ from fused_pref.ops.devices import Device
 
 # What can be differentiated, in the order of the arguments.
 GRADIENTS = ("hidden", "weight", "bias")
-LEAST_DEFAULT_BUDGET = 2**28
 # Plans within this factor of the cheapest are alike: the smallest of them is taken.
 ALIKE = 1.02
 # Slices and groups are multiples of this, so that only the last tile of a product is cut.
@@ -56,6 +55,7 @@ class Problem:
         indexed: whether a fused product can read the rows in place.
         skip: whether the backward may leave out tiles of the vocabulary.
         budget: bytes of workspace allowed.
+        promised: whether the caller set the budget, which then holds or raises; if not, it gives way.
         device: constants.
     """
 
@@ -78,6 +78,7 @@ class Problem:
     wide_range: bool = True
     indexed: bool = False
     skip: bool = False
+    promised: bool = True
 
     @property
     def logits_itemsize(self) -> int:
@@ -178,24 +179,24 @@ class Plan:
     fused: bool = False
 
 
-def default_budget(vocabulary: int, hidden: int, itemsize: int) -> int:
-    """Bytes of workspace that a call without a ``memory_budget`` may take: as many as dW, at least 256 MiB."""
-    return max(LEAST_DEFAULT_BUDGET, vocabulary * hidden * itemsize)
-
-
 @functools.lru_cache(maxsize=1024)
 def choose(problem: Problem) -> Plan:
     """The cheapest plan within the budget; of plans about as cheap, the smallest.
 
+    A budget that the caller did not set gives way to the least that is possible and a quarter more: the very smallest
+    plans work a row or a column at a time, and take thousands of times as long as those of a little more.
+
     Raises:
-        ValueError: no plan fits; the message says the least budget that would.
+        ValueError: no plan fits a budget that the caller set; the message says the least that would do.
     """
-    fitting = [plan for plan in candidates(problem) if plan.workspace <= problem.budget]
-    if not fitting or _unscored_least(problem) > problem.budget:
+    least = least_budget(problem)
+    if least > problem.budget and problem.promised:
         raise ValueError(
-            f"memory_budget must be at least {least_budget(problem)} bytes for N={problem.tokens} tokens, "
+            f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, "
             f"D={problem.hidden}, V={problem.vocabulary}; got {problem.budget}"
         )
+    allowed = problem.budget if problem.promised else max(problem.budget, least + least // 4)
+    fitting = [plan for plan in candidates(problem) if plan.workspace <= allowed]
     cheapest = min(plan.seconds for plan in fitting)
     alike = [plan for plan in fitting if plan.seconds <= ALIKE * cheapest]
     return min(alike, key=lambda plan: (plan.workspace, plan.seconds))

@@ -17,14 +17,14 @@ beyond what rounding costs every plan. The loss is that of every other plan: not
 import torch
 from torch import Tensor
 
-from fused_pref.ops.torch import chunk as torch_chunk
-from fused_pref.ops.torch.chunk import ROW_MAX, SUM_EXP
 from fused_pref.head.gradients import Gradients, Sums
 from fused_pref.head.linear import Forward, Head, Skipped, padded, scaled_rows
 from fused_pref.head.plan import Plan
-from fused_pref.ops.torch.matmul import add_product, overlay, product_dtype
 from fused_pref.head.rows import ValidRows
 from fused_pref.head.streaming import ranges
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.chunk import ROW_MAX, SUM_EXP
+from fused_pref.ops.torch.matmul import add_product, overlay, product_dtype
 
 # Masses are counted in units of this, rounded up: sums of integers are exact in any order.
 UNITS = 2**40

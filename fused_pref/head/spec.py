@@ -157,7 +157,7 @@ class LogitsSpec(TokenSpec):
 
 @dataclass(frozen=True)
 class LinearSpec(TokenSpec):
-    """Validated constants of a call on hidden states and a weight; None in ``memory_budget`` is its default."""
+    """Validated constants of a call on hidden states and a weight; None in ``memory_budget`` is the default."""
 
     memory_budget: int | None
     max_valid_tokens: int | None

@@ -31,8 +31,8 @@ class BCOConfig(KTOConfig):
         min_density_ratio, max_density_ratio: its clamps.
         exact_accumulation: normalise by the sequences of all microbatches and ranks of an optimiser step, as one big
             batch; by default the mean of microbatch means.
-        memory_budget: bytes of workspace of the linear head; None: 256 MiB or the bytes of the head's gradient,
-            whichever is more.
+        memory_budget: bytes of workspace of the linear head; None: 1/16 of the GPU's memory, on a CPU 256 MiB or
+            the bytes of the head's gradient, whichever is more; where that is too little, the least that is enough.
 
     Raises:
         ValueError, TypeError: a malformed value, or another ``loss_type`` than the pipeline's own.

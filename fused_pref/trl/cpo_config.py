@@ -13,8 +13,8 @@ class CPOConfig(StockCPOConfig):
     Args:
         exact_accumulation: normalise by the pairs and chosen tokens of all microbatches and ranks of an optimiser step,
             so that accumulation gives the gradient of one big batch; by default TRL's mean of microbatch means.
-        memory_budget: bytes of workspace of the linear head; None: 256 MiB or the bytes of the head's gradient,
-            whichever is more.
+        memory_budget: bytes of workspace of the linear head; None: 1/16 of the GPU's memory, on a CPU 256 MiB or
+            the bytes of the head's gradient, whichever is more; where that is too little, the least that is enough.
 
     Raises:
         ValueError, TypeError: a malformed value of these two; the trainer checks the others.

@@ -9,8 +9,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from fused_pref.ops.devices import device_of
 from fused_pref.head.streaming import ranges
+from fused_pref.ops.devices import device_of
 
 # Terms of an entry that a CPU's product may add up one after the other.
 MAX_TERMS = 2**16

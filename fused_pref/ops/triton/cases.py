@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.ops.torch.chunk import TargetRows
 from fused_pref.head.linear import padded
 from fused_pref.head.spec import Transform
+from fused_pref.ops.torch.chunk import TargetRows
 from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,12 +8,12 @@ The device twins of :mod:`fused_pref.ops.torch.chunk`, under the same names. One
 # pyright: reportPossiblyUnboundVariable=false
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.torch.chunk import TargetRows
+import triton
+import triton.language as tl
 from fused_pref.head.spec import Transform
+from fused_pref.ops.torch.chunk import TargetRows
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
 from fused_pref.ops.triton.logprob import aligned, factors

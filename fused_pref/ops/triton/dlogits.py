@@ -6,10 +6,10 @@ A batch has N_total positions, S·T where it is padded.
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from fused_pref.head.spec import Transform
 from fused_pref.ops.triton import configs, tune
 from fused_pref.ops.triton.helpers import column_of, exp, row_offset, target_of, transform, transform_backward

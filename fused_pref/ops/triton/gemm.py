@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
 from fused_pref.head.spec import Transform
 from fused_pref.ops.triton import configs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.torch.chunk import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT
+import triton
+import triton.language as tl
 from fused_pref.head.spec import Transform
+from fused_pref.ops.torch.chunk import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT
 from fused_pref.ops.triton import configs, tune
 from fused_pref.ops.triton.gemm import Operands, logits_tile, quarter, quarters, store, tile_order, vocabulary_splits
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform

@@ -5,7 +5,6 @@ A pair loss takes Δ and the hyperparameters and gives the loss and ∂loss/∂�
 
 import triton
 import triton.language as tl
-
 from fused_pref import objectives
 
 ALPHA_CLAMP = tl.constexpr(objectives.ALPHA_CLAMP)

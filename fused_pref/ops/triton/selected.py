@@ -7,10 +7,10 @@ and loops end there, so that the host need not wait. Used by :mod:`fused_pref.he
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.gemm import constants, tile_order
 

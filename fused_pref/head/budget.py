@@ -1,0 +1,33 @@
+"""How much workspace a call of the linear head may take that says no ``memory_budget``."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fused_pref.backend import DEVICES
+
+# The part of a device's memory that a call may take.
+PART = 16
+# The least where that memory is not known.
+LEAST = 2**28
+
+
+def default_budget(memory: int | None, vocabulary: int, hidden: int, itemsize: int) -> int:
+    """Bytes: 1/16 of the device's memory; if that is None, as many as dW has, at least 256 MiB."""
+    return max(LEAST, vocabulary * hidden * itemsize) if memory is None else memory // PART
+
+
+def budget_of(weight: Tensor) -> int:
+    """The default budget of a head with this weight (V, D), on its device."""
+    vocabulary, hidden = weight.shape
+    return default_budget(memory_of(weight.device), vocabulary, hidden, weight.dtype.itemsize)
+
+
+@functools.cache
+def memory_of(device: torch.device) -> int | None:
+    """Total bytes of a device; None where it has no memory of its own (CPUs), or PyTorch does not say."""
+    if device.type not in DEVICES:
+        return None
+    module = torch.get_device_module(device)
+    return module.get_device_properties(device).total_memory if module.is_available() else None
