@@ -45,7 +45,8 @@ def without_gpu(step: Callable[[], object]) -> int:
 
 @contextmanager
 def _counting() -> Iterator[Operations]:
-    from fused_pref.head import budget, call, streaming
+    from fused_pref.head import budget, call
+    from fused_pref.ops import blocks as row_blocks
     from fused_pref.ops import devices
     from fused_pref.ops.triton import logprob
 
@@ -58,6 +59,6 @@ def _counting() -> Iterator[Operations]:
     gpu = devices.GPUS["sm_90"]
     planned = mock.patch.object(call, "device_of", return_value=gpu)
     memory = mock.patch.object(budget, "memory_of", return_value=gpu.memory)
-    blocks = mock.patch.object(streaming, "CPU_BLOCK", streaming.DEVICE_BLOCK)
+    blocks = mock.patch.object(row_blocks, "CPU_BLOCK", row_blocks.DEVICE_BLOCK)
     with planned, memory, blocks, mock.patch.object(kind, "run", run), operations:
         yield operations

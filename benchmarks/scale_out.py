@@ -6,7 +6,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fused_pref.head.plan import Problem, choose
+from fused_pref.head.plans.planner import choose
+from fused_pref.head.plans.problem import Problem
 from fused_pref.ops.devices import GPUS
 
 VOCABULARY, HIDDEN, TOKENS = 262_144, 8192, 8192

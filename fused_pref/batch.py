@@ -17,9 +17,10 @@ from fused_pref.head.agreement import Agreement
 from fused_pref.head.call import HeadCall, operand_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
 from fused_pref.head.logits import TokenLogpsFunction
-from fused_pref.head.logits_ops import accumulator_dtype
 from fused_pref.head.parallel import Shard
+from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
+from fused_pref.ops.interface import accumulator_dtype
 from fused_pref.ranks import local_head, sum_over_ranks
 from fused_pref.reductions import Scores, sequence_scores
 
@@ -209,7 +210,7 @@ class LinearBatch(Batch):
         head = call.head(*tensors)
         plan = call.plan(head, rows)
         with call.advising(head, rows):
-            if plan.name == "grouped" and objective is not None:
+            if isinstance(plan, Grouped) and objective is not None:
                 return *known_gradients(call, *tensors, self.labels, rows, plan, objective.slope), None
             function = LinearTokenLogpsFunction
             logp, means, dropped = function.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]

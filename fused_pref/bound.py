@@ -34,7 +34,7 @@ class PairObjective:
         )
 
     def slope(self, members: tuple[slice, ...], sums: Tensor, counts: Tensor) -> Tensor:
-        """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
+        """See :data:`fused_pref.head.plans.grouped.Slope`; normalised by the whole batch."""
         pairs = counts.shape[0] // 2
         ref_logps = None if self.ref_logps is None else _gather(self.ref_logps, members).double()
         terms = pair_objective(
@@ -84,7 +84,7 @@ class BCOObjective:
         return self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
 
     def slope(self, members: tuple[slice, ...], sums: Tensor, counts: Tensor) -> Tensor:
-        """See :data:`fused_pref.head.grouped.Slope`; normalised by the whole batch."""
+        """See :data:`fused_pref.head.plans.grouped.Slope`; normalised by the whole batch."""
         rewards = self.spec.beta * (sums - _gather(self.ref_logps, members).double())
         normalizers = dict(self.normalizers)
         if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:

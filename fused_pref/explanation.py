@@ -7,7 +7,8 @@ import torch
 
 from fused_pref import backend, validate
 from fused_pref.head.budget import PART, default_budget, memory_of
-from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose, least_budget
+from fused_pref.head.plans.planner import choose, least_budget
+from fused_pref.head.plans.problem import GRADIENTS, Plan, Problem
 from fused_pref.ops.devices import CPU, GPUS, Device, device_of
 
 # Public shapes of language models: (D, V).
@@ -105,45 +106,7 @@ class Explanation:
     @property
     def steps(self) -> tuple[str, ...]:
         """What is done, in order."""
-        plan, p = self.plan, self.problem
-        slices, dh = -(-p.vocabulary // plan.columns), "dh" if "hidden" in p.gradients else ""
-        groups = max(len(plan.bounds) - 1, 1) if plan.name == "grouped" else -(-p.tokens // max(plan.rows, 1))
-        chunks, grouped = _number(slices, "chunk"), _number(groups, "group")
-        made = " and ".join(part for part in (dh, "dW" if "weight" in p.gradients else "") if part) or "dbias"
-        if plan.name == "logprob" and plan.fused:
-            return (f"forward: a fused product of {plan.rows} x {plan.columns}, no logits are written → log-probs",)
-        if plan.name == "logprob":
-            return (f"forward: {_number(groups * slices, 'chunk')} of {plan.rows} x {plan.columns} logits → log-probs",)
-        if plan.name == "frozen_head":
-            return (
-                f"forward: {grouped} of {plan.rows} rows x {p.vocabulary} logits → log-probs, U = ∂logp/∂h",
-                "backward: dh = coefficient · U",
-            )
-        if plan.name == "grouped":
-            unit = "sequences" if self.objective == "bco" else "pairs"
-            return (
-                f"forward: {grouped} of whole {unit}, at most {plan.rows} rows x {p.vocabulary} logits → "
-                f"log-probs, coefficients, {made}",
-                "backward: the upstream gradient scales them",
-            )
-        if plan.name == "skipping":
-            form = "a fused product, no logits are written" if plan.fused else f"{chunks} of logits"
-            return (
-                f"forward: {form} → log-probs, mass of each of {p.tokens} x {slices} tiles of {plan.columns} words",
-                f"backward: of each tile the rows that need it, computed again → {made}; {plan.products:.2f}NDV in all "
-                "if every row needs every tile, 1.00NDV if none needs any",
-            )
-        again = f"{slices - plan.saved} of them computed again"
-        if plan.fused:
-            saved = f"{_number(plan.saved, 'chunk')} of {p.tokens} x {plan.columns} logits, kept for later, and "
-            return (
-                f"forward: {saved if plan.saved else ''}a fused product of the rest, no logits are written → log-probs",
-                f"backward: each of {chunks}, {again} in a fused product → {made}",
-            )
-        return (
-            f"forward: {chunks} of {p.tokens} x {plan.columns} logits → log-probs; {plan.saved} kept for later",
-            f"backward: each chunk, {again} → {made}",
-        )
+        return self.plan.steps(self.problem, "sequences" if self.objective == "bco" else "pairs")
 
     def _product(self, rows: int) -> int:
         return 2 * rows * self.problem.hidden * self.problem.vocabulary
@@ -251,7 +214,7 @@ def explain(
         fused=fused,
         wide_range=dtype != torch.float16,
         indexed=True,
-        skip=skip_mass is not None and (fused or constants is CPU),
+        skip_mass=skip_mass if fused or constants is CPU else None,
     )
     return Explanation(choose(problem), problem, objective, "memory_budget" if memory_budget else _rule(memory))
 
@@ -305,10 +268,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES.values():
         raise validate.fail("dtype", f"one of {tuple(DTYPES)}", dtype)
     return dtype
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def bytes_text(number: float) -> str:

@@ -16,11 +16,7 @@ from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.keywords import BCOKeywords, CPOKeywords, DPOKeywords, choices
-
-# Largest magnitude that every output dtype with an 8-bit exponent can hold.
-LARGEST = float(torch.finfo(torch.bfloat16).max)
-# exp(80) is the largest AlphaPO reward: squared it is finite in float64, and itself in float32.
-ALPHA_CLAMP = 80.0
+from fused_pref.ops.interface import ALPHA_CLAMP, LARGEST
 
 CPO_LOSS_TYPES = choices(CPOKeywords, "loss_type")
 DPO_LOSS_TYPES = choices(DPOKeywords, "loss_type")

@@ -72,9 +72,7 @@ def cuts(explanation: Explanation) -> tuple[Cut, Cut]:
 
 def fill(explanation: Explanation) -> str:
     """What becomes of the logits that are not kept."""
-    if explanation.plan.name == "logprob" and explanation.plan.fused:
-        return NEVER
-    return {"vocab_major": AGAIN, "skipping": NEEDED}.get(explanation.plan.name, ONCE)
+    return {"never": NEVER, "again": AGAIN, "needed": NEEDED, "once": ONCE}[explanation.plan.logits_fate]
 
 
 def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:

@@ -285,7 +285,7 @@ def pair_objective_op(
     alpha: float,
     nll_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64; see :mod:`fused_pref.ops.triton.objective`."""
+    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64."""
     from fused_pref.ops.triton import objective
 
     return objective.pair_objective(

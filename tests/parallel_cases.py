@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_pref as fp
-from fused_pref.head import call, plan
+from fused_pref.head.plans import planner as plan
 
 S, T, D, V = 4, 9, 24, 101
 SIZES = {2: (50, 51), 3: (40, 1, 60)}
@@ -99,17 +99,13 @@ def forced(name: str | None) -> Iterator[None]:
     """Take the smallest plan of this name that has several groups or slices, the first of them kept."""
 
     def choose(problem: plan.Problem) -> plan.Plan:
-        cut = [p for p in plan.candidates(problem) if len(p.bounds) > 2 or p.columns < problem.vocabulary]
+        fine = plan.candidates(replace(problem, multiple=16))
+        cut = [p for p in fine if len(p.bounds) > 2 or p.columns < problem.vocabulary]
         chosen = min((p for p in cut if p.name == name), key=lambda p: (p.columns < 16, p.workspace))
         return replace(chosen, saved=1) if name == "vocab_major" else chosen
 
-    kept = call.choose, plan.TILE
-    if name is not None:
-        call.choose, plan.TILE = choose, 16
-    try:
+    with contextlib.nullcontext() if name is None else plan.planning(choose):
         yield
-    finally:
-        call.choose, plan.TILE = kept
 
 
 def parts_of(world: int) -> list[slice]:

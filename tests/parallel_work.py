@@ -79,22 +79,23 @@ def note_plans(rank: int) -> dict[str, Any]:
 
 def smallest_default(rank: int) -> tuple[int, Any, Tensor]:
     """Budget, plan and loss of a call without a budget on ranks whose devices differ."""
-    from fused_pref.head import budget, call
+    from fused_pref.head import budget
+    from fused_pref.head.plans import planner
 
     sizes, plans = [], []
-    memory_of, choose = budget.memory_of, call.choose
+    memory_of = budget.memory_of
 
     def noted(problem: Any) -> Any:
         sizes.append(problem.budget)
-        plans.append(choose(problem))
+        plans.append(planner.choose(problem))
         return plans[-1]
 
-    budget.memory_of, call.choose = lambda device: 2**18 if rank == 1 else 2**40, noted
-    with warnings.catch_warnings():
+    budget.memory_of = lambda device: 2**18 if rank == 1 else 2**40
+    with warnings.catch_warnings(), planner.planning(noted):
         warnings.filterwarnings("ignore", message="the default budget of the linear head")
         part = parts_of(dist.get_world_size())[rank]
         loss = evaluate("cpo", torch.float32, part, tp_group=dist.group.WORLD)["loss"]
-    budget.memory_of, call.choose = memory_of, choose
+    budget.memory_of = memory_of
     assert len(plans) == 1
     return sizes[0], plans[0], loss
 

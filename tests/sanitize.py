@@ -56,8 +56,8 @@ def losses(device: str, dtype: torch.dtype, columns: int) -> Iterator[Step]:
 
 def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
     """What passes over logits chunks and rows of products."""
-    from fused_pref.head.spec import Transform
-    from fused_pref.ops.torch.chunk import TargetRows, new_statistics
+    from fused_pref.ops.interface import TargetRows, Transform
+    from fused_pref.ops.torch.chunk import new_statistics
     from fused_pref.ops.triton import chunk, scale
 
     softcap = Transform.of({"softcap": 5.0})
@@ -79,11 +79,10 @@ def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Ite
 
 def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
     """What multiplies: the fused linear head and the products of selected rows."""
-    from fused_pref.head.linear import padded
-    from fused_pref.head.spec import Transform
+    from fused_pref.ops.blocks import padded
+    from fused_pref.ops.interface import Operands, Transform
     from fused_pref.ops.torch.chunk import new_statistics
     from fused_pref.ops.triton import linear, selected
-    from fused_pref.ops.triton.gemm import Operands
 
     hidden = torch.rand(2 * N, D, device=device).to(dtype)
     weight, bias = torch.randn(columns, D, device=device).to(dtype), torch.randn(columns, device=device).to(dtype)

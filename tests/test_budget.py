@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fused_pref.ops.devices import CPU, GPUS
 from harness import make_hidden, reference_logps
 from parallel_work import on_ranks
 
@@ -15,7 +14,9 @@ import fused_pref as fp
 from fused_pref.__main__ import main
 from fused_pref.head import advice, budget
 from fused_pref.head.budget import budget_of, default_budget, memory_of
-from fused_pref.head.plan import Problem, candidates, choose, least_budget
+from fused_pref.head.plans.planner import candidates, choose, least_budget
+from fused_pref.head.plans.problem import Problem
+from fused_pref.ops.devices import CPU, GPUS
 
 # (D, V) of Qwen2.5 0.5B, Llama 3.2 1B, Gemma 2 2B, Qwen2.5 7B, Llama 2 7B, Llama 3 8B, Mistral Nemo and Llama 3 70B.
 SHAPES = (

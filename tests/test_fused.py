@@ -12,9 +12,11 @@ from probes import Memory, memory
 from test_linear import only, parity
 
 import fused_pref as fp
-from fused_pref.head import call, plan
-from fused_pref.head.spec import Transform
+from fused_pref.head import call
+from fused_pref.head.plans import planner as plan
+from fused_pref.head.plans.problem import Problem
 from fused_pref.ops import devices
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.torch import chunk
 from fused_pref.ops.triton import configs, gemm, linear
 
@@ -356,10 +358,10 @@ def test_vocabulary_splits() -> None:
 # Planner
 
 
-def problem_of(**changes: Any) -> plan.Problem:
+def problem_of(**changes: Any) -> Problem:
     sizes = {"tokens": 8192, "positions": 8192, "hidden": 4096, "vocabulary": 128256, "itemsize": 2, "budget": 2**40}
     rest = {"weight_itemsize": 2, "gradients": frozenset({"hidden", "weight"}), "local": False, "units": ()}
-    return plan.Problem(**{**sizes, **rest, "device": devices.GPU, "fused": True, "indexed": True, **changes})
+    return Problem(**{**sizes, **rest, "device": devices.GPU, "fused": True, "indexed": True, **changes})
 
 
 @pytest.mark.parametrize("hidden", [1024, 4096])

@@ -8,8 +8,8 @@ from probes import launches
 from test_linear import only
 
 import fused_pref as fp
-from fused_pref.head import call, streaming
-from fused_pref.ops import devices
+from fused_pref.head import call
+from fused_pref.ops import blocks, devices
 
 
 @pytest.mark.usefixtures("poison")
@@ -49,7 +49,7 @@ def test_elementwise_work_is_not_launched_block_by_block(
     """Hidden states of one and of several blocks of elementwise work: kernels take them in one launch."""
     monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
     for block in ("CPU_BLOCK", "DEVICE_BLOCK"):
-        monkeypatch.setattr(streaming, block, 20 * 16)
+        monkeypatch.setattr(blocks, block, 20 * 16)
     found = []
     for sequences in (2, 12):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device)

@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 
 from fused_pref.head.linear import Head
-from fused_pref.head.spec import Transform
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
 
 
@@ -223,7 +223,7 @@ codes = {}
 OURS = """
 import torch
 from fused_pref.ops.torch.chunk import Label
-from fused_pref.head.spec import Transform
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import dlogits, logprob, sequences, chunk
 from fused_pref.ops.triton.cases import CASES, meta
 

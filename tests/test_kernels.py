@@ -13,7 +13,7 @@ from harness import IGNORE, assert_gradient, assert_parity, assert_values, make_
 from probes import Memory, memory, small_blocks, small_reductions
 
 import fused_pref as fp
-from fused_pref.head.spec import Transform
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import dlogits, logprob, sequences
 
 SOFTCAP = Transform.of({"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7})

@@ -103,8 +103,8 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
         (gradient, "plain", configs.GRADIENT_TILE),
         (gradient, "softcap", configs.HIGH_PRESSURE_TILE),
         (gradient, "selected rows", configs.GRADIENT_TILE),
-        ("_picked_weight_kernel", "plain", configs.SELECTED_TILE),
-        ("_picked_hidden_kernel", "plain", configs.SELECTED_TILE),
+        ("_selected_weight_kernel", "plain", configs.SELECTED_TILE),
+        ("_selected_hidden_kernel", "plain", configs.SELECTED_TILE),
     ]
     for kernel, case, table in tables:
         for (target, size), tile in table.items():
@@ -124,7 +124,7 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
 
 def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
     """16-bit products everywhere; exact ones of float32 on NVIDIA's only where they may be rounded."""
-    kernels = {f"_{name}_kernel" for name in ("linear_statistics", "linear_gradient", "picked_weight", "picked_hidden")}
+    kernels = {f"_{name}_kernel" for name in ("linear_statistics", "linear_gradient", "selected_weight", "selected_hidden")}
     products = [row for row in rows if row["kernel"] in kernels]
     assert {(row["kernel"], row["target"]) for row in products} == set(itertools.product(kernels, GPUS))
     for row in products:
@@ -183,7 +183,7 @@ def test_spills_and_missing_cases_fail() -> None:
     done = command("--json", "--targets", "sm_90", before=before)
     assert done.returncode == 1
     assert "_pair_objective_kernel (simpo, alpha, fp64) spills on sm_90" in done.stderr
-    assert "_spread_kernel has no case" in done.stderr
+    assert "_expand_kernel has no case" in done.stderr
     assert [row["stack_bytes"] > 0 for row in json.loads(done.stdout)] == [True]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_pref as fp
 from fused_pref import validate
-from fused_pref.head.spec import Transform
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import dlogits, logprob, objective, sequences
 
 OBJECTIVES = ["cpo", "dpo", "bco", "bco_step"]
@@ -147,7 +147,7 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
         "_sequence_scores_kernel": [24, 24, 4, 4, 4, 4],
         "_pair_objective_kernel": [4, 4, 4, 4, 1, 3, 4, 4, 4],
         "_bco_objective_kernel": [4, 4, 4, 1, 3, 2, 4, 4, 4],
-        "_spread_kernel": [4, 24],
+        "_expand_kernel": [4, 24],
         "_token_logps_bwd_kernel": [72, 24, 24 * 67],
     }
     assert all(poisoned(tensor) for tensors in launched.values() for tensor in tensors)

@@ -9,7 +9,7 @@ import torch
 from harness import IGNORE, Hidden, assert_gradient, assert_linear_parity, assert_values, make_hidden, reference_logps
 
 import fused_pref as fp
-from fused_pref.head import call, plan
+from fused_pref.head.plans import planner as plan
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DESIRABLE = torch.tensor([True, False, False, True, True, False])
@@ -63,10 +63,9 @@ def only(
         taken.append(best)
         return best
 
-    monkeypatch.setattr(call, "choose", choose)
-    yield taken
+    with plan.planning(choose):
+        yield taken
     assert taken
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_pref as fp
-from fused_pref.head.plan import Plan, Problem, candidates, choose
+from fused_pref.head.plans.planner import candidates, choose
+from fused_pref.head.plans.problem import Plan, Problem
 from fused_pref.ops.devices import CPU, GPU
 from fused_pref.validate import describe
 

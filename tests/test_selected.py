@@ -11,11 +11,12 @@ from harness import make_hidden, reference_logps
 from probes import Memory, launches, memory
 from torch import Tensor
 
-from fused_pref.head import call, skipping
+from fused_pref.head import call
 from fused_pref.head.call import HeadCall
-from fused_pref.head.spec import LinearSpec, Transform
+from fused_pref.head.spec import LinearSpec
 from fused_pref.keywords import LinearKeywords, table
 from fused_pref.ops import devices
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import gemm, linear, selected
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -111,13 +112,18 @@ def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
         assert chosen.fused
         upstream = reference_logps(rows.number, kernel_device)
         with launches() as recorder:
-            statistics, _, _, skipped = skipping.forward(head, rows, chosen, 0.3, logit_sum=False)
-            skipping.backward(head, rows, chosen, statistics, skipped.live, upstream, request.wanted)
+            forward = chosen.forward(head, rows, logit_sum=False)
+            chosen.backward(head, rows, forward.saved, (), upstream, request.wanted)
         tiles = -(-70 // chosen.columns)
         kernels = Counter(name for name in recorder.names if name.endswith("_kernel"))
-        each = ("_linear_gradient_kernel", "_picked_weight_kernel", "_picked_bias_kernel", "_picked_hidden_kernel")
+        each = (
+            "_linear_gradient_kernel",
+            "_selected_weight_kernel",
+            "_selected_bias_kernel",
+            "_selected_hidden_kernel",
+        )
         # Rows are scaled for dW, and brought to their places in dh.
-        once = {"_linear_statistics_kernel": 1, "_linear_label_kernel": 1, "_scatter_rows_kernel": 2}
+        once = {"_linear_statistics_kernel": 1, "_linear_target_logit_kernel": 1, "_scatter_rows_kernel": 2}
         assert kernels == {**once, **dict.fromkeys(each, tiles)}
         assert not recorder.synchronising
         found.append(recorder.names)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_pref as fp
-from fused_pref.head import call, plan, skipping
+from fused_pref.head import call
+from fused_pref.head.plans import planner as plan
+from fused_pref.head.plans import skipping
 from fused_pref.head.spec import LinearSpec
 from fused_pref.keywords import LinearKeywords, table
 from fused_pref.ops import devices
@@ -24,7 +27,7 @@ INF, NAN = torch.inf, torch.nan
 
 
 @pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plan.Plan]]:
     """Tiles of at most 16 words; gives the plans taken."""
     taken: list[plan.Plan] = []
 
@@ -33,8 +36,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
         return taken[-1]
 
     monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
-    monkeypatch.setattr(call, "choose", choose)
-    return taken
+    with plan.planning(choose):
+        yield taken
 
 
 def spiky(device: str, *, dtype: torch.dtype = torch.float32, sign: float = 1.0, mask: str = "some") -> Hidden:
@@ -145,7 +148,7 @@ def test_most_tiles_of_a_token_are_left_out() -> None:
 
 def test_rows_with_nan_need_every_tile() -> None:
     mass = torch.tensor([[0.0, NAN], [0.0, NAN], [1.0, NAN]])
-    assert skipping.dropped(mass, torch.tensor([25, 25]), 10, 0.5).live.tolist() == [[False, True]] * 2 + [[True, True]]
+    assert skipping.dropped(mass, torch.tensor([25, 25]), 10, 0.5)[0].tolist() == [[False, True]] * 2 + [[True, True]]
 
 
 def test_words_of_no_probability_are_left_out_at_no_cost(device: str, backend: str) -> None:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.static.gpus import GPUS, LATENCY, LOAD, SPECIAL, Listing, lanes_of, table
-from fused_pref.head.spec import Transform
 from fused_pref.ops import devices
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import cases, compile
 
 ROWS = 8192
-SOFTCAP = Transform.of({"softcap": 30.0})
+SOFTCAP = Transform("tanh", 1 / 30, 30.0)
 LAUNCHES = {
     "forward, `logits_mean=None`": partial(cases.forward, rows=ROWS),
     'forward, `logits_mean="all"`': partial(cases.forward, rows=ROWS, mean="all"),

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from fused_pref.head.plan import Plan, Problem, candidates, choose, least_budget
+from fused_pref.head.plans.planner import candidates, choose, least_budget
+from fused_pref.head.plans.problem import Plan, Problem
 
 # What has been said; once a process is enough.
 _said: set[str] = set()

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from fused_pref.backend import architecture
-from fused_pref.head import linear, skipping
 from fused_pref.head.advice import advising, warn_of
 from fused_pref.head.budget import budget_of
-from fused_pref.head.linear import Forward, Head
+from fused_pref.head.linear import Head
 from fused_pref.head.parallel import Shard
-from fused_pref.head.plan import GRADIENTS, Plan, Problem, choose
+from fused_pref.head.plans.planner import plan_of
+from fused_pref.head.plans.problem import GRADIENTS, Forward, Plan, Problem
+from fused_pref.head.plans.skipping import can_skip
 from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
-from fused_pref.head.streaming import Rows, block_rows, ranges
+from fused_pref.ops.blocks import Rows, block_rows, ranges
 from fused_pref.ops.devices import device_of
-from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.interface import LOGIT_SUM
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
@@ -100,7 +101,7 @@ class HeadCall:
             fused=head.fusible and (self.shard is None or not self.wanted),
             wide_range=self.dtype != torch.float16,
             indexed=head.indexed,
-            skip=self.spec.skip_mass is not None and self.shard is None and skipping.can_skip(head),
+            skip_mass=self.spec.skip_mass if self.shard is None and can_skip(head) else None,
             cast_weight=0 if self.dtype == weight.dtype else weight.numel() * self.dtype.itemsize,
         )
 
@@ -126,13 +127,10 @@ class HeadCall:
     def score(self, head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
         """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""
         unscored = self.unscored_logit_sums(head, rows, labels)
-        if plan.name == "skipping" and self.spec.skip_mass is not None:
-            saved = skipping.forward(head, rows, plan, self.spec.skip_mass, logit_sum=self.wants_logit_sums)
-        else:
-            saved = linear.forward(head, rows, plan, logit_sum=self.wants_logit_sums)
-        logp, _ = head.finish(saved.statistics, rows.targets)
-        totals = rows.scatter(saved.statistics[torch_chunk.LOGIT_SUM], labels)
-        return logp, self.means(head, rows, labels, totals, unscored), saved
+        forward = plan.forward(head, rows, logit_sum=self.wants_logit_sums)
+        logp, _ = head.finish(forward.statistics, rows.targets)
+        totals = rows.scatter(forward.statistics[LOGIT_SUM], labels)
+        return logp, self.means(head, rows, labels, totals, unscored), forward
 
     def means(self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor, unscored: Tensor | None) -> Tensor:
         """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
@@ -170,14 +168,14 @@ class HeadCall:
         indices = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
         others = ValidRows(indices, torch.full((number,), head.ignore_index, device=labels.device), rows.counts)
         plan = chosen(replace(self.problem(head, rows), tokens=number, gradients=frozenset(), unscored=0))
-        statistics = linear.logprob(head, others, plan, logit_sum=True)
-        found = others.scatter(statistics[torch_chunk.LOGIT_SUM], labels)
+        statistics = plan.forward(head, others, logit_sum=True).statistics
+        found = others.scatter(statistics[LOGIT_SUM], labels)
         return found.masked_fill_(scored.view(labels.shape), 0)
 
 
 def chosen(problem: Problem) -> Plan:
-    """See :func:`fused_pref.head.plan.choose`; a plan that passes the default budget is warned of."""
-    plan = choose(problem)
+    """See :func:`fused_pref.head.plans.planner.choose`; a plan that passes the default budget is warned of."""
+    plan = plan_of(problem)
     if plan.workspace > problem.budget:
         warn_of(plan, problem)
     return plan
@@ -188,8 +186,8 @@ def linear_means(head: Head) -> Tensor:
     mean = column_means(head.w, head.accumulator)
     shift = mean.new_zeros(1) if head.b is None else head.b.to(head.accumulator).mean()[None]
     if head.shard is not None:
-        expand = head.columns / head.vocabulary
-        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * expand).split((mean.numel(), 1))
+        share = head.columns / head.vocabulary
+        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * share).split((mean.numel(), 1))
     source = Rows(head.hidden.detach())
     result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
     for part in ranges(source.count, block_rows(head.hidden)):

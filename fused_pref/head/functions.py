@@ -5,15 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head import linear, skipping
 from fused_pref.head.call import HeadCall
-from fused_pref.head.gradients import Gradients
-from fused_pref.head.grouped import Slope, grouped
+from fused_pref.head.linear import Gradients
 from fused_pref.head.logits import OnceDifferentiableFunction
 from fused_pref.head.parallel import Shard
-from fused_pref.head.plan import Plan
+from fused_pref.head.plans.grouped import Grouped, Slope
+from fused_pref.head.plans.problem import Plan
 from fused_pref.head.rows import ValidRows
-from fused_pref.head.streaming import block_entries, ranges
+from fused_pref.ops.blocks import block_entries, ranges
 
 
 class LinearTokenLogpsFunction(torch.autograd.Function):
@@ -36,26 +35,23 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         """By any plan but ``grouped``."""
         ctx.call, ctx.rows, ctx.plan = call, rows, plan
         with torch.autocast(hidden.device.type, enabled=False):
-            logp, means, saved = call.score(call.head(hidden, weight, bias), rows, plan, labels)
-        statistics, u, ctx.saved, skipped = saved
-        live, dropped = (None, None) if skipped is None else (skipped.live, rows.scatter(skipped.mass, labels))
-        ctx.save_for_backward(hidden, weight, bias, statistics if u is None else u, live)
+            logp, means, forward = call.score(call.head(hidden, weight, bias), rows, plan, labels)
+        dropped = None if forward.dropped is None else rows.scatter(forward.dropped, labels)
+        ctx.chunks = forward.chunks
+        ctx.save_for_backward(hidden, weight, bias, *forward.saved)
         ctx.mark_non_differentiable(*(means,) if dropped is None else (means, dropped))
         return rows.scatter(logp, labels), means, dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """See :mod:`fused_pref.head.linear`."""
+        """See :meth:`fused_pref.head.plans.problem.Plan.backward`."""
         call, rows = ctx.call, ctx.rows
-        hidden, weight, bias, saved, live = ctx.saved_tensors
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        # Used up: a second backward computes them again.
+        chunks, ctx.chunks = ctx.chunks, ()
         head, grad_logp = call.head(hidden, weight, bias), rows.gather(grads[0])
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), call.advising(head, rows):
-            if ctx.plan.name == "frozen_head":
-                gradients = Gradients(linear.frozen_head_bwd(head, rows, saved, grad_logp), None, None)
-            elif ctx.plan.name == "skipping":
-                gradients = skipping.backward(head, rows, ctx.plan, saved, live, grad_logp, call.wanted)
-            else:
-                gradients = linear.vocab_major_bwd(head, rows, ctx.plan, saved, ctx.saved, grad_logp, call.wanted)
+            gradients = ctx.plan.backward(head, rows, tuple(saved), chunks, grad_logp, call.wanted)
         return (*_once(gradients, hidden, weight, bias), None, None, None, None)
 
 
@@ -107,15 +103,15 @@ def known_gradients(
     bias: Tensor | None,
     labels: Tensor,
     rows: ValidRows,
-    plan: Plan,
+    plan: Grouped,
     slope: Slope,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(logp, mean of z, gradients of the loss) by plan ``grouped``."""
     head = call.head(hidden, weight, bias)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         unscored = call.unscored_logit_sums(head, rows, labels)
-        logp, totals, gradients = grouped(
-            head, rows, plan, slope, call.wanted, paired=call.unit == 2, logit_sum=call.wants_logit_sums
+        logp, totals, gradients = plan.run(
+            head, rows, slope, call.wanted, paired=call.unit == 2, logit_sum=call.wants_logit_sums
         )
         if rows.overflow is not None:
             logp.masked_fill_(rows.overflow, torch.nan)

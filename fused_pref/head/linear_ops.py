@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head import linear
 from fused_pref.head.call import HeadCall
 from fused_pref.head.functions import known_gradients
-from fused_pref.head.gradients import Gradients
-from fused_pref.head.linear import late_dtype
-from fused_pref.head.logits_ops import accumulator_dtype
-from fused_pref.head.plan import GRADIENTS
-from fused_pref.head.spec import LinearSpec, Transform, from_text, to_text
+from fused_pref.head.linear import Gradients, late_dtype
+from fused_pref.head.plans.grouped import Grouped
+from fused_pref.head.plans.problem import GRADIENTS
+from fused_pref.head.spec import LinearSpec, from_text, to_text
+from fused_pref.ops.interface import Transform, accumulator_dtype
 
 
 def encode(call: HeadCall) -> str:
@@ -45,15 +44,15 @@ def linear_token_logps_fwd(
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = replace(request.plan(head, rows), saved=0)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
-        logp, means, (statistics, u, *_) = request.score(head, rows, plan, labels)
-        if plan.name == "logprob":
-            saved = hidden.new_empty(0, dtype=head.accumulator)
-        elif u is None:
-            saved = torch.stack([rows.scatter(row, labels).flatten() for row in statistics])
-        else:
-            saved = u if rows.indices is None else u.new_zeros(labels.numel(), u.shape[1])
-            if rows.indices is not None:
-                saved.index_copy_(0, rows.indices, u)
+        logp, means, forward = request.score(head, rows, plan, labels)
+    if not request.wanted:
+        saved = hidden.new_empty(0, dtype=head.accumulator)
+    elif request.wanted == {"hidden"}:
+        (u,) = forward.saved
+        saved = u if rows.indices is None else u.new_zeros(labels.numel(), u.shape[1]).index_copy_(0, rows.indices, u)
+    else:
+        (statistics,) = forward.saved
+        saved = torch.stack([rows.scatter(row, labels).flatten() for row in statistics])
     return rows.scatter(logp, labels), means, saved
 
 
@@ -83,11 +82,11 @@ def linear_token_logps_bwd(
     upstream = rows.gather(grad_logp)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
         if request.wanted == {"hidden"}:
-            u = saved if rows.indices is None else saved.index_select(0, rows.indices)
-            return _filled(Gradients(linear.frozen_head_bwd(head, rows, u, upstream), None, None), hidden)
+            own = saved if rows.indices is None else saved.index_select(0, rows.indices)
+        else:
+            own = torch.stack([rows.gather(row) for row in saved])
         plan = replace(request.plan(head, rows), saved=0)
-        statistics = torch.stack([rows.gather(row) for row in saved])
-        return _filled(linear.vocab_major_bwd(head, rows, plan, statistics, [], upstream, request.wanted), hidden)
+        return _filled(plan.backward(head, rows, (own,), (), upstream, request.wanted), hidden)
 
 
 @linear_token_logps_bwd.register_fake
@@ -112,15 +111,15 @@ def linear_known_gradients(
     request, slope = decode(call), bound.decode(objective, tensors).slope
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = request.plan(head, rows)
-    if plan.name == "grouped":
+    if isinstance(plan, Grouped):
         with request.advising(head, rows):
             logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
         return logp, means, *_filled(gradients, hidden)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
-        values, means, (statistics, _, saved, _) = request.score(head, rows, plan, labels)
+        values, means, forward = request.score(head, rows, plan, labels)
         sequences = (slice(0, rows.counts.shape[0]),)
         upstream = rows.expand(slope(sequences, rows.sums(values), rows.counts)).to(values.dtype)
-        gradients = linear.vocab_major_bwd(head, rows, plan, statistics, saved, upstream, request.wanted)
+        gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream, request.wanted)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
     return rows.scatter(values, labels), means, *_filled(late, hidden)
 

@@ -7,14 +7,9 @@ All take the batch as ``logits`` ((S, T, V) or (N_total, V), any strides), ``lab
 import torch
 from torch import Tensor
 
-from fused_pref.head import streaming
-from fused_pref.head.spec import Transform
 from fused_pref.layout import targets_of
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the token math: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from fused_pref.ops.interface import Transform, accumulator_dtype
+from fused_pref.ops.torch import logits as torch_logits
 
 
 @torch.library.custom_op("fused_pref::token_logps_fwd", mutates_args=())
@@ -45,7 +40,7 @@ def token_logps_fwd(
         return logprob.token_logps_fwd(logits, labels, cu_seqlens, logits_mean, shift, ignore_index, transform)
     targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
     dtype = accumulator_dtype(logits.dtype)
-    return streaming.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
+    return torch_logits.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
 
 
 @token_logps_fwd.register_fake
@@ -124,4 +119,4 @@ def _gradient_into(
         )
     else:
         targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-        streaming.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
+        torch_logits.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)

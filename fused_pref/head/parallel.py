@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_pref.ops.torch.chunk import LOGIT_SUM, merged
+from fused_pref.ops.interface import LOGIT_SUM
+from fused_pref.ops.torch.chunk import merged
 from fused_pref.ranks import gathered
 
 

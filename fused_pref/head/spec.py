@@ -1,23 +1,21 @@
 """The constants of a call: the logits transform, and which label each position scores."""
 
 import ast
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from fused_pref import validate
 from fused_pref.head.agreement import Agreement
 from fused_pref.keywords import TokenKeywords, choices, defaults
+from fused_pref.ops.interface import Transform
 from fused_pref.ranks import group_of
 
 BACKENDS = choices(TokenKeywords, "backend")
 LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
 TOKEN_DEFAULTS = defaults(TokenKeywords)
-FLOAT32 = torch.finfo(torch.float32)
 
 
 def to_text(values: Iterable[Any]) -> str:
@@ -30,75 +28,15 @@ def from_text(text: str) -> list[Any]:
     return [ast.literal_eval(part) for part in text.split(";")]
 
 
-class Activation(NamedTuple):
-    """An elementwise function of a block of any shape and floating dtype, and its slope, both in place."""
-
-    apply_: Callable[[Tensor], Tensor]  # t → f(t), over t
-    backward_: Callable[[Tensor, Tensor], Tensor]  # (d, t) → d · f'(t), over d; t may be overwritten
-
-
-def _tanh_backward_(d: Tensor, t: Tensor) -> Tensor:
-    """1 − tanh² as 4u/(1+u)² with u = exp(−2|t|), which does not cancel where tanh saturates."""
-    u = t.abs_().mul_(-2).exp_()
-    return d.mul_(u).div_(u.add_(1).square_()).mul_(4)
-
-
-# What the logits can be bent by; the device twins are in kernels/helpers.py. "linear" is none of them: z = inner · x.
-ACTIVATIONS = {"tanh": Activation(Tensor.tanh_, _tanh_backward_)}
-
-
-@dataclass(frozen=True)
-class Transform:
-    """z = outer · f(inner · x) of a raw logit x, f one of ``CURVES``; z = inner · x for ``"linear"``."""
-
-    activation: str = "linear"
-    inner: float = 1.0
-    outer: float = 1.0
-
-    def __post_init__(self) -> None:
-        for factor in (self.inner, self.outer):
-            if not FLOAT32.tiny <= abs(factor) <= FLOAT32.max:
-                names = "logit_scale, softcap and temperature"
-                raise ValueError(f"{names} must have ratios that float32 can hold; got one of {factor:g}")
-
-    @classmethod
-    def of(cls, keywords: Mapping[str, Any]) -> "Transform":
-        """Softcap(logit_scale · x) / temperature with softcap(x) = c·tanh(x/c), from the shared keywords, validated."""
-        given = {**TOKEN_DEFAULTS, **keywords}
-        scale = validate.finite("logit_scale", given["logit_scale"], "a finite number other than 0")
-        if scale == 0:
-            raise validate.fail("logit_scale", "a finite number other than 0", given["logit_scale"])
-        c = None if given["softcap"] is None else validate.positive("softcap", given["softcap"])
-        temperature = validate.positive("temperature", given["temperature"])
-        return cls("linear", scale / temperature) if c is None else cls("tanh", scale / c, c / temperature)
-
-    @property
-    def nonlinear(self) -> bool:
-        """Whether ∂z/∂x differs from entry to entry."""
-        return self.activation != "linear"
-
-    @property
-    def identity(self) -> bool:
-        """Whether z = x."""
-        return not self.nonlinear and self.inner == 1
-
-    @property
-    def slope(self) -> float:
-        """∂z/∂x where it is a constant; 1 with a curve, whose slope :meth:`chain_` applies entry by entry."""
-        return 1.0 if self.nonlinear else self.inner
-
-    def apply_(self, x: Tensor) -> Tensor:
-        """Transform a block in place."""
-        if self.nonlinear:
-            return ACTIVATIONS[self.activation].apply_(x.mul_(self.inner)).mul_(self.outer)
-        return x if self.identity else x.mul_(self.inner)
-
-    def backward_(self, dz: Tensor, x: Tensor) -> Tensor:
-        """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone."""
-        if self.nonlinear:
-            t = x.to(dz.dtype, copy=True).mul_(self.inner)
-            return ACTIVATIONS[self.activation].backward_(dz, t).mul_(self.outer * self.inner)
-        return dz if self.identity else dz.mul_(self.inner)
+def transform_of(keywords: Mapping[str, Any]) -> Transform:
+    """Softcap(logit_scale · x) / temperature with softcap(x) = c·tanh(x/c), from the shared keywords, validated."""
+    given = {**TOKEN_DEFAULTS, **keywords}
+    scale = validate.finite("logit_scale", given["logit_scale"], "a finite number other than 0")
+    if scale == 0:
+        raise validate.fail("logit_scale", "a finite number other than 0", given["logit_scale"])
+    c = None if given["softcap"] is None else validate.positive("softcap", given["softcap"])
+    temperature = validate.positive("temperature", given["temperature"])
+    return Transform("linear", scale / temperature) if c is None else Transform("tanh", scale / c, c / temperature)
 
 
 @dataclass(frozen=True)
@@ -125,7 +63,7 @@ class TokenSpec:
             backend=validate.choice("backend", keywords["backend"], BACKENDS),
             shift=validate.flag("shift", keywords["shift"]),
             ignore_index=validate.integer("ignore_index", keywords["ignore_index"]),
-            transform=Transform.of(keywords),
+            transform=transform_of(keywords),
             logits_mean=validate.choice("logits_mean", keywords["logits_mean"], LOGITS_MEANS),
             cp_group=cp_group,
             **cls.own(keywords),

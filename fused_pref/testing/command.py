@@ -7,16 +7,14 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.backend import triton_obstacle
-from fused_pref.head import call
-from fused_pref.head import plan as planner
-from fused_pref.head.plan import Plan
+from fused_pref.head.plans import planner
+from fused_pref.head.plans.problem import Plan
 from fused_pref.testing import problems
 from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Parity, compare
 from fused_pref.testing.peers import PEERS, ours, ours_of_logits
@@ -156,5 +154,5 @@ def only(name: str, *, fused: bool, small: bool) -> Iterator[None]:
         entries = problem.tokens * problem.vocabulary
         return min(plans, key=lambda plan: abs(3 - entries / max(plan.rows * plan.columns, 1)))
 
-    with mock.patch.object(call, "choose", choose):
+    with planner.planning(choose):
         yield

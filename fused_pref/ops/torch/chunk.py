@@ -1,24 +1,13 @@
-"""A logits chunk in PyTorch: the statistics of its rows, their gradient written over it, and rows of its products.
-
-A chunk (n, v) holds a slice of the vocabulary, columns ``first`` to ``first + v``, of n rows. With q the softmax over
-the entries *other than the target*, ∂logp/∂z = (1 − p_y)(onehot − q): nothing cancels where the target has nearly
-all the mass. The chunk receives Q = q − onehot, whose target entry is exactly −1, and the factor 1 − p_y goes to the
-rows of what the chunk is multiplied with.
-"""
+"""Row statistics, gradient and rows of products of a chunk of logits; see :mod:`fused_pref.ops.interface`."""
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_pref.head.spec import Transform
-from fused_pref.head.streaming import block_rows, ranges
-
-# Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
-# Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
-ROW_MAX, SUM_EXP, TARGET_LOGIT, LOGIT_SUM = range(4)
+from fused_pref.ops.blocks import block_rows, ranges
+from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, TargetRows, Transform
 
 
 def new_statistics(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,17 +35,7 @@ def update_statistics(
     logit_sum: bool,
     out: Tensor | None = None,
 ) -> None:
-    """Take a chunk into the running statistics of its rows.
-
-    Args:
-        statistics: (4, n), see above; updated.
-        chunk: (n, v) raw logits.
-        targets: (n,) labels of the rows.
-        first: the chunk's first column in the vocabulary.
-        transform: of the logits.
-        total: whether Σ z is wanted.
-        out: (n, v), may lie over the chunk: receives Q; the chunk is then the whole vocabulary.
-    """
+    """See :meth:`fused_pref.ops.interface.RowOps.update_statistics`."""
     here, column = _local(targets, first, logits.shape[1])
     raw = logits.gather(1, column[:, None])[:, 0]
     target_logit = transform.apply_(raw.to(statistics.dtype, copy=True))
@@ -94,7 +73,7 @@ def update_statistics(
 def gradient(
     out: Tensor, logits: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform
 ) -> None:
-    """Write Q of a chunk of raw logits into ``out``, which may lie over it, from the statistics of the whole rows."""
+    """See :meth:`fused_pref.ops.interface.RowOps.gradient`."""
     here, column = _local(targets, first, logits.shape[1])
     rows = (out, statistics[ROW_MAX], statistics[SUM_EXP], here, column)
     for z, x, out_block, row_max, sum_exp, there, place in _blocks(logits, statistics.dtype, *rows):
@@ -115,26 +94,10 @@ def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
     return found.masked_fill_(~here, 0).to(torch.promote_types(q.dtype, torch.float32))
 
 
-class TargetRows(NamedTuple):
-    """What rows of Q W lack: each target's entry of Q, from :func:`take_targets`, times the target's weight."""
-
-    targets: Tensor  # (n,)
-    q: Tensor  # (n,), 0 where the target is no column of the weight
-    weight: Tensor  # (v, D)
-
-
 def scatter_rows(
     out: Tensor, source: Tensor, factor: Tensor, indices: Tensor | None = None, target_rows: TargetRows | None = None
 ) -> None:
-    """Write (source + label) · factor to rows of ``out``, in the dtype of the factor and rounded once.
-
-    Args:
-        out: (P, D) contiguous; may be the source.
-        source: (n, D).
-        factor: (n,) contiguous, in the dtype of the token math.
-        places: (n,) rows of ``out``; None: the first n.
-        label: what is added to the source.
-    """
+    """See :meth:`fused_pref.ops.interface.RowOps.scatter_rows`."""
     for part in ranges(source.shape[0], block_rows(source)):
         # Operands of one dtype: a product of two is slow on a CPU.
         block = source[part].to(factor.dtype)
@@ -150,16 +113,7 @@ def scatter_rows(
 
 
 def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
-    """Add factor_n h_n to the row of ``dw`` that is row n's target; those of one target are summed, and rounded once.
-
-    A target's part of dW outweighs the rest: by itself it is not rounded before it is added.
-
-    Args:
-        dw: (v, D), updated.
-        h: (n, D).
-        factor: (n,) in the dtype of the token math; 0 where the target is no row of ``dw``.
-        targets: (n,).
-    """
+    """See :meth:`fused_pref.ops.interface.RowOps.add_target_rows`."""
     valid = (targets >= 0) & (targets < dw.shape[0])
     indices, runs = targets.long().where(valid, 0), None
     sums = dw

@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fused_pref.head.streaming import ranges
+from fused_pref.ops.blocks import ranges
 from fused_pref.ops.devices import device_of
 
 # Terms of an entry that a CPU's product may add up one after the other.

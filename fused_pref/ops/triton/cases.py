@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head.linear import padded
-from fused_pref.head.spec import Transform
-from fused_pref.ops.torch.chunk import TargetRows
+from fused_pref.ops.blocks import padded
+from fused_pref.ops.interface import TargetRows, Transform
 from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -218,7 +217,7 @@ def bco(
     )
 
 
-SOFTCAP, SCALE, NUMBER = Transform.of({"softcap": 30.0}), Transform.of({"temperature": 0.7}), meta()
+SOFTCAP, SCALE, NUMBER = Transform("tanh", 1 / 30, 30.0), Transform("linear", 1 / 0.7), meta()
 # Rows too few to fill a GPU, a vocabulary whose rows are not aligned, and one where they are by 8 entries only.
 FEW, ODD, EIGHTS = {"rows": 8}, {"columns": 151937}, {"columns": 32008}
 

@@ -1,19 +1,15 @@
-"""A logits chunk on a device: the statistics of its rows, their gradient written over it, and rows of its products.
-
-The device twins of :mod:`fused_pref.ops.torch.chunk`, under the same names. One program walks a row from left to right.
-"""
+"""The Triton twin of :mod:`fused_pref.ops.torch.chunk`, under the same names. One program walks a row."""
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from fused_pref.head.spec import Transform
-from fused_pref.ops.torch.chunk import TargetRows
+from torch import Tensor
+
+from fused_pref.ops.interface import TargetRows, Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
 from fused_pref.ops.triton.logprob import aligned, factors
@@ -156,7 +152,7 @@ def update_statistics(
     logit_sum: bool,
     out: Tensor | None = None,
 ) -> None:
-    """See :func:`fused_pref.ops.torch.chunk.update_statistics`. One launch, two with an ``out``."""
+    """See :meth:`fused_pref.ops.interface.RowOps.update_statistics`. One launch, two with ``out``."""
     rows, columns = logits.shape
     if rows == 0:
         return
@@ -172,7 +168,7 @@ def update_statistics(
 def gradient(
     out: Tensor, logits: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform
 ) -> None:
-    """See :func:`fused_pref.ops.torch.chunk.gradient`. One launch."""
+    """See :meth:`fused_pref.ops.interface.RowOps.gradient`. One launch."""
     rows, columns = logits.shape
     if rows == 0:
         return
@@ -187,7 +183,7 @@ def gradient(
 def scatter_rows(
     out: Tensor, source: Tensor, factor: Tensor, indices: Tensor | None = None, target_rows: TargetRows | None = None
 ) -> None:
-    """See :func:`fused_pref.ops.torch.chunk.scatter_rows`. One launch."""
+    """See :meth:`fused_pref.ops.interface.RowOps.scatter_rows`. One launch."""
     rows, features = source.shape
     if rows == 0:
         return
@@ -206,7 +202,7 @@ def scatter_rows(
 
 
 def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
-    """See :func:`fused_pref.ops.torch.chunk.add_target_rows`. One launch after a sort; sums are in the order of the rows."""
+    """See :meth:`fused_pref.ops.interface.RowOps.add_target_rows`. A sort, and one launch."""
     rows, features = h.shape
     if rows == 0:
         return

@@ -14,14 +14,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-
-from fused_pref.ops.triton import configs
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from fused_pref.ops.triton import configs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-
 import triton
+
 from fused_pref.backend import architecture
 
 

@@ -6,11 +6,11 @@ A batch has N_total positions, S·T where it is padded.
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from fused_pref.head.spec import Transform
+from torch import Tensor
+
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs, tune
 from fused_pref.ops.triton.helpers import column_of, exp, row_offset, target_of, transform, transform_backward
 from fused_pref.ops.triton.logprob import aligned, factors, geometry
@@ -69,8 +69,8 @@ def token_logps_bwd(
 ) -> None:
     """Write the gradient into ``dlogits``, which may be ``logits``. One launch.
 
-    See :func:`fused_pref.head.logits_ops.token_logps_bwd`: ``grad_logp`` is float32 of the shape of ``labels``, and so are the
-    three rows of ``statistics``; ``dlogits`` has the shape and dtype of ``logits``.
+    ``grad_logp`` and the three rows of ``statistics`` are float32 of the shape of ``labels``; ``dlogits`` has the shape
+    and dtype of ``logits``.
     """
     rows, columns = labels.numel(), logits.shape[-1]
     if rows == 0:

@@ -9,17 +9,16 @@
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from fused_pref.head.spec import Transform
-from fused_pref.ops.triton import configs
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_pref.ops.interface import Operands, Transform
+from fused_pref.ops.triton import configs
 
 
 @triton.jit
@@ -96,56 +95,31 @@ def store(out, x, row, inside, cols, end, stride, ROWS: tl.constexpr):
     tl.store(pointers, x.to(out.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
 
 
-@dataclass(frozen=True)
-class Operands:
-    """What is projected: rows of the hidden states and a slice of the weight, each row of both contiguous.
+def tile_of(operands: Operands, table: dict[tuple[str, int], configs.Tile], transform: Transform) -> configs.Tile:
+    """The tile of a table that suits them and their transform."""
+    high_pressure = transform.nonlinear or operands.bias is not None
+    return configs.tile(table, operands.hidden, operands.weight, high_pressure=high_pressure)
 
-    Attributes:
-        hidden: (N_total, D).
-        weight: (v, D).
-        bias: (v,) or None.
-        places: (N,) int64 rows of ``hidden``; None for all of them in order.
-    """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    indices: Tensor | None
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.hidden.shape[0] if self.indices is None else self.indices.shape[0]
-
-    @property
-    def columns(self) -> int:
-        """Columns of this slice of the vocabulary."""
-        return self.weight.shape[0]
-
-    def tile(self, table: dict[tuple[str, int], configs.Tile], transform: Transform) -> configs.Tile:
-        """The tile of a table that suits them and their transform."""
-        high_pressure = transform.nonlinear or self.bias is not None
-        return configs.tile(table, self.hidden, self.weight, high_pressure=high_pressure)
-
-    def arguments(self, tile: configs.Tile) -> dict[str, Any]:
-        """Keywords of a kernel that calls :func:`logits_tile`."""
-        hidden_descriptor = tile.descriptors and self.indices is None and describable(self.hidden)
-        weight_descriptor = tile.descriptors and describable(self.weight)
-        features = self.hidden.shape[1]
-        return {
-            "hidden": described(self.hidden, tile.rows, tile.depth) if hidden_descriptor else self.hidden,
-            "weight": described(self.weight, tile.columns, tile.depth) if weight_descriptor else self.weight,
-            "bias": self.bias,
-            "rows": self.rows,
-            "columns": self.columns,
-            "features": features,
-            "hidden_stride": self.hidden.stride(0),
-            "weight_stride": self.weight.stride(0),
-            "HIDDEN_DESCRIPTOR": hidden_descriptor,
-            "WEIGHT_DESCRIPTOR": weight_descriptor,
-            "WHOLE": features % tile.depth == 0,
-            **constants(self.hidden, tile),
-        }
+def arguments(operands: Operands, tile: configs.Tile) -> dict[str, Any]:
+    """Keywords of a kernel that calls :func:`logits_tile`."""
+    hidden_descriptor = tile.descriptors and operands.indices is None and describable(operands.hidden)
+    weight_descriptor = tile.descriptors and describable(operands.weight)
+    features = operands.hidden.shape[1]
+    return {
+        "hidden": described(operands.hidden, tile.rows, tile.depth) if hidden_descriptor else operands.hidden,
+        "weight": described(operands.weight, tile.columns, tile.depth) if weight_descriptor else operands.weight,
+        "bias": operands.bias,
+        "rows": operands.rows,
+        "columns": operands.columns,
+        "features": features,
+        "hidden_stride": operands.hidden.stride(0),
+        "weight_stride": operands.weight.stride(0),
+        "HIDDEN_DESCRIPTOR": hidden_descriptor,
+        "WEIGHT_DESCRIPTOR": weight_descriptor,
+        "WHOLE": features % tile.depth == 0,
+        **constants(operands.hidden, tile),
+    }
 
 
 @functools.lru_cache(maxsize=1024)

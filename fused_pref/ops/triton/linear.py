@@ -15,14 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from fused_pref.head.spec import Transform
-from fused_pref.ops.torch.chunk import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT
+from torch import Tensor
+
+from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, Operands, Transform
 from fused_pref.ops.triton import configs, tune
-from fused_pref.ops.triton.gemm import Operands, logits_tile, quarter, quarters, store, tile_order, vocabulary_splits
+from fused_pref.ops.triton.gemm import (
+    arguments,
+    logits_tile,
+    quarter,
+    quarters,
+    store,
+    tile_of,
+    tile_order,
+    vocabulary_splits,
+)
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
 from fused_pref.ops.triton.logprob import factors
 
@@ -190,23 +198,13 @@ def update_statistics(
     *,
     logit_sum: bool,
     split_columns: int | None = None,
-) -> Tensor | None:
-    """Take a slice of the vocabulary into the running statistics of its rows.
+) -> Tensor:
+    """See :meth:`fused_pref.ops.interface.FusedOps.update_statistics`.
 
-    Args:
-        statistics: (4, N), see :mod:`fused_pref.ops.torch.chunk`; updated.
-        operands: the slice.
-        targets: (N,) labels of the rows.
-        first: the slice's first column in the vocabulary.
-        transform: the logits transform.
-        logit_sum: whether Σ z is wanted.
-        split_columns: width of the parts that a row is split into; None: what keeps the device busy.
-
-    Returns:
-        Statistics of the parts of each row, see :func:`_partials`; None if there is nothing to take in.
+    ``split_columns`` is the width of the parts that a row is split into; None: what keeps the device busy.
     """
     if operands.rows == 0 or operands.columns == 0:
-        return None
+        return statistics.new_empty((0, 3, operands.rows))
     _target_logits(statistics, operands, targets, first, transform)
 
     def launch(tile: configs.Tile) -> Tensor:
@@ -231,10 +229,7 @@ def gradient(
     transform: Transform,
     count: Tensor | None = None,
 ) -> None:
-    """Write Q of a slice of the vocabulary into ``out`` (N, v) from the statistics of the whole rows. One launch.
-
-    ``count`` (0-d) is the number of rows that are wanted, the first ones; None: all.
-    """
+    """See :meth:`fused_pref.ops.interface.FusedOps.gradient`. One launch."""
     rows, columns = operands.rows, operands.columns
     if rows == 0 or columns == 0:
         return
@@ -242,7 +237,7 @@ def gradient(
     def launch(tile: configs.Tile) -> None:
         _linear_gradient_kernel[triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),](
             indices=operands.indices, count=count, targets=targets, statistics=statistics, out=out, first=first,
-            statistics_stride=statistics.stride(0), out_stride=out.stride(0), **operands.arguments(tile),
+            statistics_stride=statistics.stride(0), out_stride=out.stride(0), **arguments(operands, tile),
             **factors(transform), **tile.options,
         )  # fmt: skip
 
@@ -278,7 +273,7 @@ def exponentials(
     if operands.rows:
         _target_logits(statistics, operands, targets, 0, transform)
         # The maximum of nothing is the least finite number, as in other statistics.
-        probe_tile = probe.tile(configs.STATISTICS_TILE, transform)
+        probe_tile = tile_of(probe, configs.STATISTICS_TILE, transform)
         low = _partials(probe, targets, 0, transform, False, probe_tile)[:, 0].amax(0)
         low.clamp_(min=torch.finfo(torch.float32).min)
 
@@ -347,7 +342,7 @@ def _partials(
     _linear_statistics_kernel[triton.cdiv(rows, tile.rows) * splits,](
         indices=operands.indices, targets=targets, partials=partials, pivots=pivots, before=before, out=out,
         first=first, splits=splits, split_columns=split_columns, width=0 if out is None else out.shape[1],
-        out_stride=0 if out is None else out.stride(0), WITH_LOGIT_SUM=logit_sum, **operands.arguments(tile),
+        out_stride=0 if out is None else out.stride(0), WITH_LOGIT_SUM=logit_sum, **arguments(operands, tile),
         **factors(transform), **tile.options,
     )  # fmt: skip
     return partials
@@ -361,7 +356,7 @@ def _tuned(
     launch: Callable[[configs.Tile], object],
 ) -> configs.Tile:
     """The tile of a table, or what a search prefers."""
-    default, hidden = operands.tile(table, transform), operands.hidden
+    default, hidden = tile_of(operands, table, transform), operands.hidden
     flags = {
         transform.activation: transform.nonlinear,
         "bias": operands.bias is not None,

@@ -7,11 +7,11 @@ A batch has N_total positions, S·T where it is padded.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from fused_pref.head.spec import Transform
+from torch import Tensor
+
+from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs, tune
 from fused_pref.ops.triton.helpers import column_of, exp, log1p, row_offset, target_of, transform
 

@@ -5,10 +5,11 @@ A pair loss takes Δ and the hyperparameters and gives the loss and ∂loss/∂�
 
 import triton
 import triton.language as tl
-from fused_pref import objectives
 
-ALPHA_CLAMP = tl.constexpr(objectives.ALPHA_CLAMP)
-LARGEST = tl.constexpr(objectives.LARGEST)
+from fused_pref.ops import interface
+
+ALPHA_CLAMP = tl.constexpr(interface.ALPHA_CLAMP)
+LARGEST = tl.constexpr(interface.LARGEST)
 
 
 @triton.jit

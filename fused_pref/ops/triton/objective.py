@@ -9,10 +9,10 @@ and of the rejected sequences.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
 

@@ -3,10 +3,10 @@
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fused_pref.ops.triton import configs
 
 

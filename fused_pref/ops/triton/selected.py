@@ -1,16 +1,16 @@
 """Products of selected rows, of which the device alone knows how many there are.
 
 A list of row numbers begins with those that are selected, and a count says how many: programs beyond it return at once,
-and loops end there, so that the host need not wait. Used by :mod:`fused_pref.head.skipping`.
+and loops end there, so that the host need not wait. Used by :mod:`fused_pref.head.plans.skipping`.
 """
 
 # A launch gives values for constexpr arguments, and device code is not Python.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.gemm import constants, tile_order
 

@@ -7,10 +7,10 @@ A batch has N_total positions, S·T where it is padded.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fused_pref.ops.triton import configs
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-
 import triton
+from triton.errors import TritonError
+
 from fused_pref import files
 from fused_pref.ops.triton.configs import Config, Tile
-from triton.errors import TritonError
 
 # Layout of the file.
 VERSION = 1

@@ -1,0 +1,81 @@
+"""Plan ``frozen_head``: only the hidden states are trained (LoRA). Two products, whatever the objective.
+
+Groups of rows leave U = (onehot − softmax) W in the forward; the backward scales it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fused_pref.head.linear import Gradients, Head
+from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
+from fused_pref.head.rows import ValidRows
+from fused_pref.ops.blocks import ranges
+from fused_pref.ops.interface import TargetRows
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.matmul import add_product
+
+
+@dataclass(frozen=True)
+class FrozenHead(Plan):
+    """Gradients of the hidden states alone."""
+
+    name = "frozen_head"
+
+    @classmethod
+    def candidates(cls, problem: Problem) -> Iterator[Self]:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        p = problem
+        saved = p.tokens * p.hidden * max(p.itemsize, 4)
+        for fused in p.one_product_forms:
+            for rows in cuts(p.tokens, p.multiple):
+                group = rows * p.vocabulary * p.q_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
+                group += rows * p.hidden * max(p.itemsize, p.partial)
+                seconds = p.product_seconds(rows, p.vocabulary, ("logits", "hidden"))
+                seconds = rounds(p.tokens, rows) * (seconds + p.pass_seconds(rows, p.vocabulary, fused=fused))
+                workspace = saved + group + p.device.scratch + p.cast_weight
+                yield cls(rows, p.vocabulary, 2.0, workspace, seconds, fused=fused)
+
+    def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        groups = number(rounds(problem.tokens, self.rows), "group")
+        return (
+            f"forward: {groups} of {self.rows} rows x {problem.vocabulary} logits → log-probs, U = ∂logp/∂h",
+            "backward: dh = coefficient · U",
+        )
+
+    def forward(self, head: Head, rows: ValidRows, *, logit_sum: bool) -> Forward:
+        """Saves U (N, D): ∂logp/∂h of each row, in the dtype of the token math."""
+        statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
+        u = torch.empty((rows.number, head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
+        memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
+        for group in ranges(rows.number, self.rows):
+            h, targets = head.take(rows, group), rows.targets[group]
+            q, multiple = head.update_statistics(
+                statistics[:, group], memory, h, targets, logit_sum=logit_sum, fused=self.fused
+            )
+            target_q = torch_chunk.take_targets(q, targets, 0)
+            add_product(u[group], q, head.w, fresh=True)
+            _, one_minus_p = head.finish(statistics[:, group], targets)
+            one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
+            target_rows = TargetRows(targets, target_q, head.w)
+            head.kernels.scatter_rows(u[group], u[group], -head.transform.slope * one_minus_p, target_rows=target_rows)
+        return Forward(statistics, (u,))
+
+    def backward(
+        self,
+        head: Head,
+        rows: ValidRows,
+        saved: tuple[Tensor, ...],
+        chunks: tuple[Tensor, ...],
+        grad_logp: Tensor,
+        wanted: frozenset[str],
+    ) -> Gradients:
+        """a_n U_n at the valid rows."""
+        (u,) = saved
+        dh = head.new_hidden_gradient()
+        head.scatter_hidden(dh, rows, u, grad_logp, None)
+        return Gradients(head.reduced(dh), None, None)

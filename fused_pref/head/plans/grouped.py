@@ -1,0 +1,162 @@
+"""Plan ``grouped``: gradients of whole units in the forward, where their coefficients are known. Three products.
+
+A unit is a pair, sequences p and p + B, or for BCO with a known δ a single sequence. The gradients are those of the
+loss for an upstream gradient of 1; the backward scales them.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fused_pref.head.linear import Gradients, Head, late_dtype, scaled_rows
+from fused_pref.head.plans.problem import Plan, Problem, cuts, number
+from fused_pref.head.rows import ValidRows
+from fused_pref.ops.interface import LOGIT_SUM
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.matmul import add_product, product_dtype
+
+# (runs of sequences, their sums (s,) float64, scored tokens of all sequences (S,) int64) → ∂loss/∂sums (s,) float64
+Slope = Callable[[tuple[slice, ...], Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Grouped(Plan):
+    """Loss and gradients of a unit at once."""
+
+    name = "grouped"
+
+    @classmethod
+    def candidates(cls, problem: Problem) -> Iterator[Self]:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        p = problem
+        products = ("logits", *p.gradient_products)
+        for fused, bounds in itertools.product(p.one_product_forms, list(_groupings(p))):
+            groups = [sum(p.units[a:b]) for a, b in itertools.pairwise(bounds)] or [p.tokens]
+            rows = max(groups)
+            single = len(groups) == 1
+            # dW is its own accumulator where its dtype is that of the sums.
+            direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
+            workspace = rows * p.vocabulary * p.q_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
+            weight = hidden = 0
+            if "weight" in p.gradients:
+                workspace += 0 if direct else 4 * p.vocabulary * p.hidden
+                partial = 0 if single and direct else p.partial * min(p.vocabulary, p.device.columns) * p.hidden
+                weight = rows * p.hidden * p.scaled_itemsize + partial + p.transposed(rows, p.vocabulary)
+                weight = max(weight, p.labels(rows, p.weight_itemsize if direct else 4))
+            if "hidden" in p.gradients:
+                # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
+                workspace += 4 * p.positions * p.hidden if p.late_scale else 0
+                hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
+            workspace += max(weight, hidden) + p.device.scratch + p.cast_weight
+            seconds = 0.0 if single else (len(groups) - 1) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
+            for n in groups:
+                seconds += p.product_seconds(n, p.vocabulary, products) + p.pass_seconds(n, p.vocabulary, fused=fused)
+            yield cls(rows, p.vocabulary, float(len(products)), workspace, seconds, fused, bounds)
+
+    def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        groups = number(max(len(self.bounds) - 1, 1), "group")
+        return (
+            f"forward: {groups} of whole {unit}, at most {self.rows} rows x {problem.vocabulary} logits → "
+            f"log-probs, coefficients, {problem.gradient_names}",
+            "backward: the upstream gradient scales them",
+        )
+
+    def run(
+        self, head: Head, rows: ValidRows, slope: Slope, wanted: frozenset[str], *, paired: bool, logit_sum: bool
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        """Log-probs and Σ z of every position (P,), 0 where nothing is scored, and the gradients of the loss.
+
+        Gradients of float16 tensors are float32: scaled down by the loss, they would underflow.
+        """
+        sequences = rows.counts.shape[0]
+        units = sequences // 2 if paired else sequences
+        bounds = self.bounds or (0, units)
+        positions = head.hidden.shape[:-1].numel()
+        logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
+        sums = _GroupSums(head, wanted, single=len(bounds) == 2)
+        memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
+        for u0, u1 in itertools.pairwise(bounds):
+            members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
+            group = rows if (u0, u1) == (0, units) else rows.part(members)
+            h = head.take(group)
+            statistics = torch_chunk.new_statistics(group.number, h, head.accumulator)
+            q, multiple = head.update_statistics(
+                statistics, memory, h, group.targets, logit_sum=logit_sum, fused=self.fused
+            )
+            values, one_minus_p = head.finish(statistics, group.targets)
+            one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
+            group.scatter_(logp, values)
+            group.scatter_(totals, statistics[LOGIT_SUM])
+            known = slope(members, group.sums(values), rows.counts)
+            sums.add(group, h, q, group.expand(known).to(one_minus_p.dtype) * one_minus_p * head.transform.slope)
+        return logp, totals, sums.gradients()
+
+
+class _GroupSums:
+    """Gradients under way: each group adds to dW and dbias, and fills its own rows of dh."""
+
+    def __init__(self, head: Head, wanted: frozenset[str], *, single: bool) -> None:
+        self.head, self.fresh = head, True
+        self.dh = self.dw = self.db = None
+        if "hidden" in wanted:
+            dtype = torch.promote_types(late_dtype(head.hidden), head.hidden_dtype)
+            self.dh = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
+        if "weight" in wanted:
+            # Several 16-bit groups are summed in float32; one comes out of its product rounded once.
+            dtype = late_dtype(head.weight) if single else torch.promote_types(head.weight.dtype, torch.float32)
+            self.dw = head.weight.new_empty(head.weight.shape, dtype=dtype)
+        if "bias" in wanted:
+            self.db = head.weight.new_zeros(head.columns, dtype=head.accumulator)
+
+    def add(self, group: ValidRows, h: Tensor, q: Tensor, factor: Tensor) -> None:
+        """A group's rows h (n, D), their Q (n, V) and −∂loss/∂z = factor · Q."""
+        head, target_q = self.head, None
+        apart = self.dw is not None and head.targets_apart
+        if self.db is not None:
+            self.db += head.bias_gradient(q, factor)
+        if apart:
+            target_q = torch_chunk.take_targets(q, group.targets, 0)
+        if self.dw is not None:
+            x, scale = scaled_rows(head, h, factor)
+            add_product(self.dw, q.t(), x, fresh=self.fresh, scale=scale)
+            del x
+            if target_q is not None:
+                head.kernels.add_target_rows(self.dw, h, -factor * target_q, group.targets)
+        if self.dh is not None:
+            left = torch.empty(h.shape, dtype=product_dtype(h), device=h.device)
+            if target_q is None:
+                target_q = torch_chunk.take_targets(q, group.targets, 0)
+            add_product(left, q, head.w, fresh=True)
+            head.scatter_hidden(self.dh, group, left, -factor, target_q)
+        self.fresh = False
+
+    def gradients(self) -> Gradients:
+        """In the dtypes of the tensors, float32 for float16."""
+        head = self.head
+        dw = None if self.dw is None else self.dw.to(late_dtype(head.weight))
+        db = None if self.db is None or head.bias is None else self.db.to(late_dtype(head.bias))
+        return Gradients(self.dh, dw, db)
+
+
+def _groupings(p: Problem) -> Iterator[tuple[int, ...]]:
+    """Unit numbers where groups begin, for several target sizes; one group alone if the units are not known."""
+    if not p.units:
+        yield ()
+        return
+    seen = set()
+    for rows in cuts(p.tokens, p.multiple):
+        bounds, filled = [0], 0
+        for unit, size in enumerate(p.units):
+            if filled and filled + size > rows:
+                bounds.append(unit)
+                filled = 0
+            filled += size
+        bounds.append(len(p.units))
+        if tuple(bounds) not in seen:
+            seen.add(tuple(bounds))
+            yield tuple(bounds)

@@ -1,0 +1,93 @@
+"""Which plan a call of the linear head takes: a pure function of a :class:`~fused_pref.head.plans.problem.Problem`.
+
+Five plans turn hidden states (N, D) and a weight (V, D) into log-probs and gradients without the (N, V) logits, one
+module each; which of them compute what is wanted is said in :func:`candidates`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from fused_pref.head.plans.frozen_head import FrozenHead
+from fused_pref.head.plans.grouped import Grouped
+from fused_pref.head.plans.logprob import Logprob
+from fused_pref.head.plans.problem import Plan, Problem
+from fused_pref.head.plans.skipping import Skipping
+from fused_pref.head.plans.vocab_major import VocabMajor
+
+Choice = Callable[[Problem], Plan]
+
+# Plans within this factor of the cheapest are alike: the smallest of them is taken.
+ALIKE = 1.02
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(problem: Problem) -> Plan:
+    """The cheapest plan within the budget; of plans about as cheap, the smallest.
+
+    A budget that the caller did not set gives way to the least that is possible and a quarter more: the very smallest
+    plans work a row or a column at a time, and take thousands of times as long as those of a little more.
+
+    Raises:
+        ValueError: no plan fits a budget that the caller set; the message says the least that would do.
+    """
+    least = least_budget(problem)
+    if least > problem.budget and problem.promised:
+        raise ValueError(
+            f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, "
+            f"D={problem.hidden}, V={problem.vocabulary}; got {problem.budget}"
+        )
+    allowed = problem.budget if problem.promised else max(problem.budget, least + least // 4)
+    fitting = [plan for plan in candidates(problem) if plan.workspace <= allowed]
+    cheapest = min(plan.seconds for plan in fitting)
+    alike = [plan for plan in fitting if plan.seconds <= ALIKE * cheapest]
+    return min(alike, key=lambda plan: (plan.workspace, plan.seconds))
+
+
+_choices: list[Choice] = []
+
+
+@contextlib.contextmanager
+def planning(choice: Choice) -> Iterator[None]:
+    """Within this context calls take the plans that ``choice`` gives, on all threads: how tests force a plan."""
+    _choices.append(choice)
+    try:
+        yield
+    finally:
+        _choices.remove(choice)
+
+
+def plan_of(problem: Problem) -> Plan:
+    """The plan that a call takes: :func:`choose`'s, but within :func:`planning`.
+
+    Raises:
+        ValueError: as :func:`choose`.
+    """
+    return (_choices[-1] if _choices else choose)(problem)
+
+
+def least_budget(problem: Problem) -> int:
+    """Bytes below which no plan fits."""
+    return max(_unscored_least(problem), min(plan.workspace for plan in candidates(problem)))
+
+
+def _unscored_least(problem: Problem) -> int:
+    if not problem.unscored:
+        return 0
+    alone = replace(problem, tokens=problem.unscored, gradients=frozenset(), unscored=0)
+    return min(plan.workspace for plan in candidates(alone))
+
+
+def candidates(problem: Problem) -> Iterator[Plan]:
+    """Every plan that computes what is wanted."""
+    if not problem.gradients:
+        yield from Logprob.candidates(problem)
+    elif problem.skip_mass is not None:
+        yield from Skipping.candidates(problem)
+    elif problem.gradients == {"hidden"}:
+        yield from FrozenHead.candidates(problem)
+    else:
+        if problem.local:
+            yield from Grouped.candidates(problem)
+        yield from VocabMajor.candidates(problem)

@@ -1,0 +1,162 @@
+"""Plan ``vocab_major``: any objective, any budget. Three to four products.
+
+The forward saves the row statistics and some slices of the logits. The backward recomputes the other slices and
+finishes the rows of dW that belong to each.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fused_pref.head.linear import Gradients, Head, Sums, scaled_rows
+from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
+from fused_pref.head.rows import ValidRows
+from fused_pref.ops.blocks import ranges
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.matmul import add_product, overlay
+
+
+@dataclass(frozen=True)
+class VocabMajor(Plan):
+    """Gradients in the backward, a slice of the vocabulary at a time."""
+
+    name = "vocab_major"
+    logits = "again"
+
+    @classmethod
+    def candidates(cls, problem: Problem) -> Iterator[Self]:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        p = problem
+        gradients = p.gradient_products
+        hidden, weight = "hidden" in gradients, "weight" in gradients
+        row = p.tokens * p.hidden
+        sums = row * max(p.itemsize, 4) if hidden else 0
+        fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight + p.upcast(p.tokens, p.hidden)
+        for columns, fused in itertools.product(cuts(p.vocabulary, p.multiple), (False, True) if p.fused else (False,)):
+            count = rounds(p.vocabulary, columns)
+            chunk = p.tokens * columns * p.logits_itemsize
+            partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
+            late = max(p.partial * row if hidden else 0, partial + p.transposed(p.tokens, columns))
+            backward = (row * p.scaled_itemsize if weight else 0) + sums + late
+            # A slice that is kept, and one that is computed again.
+            seconds = p.product_seconds(p.tokens, columns, ("logits", *gradients)) + p.chunk_seconds(p.tokens, columns)
+            twice = p.product_seconds(p.tokens, columns, ("logits", "logits", *gradients))
+            if fused:
+                twice += p.fused_seconds(p.tokens, columns, written=False)
+                twice += p.fused_seconds(p.tokens, columns, written=True)
+            else:
+                twice += 2 * p.chunk_seconds(p.tokens, columns)
+            steps = range(9) if columns >= min(p.device.columns, p.vocabulary) else range(1)
+            for saved in sorted({count * part // 8 for part in steps}):
+                again = count - saved
+                if fused and not again:
+                    continue
+                workspace = (
+                    fixed + saved * chunk + backward + (p.tokens * columns * p.q_itemsize(fused) if again else 0)
+                )
+                workspace = max(workspace, fixed + sums + p.labels(p.tokens, p.weight_itemsize))
+                time = saved * seconds + again * twice
+                products = 1 + len(gradients) + again / count
+                yield cls(p.tokens, columns, products, workspace, time, saved=saved, fused=fused)
+
+    def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        slices = rounds(problem.vocabulary, self.columns)
+        chunks, made = number(slices, "chunk"), problem.gradient_names
+        again = f"{slices - self.saved} of them computed again"
+        if self.fused:
+            saved = f"{number(self.saved, 'chunk')} of {problem.tokens} x {self.columns} logits, kept for later, and "
+            return (
+                f"forward: {saved if self.saved else ''}a fused product of the rest, no logits are written → log-probs",
+                f"backward: each of {chunks}, {again} in a fused product → {made}",
+            )
+        return (
+            f"forward: {chunks} of {problem.tokens} x {self.columns} logits → log-probs; {self.saved} kept for later",
+            f"backward: each chunk, {again} → {made}",
+        )
+
+    def forward(self, head: Head, rows: ValidRows, *, logit_sum: bool) -> Forward:
+        """Saves the statistics (4, N) and the raw logits of the first ``saved`` slices, (N, v) each."""
+        statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
+        h, saved = head.take(rows), []
+        slices = list(ranges(head.columns, self.columns))
+        if self.fused:
+            slices, rest = slices[: self.saved], slice(self.saved * self.columns, head.columns)
+            operands = head.operands(h, rest)
+            head.fused.update_statistics(
+                statistics, operands, rows.targets, rest.start, head.transform, logit_sum=logit_sum
+            )
+        scratch = head.new_chunk(rows.number, self.columns) if self.saved < len(slices) else None
+        for k, columns in enumerate(slices):
+            width = columns.stop - columns.start
+            memory = head.new_chunk(rows.number, width) if k < self.saved or scratch is None else scratch
+            z = head.project(memory, h, columns)
+            head.kernels.update_statistics(
+                statistics, z, rows.targets, columns.start, head.transform, logit_sum=logit_sum
+            )
+            if k < self.saved:
+                saved.append(z)
+        head.merge(statistics, logit_sum=logit_sum)
+        return Forward(statistics, (statistics,), tuple(saved))
+
+    def backward(
+        self,
+        head: Head,
+        rows: ValidRows,
+        saved: tuple[Tensor, ...],
+        chunks: tuple[Tensor, ...],
+        grad_logp: Tensor,
+        wanted: frozenset[str],
+    ) -> Gradients:
+        """The saved slices are written over, the others computed again."""
+        (statistics,) = saved
+        _, one_minus_p = head.finish(statistics, rows.targets)
+        factor = grad_logp * one_minus_p * head.transform.slope
+        h, sums = head.take(rows), Sums.of(head, rows, wanted)
+        target_q = self._add_slices(head, rows, statistics, chunks, h, factor, sums)
+        if sums.dw is not None and head.targets_apart:
+            head.kernels.add_target_rows(sums.dw, h, -factor * target_q, rows.targets)
+        return sums.gradients(head, rows, factor, target_q)
+
+    def _add_slices(
+        self,
+        head: Head,
+        rows: ValidRows,
+        statistics: Tensor,
+        chunks: tuple[Tensor, ...],
+        h: Tensor,
+        factor: Tensor,
+        into: Sums,
+    ) -> Tensor:
+        """Products of every slice; gives the targets' entries of Q, (N,), which are not in the sums."""
+        dw, db, hidden = into
+        target_q, apart = torch.zeros_like(factor), dw is not None and head.targets_apart
+        x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
+        memory = None
+        for k, columns in enumerate(ranges(head.columns, self.columns)):
+            if k >= len(chunks) and memory is None:
+                memory = head.new_chunk(rows.number, self.columns, fused=self.fused)
+            if self.fused and k >= len(chunks) and memory is not None:
+                width = columns.stop - columns.start
+                q = memory[: h.shape[0] * width].view(h.shape[0], width)
+                operands = head.operands(h, columns)
+                head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
+            else:
+                z = chunks[k] if memory is None else head.project(memory, h, columns)
+                q = overlay(z, head.dtype)
+                head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
+            if db is not None:
+                db[columns] = head.bias_gradient(q, factor)
+            if apart:
+                target_q += torch_chunk.take_targets(q, rows.targets, columns.start)
+            if dw is not None and x is not None:
+                add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
+            if hidden is not None:
+                if not apart:
+                    target_q += torch_chunk.take_targets(q, rows.targets, columns.start)
+                add_product(hidden, q, head.w[columns], fresh=k == 0, terms=head.columns)
+        return target_q

@@ -1,0 +1,233 @@
+"""What the two backends share: the logits transform, the row statistics, and the operations on a chunk of logits.
+
+A chunk (n, v) holds a slice of the vocabulary, columns ``first`` to ``first + v``, of n rows. With q the softmax over
+the entries *other than the target*, ∂logp/∂z = (1 − p_y)(onehot − q): nothing cancels where the target has nearly all
+the probability. A chunk becomes Q = q − onehot, whose target entry is exactly −1; the factor 1 − p_y goes to the rows
+of what Q is multiplied with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+FLOAT32 = torch.finfo(torch.float32)
+# Largest magnitude that every output dtype with an 8-bit exponent can hold.
+LARGEST = float(torch.finfo(torch.bfloat16).max)
+# exp(80) is the largest AlphaPO reward: squared it is finite in float64, and itself in float32.
+ALPHA_CLAMP = 80.0
+# Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
+# Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
+ROW_MAX, SUM_EXP, TARGET_LOGIT, LOGIT_SUM = range(4)
+
+
+class Activation(NamedTuple):
+    """An elementwise function of a block of any shape and floating dtype, and its backward, both in place."""
+
+    apply_: Callable[[Tensor], Tensor]  # t → f(t), over t
+    backward_: Callable[[Tensor, Tensor], Tensor]  # (d, t) → d · f'(t), over d; t may be overwritten
+
+
+def _tanh_backward_(d: Tensor, t: Tensor) -> Tensor:
+    """1 − tanh² as 4u/(1+u)² with u = exp(−2|t|), which does not cancel where tanh saturates."""
+    u = t.abs_().mul_(-2).exp_()
+    return d.mul_(u).div_(u.add_(1).square_()).mul_(4)
+
+
+# Activations of the logits; the device twins are in ops/triton/helpers.py. "linear" is none of them: z = inner · x.
+ACTIVATIONS = {"tanh": Activation(Tensor.tanh_, _tanh_backward_)}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """z = outer · f(inner · x) of a raw logit x, f one of ``ACTIVATIONS``; z = inner · x for ``"linear"``."""
+
+    activation: str = "linear"
+    inner: float = 1.0
+    outer: float = 1.0
+
+    def __post_init__(self) -> None:
+        for factor in (self.inner, self.outer):
+            if not FLOAT32.tiny <= abs(factor) <= FLOAT32.max:
+                names = "logit_scale, softcap and temperature"
+                raise ValueError(f"{names} must have ratios that float32 can hold; got one of {factor:g}")
+
+    @property
+    def nonlinear(self) -> bool:
+        """Whether ∂z/∂x differs from entry to entry."""
+        return self.activation != "linear"
+
+    @property
+    def identity(self) -> bool:
+        """Whether z = x."""
+        return not self.nonlinear and self.inner == 1
+
+    @property
+    def slope(self) -> float:
+        """∂z/∂x where it is a constant; 1 with an activation, whose slope :meth:`backward_` applies to each entry."""
+        return 1.0 if self.nonlinear else self.inner
+
+    def apply_(self, x: Tensor) -> Tensor:
+        """Transform a block in place."""
+        if self.nonlinear:
+            return ACTIVATIONS[self.activation].apply_(x.mul_(self.inner)).mul_(self.outer)
+        return x if self.identity else x.mul_(self.inner)
+
+    def backward_(self, dz: Tensor, x: Tensor) -> Tensor:
+        """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone."""
+        if self.nonlinear:
+            t = x.to(dz.dtype, copy=True).mul_(self.inner)
+            return ACTIVATIONS[self.activation].backward_(dz, t).mul_(self.outer * self.inner)
+        return dz if self.identity else dz.mul_(self.inner)
+
+
+class TargetRows(NamedTuple):
+    """What rows of Q W lack: each target's entry of Q, which a caller took out, times the target's weight."""
+
+    targets: Tensor  # (n,)
+    q: Tensor  # (n,), 0 where the target is no column of the weight
+    weight: Tensor  # (v, D)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a fused product multiplies: rows of the hidden states and a slice of the weight, rows of both contiguous.
+
+    Attributes:
+        hidden: (N_total, D).
+        weight: (v, D).
+        bias: (v,) or None.
+        indices: (N,) int64 rows of ``hidden``; None for all of them in order.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    indices: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.hidden.shape[0] if self.indices is None else self.indices.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of this slice of the vocabulary."""
+        return self.weight.shape[0]
+
+
+class RowOps(Protocol):
+    """Operations on a chunk of logits that is in memory, by :mod:`.torch.chunk` and :mod:`.triton.chunk`."""
+
+    def update_statistics(
+        self,
+        statistics: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        first: int,
+        transform: Transform,
+        *,
+        logit_sum: bool,
+        out: Tensor | None = None,
+    ) -> None:
+        """Update the running statistics of rows by a chunk (online softmax).
+
+        Args:
+            statistics: (4, n), updated.
+            logits: (n, v) raw logits.
+            targets: (n,) labels of the rows.
+            first: the chunk's first column in the vocabulary.
+            transform: of the logits.
+            logit_sum: whether Σ z is wanted.
+            out: (n, v), may lie over the logits: receives Q; the chunk is then the whole vocabulary.
+        """
+        ...
+
+    def gradient(
+        self, out: Tensor, logits: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform
+    ) -> None:
+        """Write Q of a chunk of raw logits into ``out``, which may lie over it, from the statistics of whole rows."""
+        ...
+
+    def scatter_rows(
+        self,
+        out: Tensor,
+        source: Tensor,
+        factor: Tensor,
+        indices: Tensor | None = None,
+        target_rows: TargetRows | None = None,
+    ) -> None:
+        """Write (source + target rows) · factor to rows of ``out``, in the dtype of the factor and rounded once.
+
+        Args:
+            out: (P, D) contiguous; may be the source.
+            source: (n, D).
+            factor: (n,) contiguous, in the dtype of the token math.
+            indices: (n,) rows of ``out``; None: the first n.
+            target_rows: what is added to the source.
+        """
+        ...
+
+    def add_target_rows(self, dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
+        """Add factor_n h_n to the row of ``dw`` that is row n's target; those of one target are summed, rounded once.
+
+        A target's part of dW outweighs the rest: by itself it is not rounded before it is added.
+
+        Args:
+            dw: (v, D), updated.
+            h: (n, D).
+            factor: (n,) in the dtype of the token math; 0 where the target is no row of ``dw``.
+            targets: (n,).
+        """
+        ...
+
+
+class FusedOps(Protocol):
+    """Operations on a chunk that never reaches memory: products with an epilogue, by :mod:`.triton.linear`."""
+
+    def update_statistics(
+        self,
+        statistics: Tensor,
+        operands: Operands,
+        targets: Tensor,
+        first: int,
+        transform: Transform,
+        *,
+        logit_sum: bool,
+        split_columns: int | None = None,
+    ) -> Tensor:
+        """As :meth:`RowOps.update_statistics`; gives the statistics of each split of the columns, (splits, 3, N)."""
+        ...
+
+    def gradient(
+        self,
+        out: Tensor,
+        operands: Operands,
+        statistics: Tensor,
+        targets: Tensor,
+        first: int,
+        transform: Transform,
+        count: Tensor | None = None,
+    ) -> None:
+        """As :meth:`RowOps.gradient`; ``count`` (0-d): only the first rows are wanted."""
+        ...
+
+    def exponentials(
+        self,
+        out: Tensor,
+        operands: Operands,
+        statistics: Tensor,
+        targets: Tensor,
+        transform: Transform,
+        *,
+        logit_sum: bool,
+    ) -> Tensor:
+        """Write exp(z − pivot) of whole rows into ``out``, and their statistics; gives each row's factor on Q, (N,)."""
+        ...
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the token math: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

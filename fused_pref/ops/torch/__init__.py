@@ -1,0 +1,1 @@
+"""The PyTorch backend: any device, any floating dtype."""
