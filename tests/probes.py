@@ -19,7 +19,7 @@ LAUNCHERS = [
     (logprob, "token_logps_fwd"),
     (dlogits, "token_logps_bwd"),
     (sequences, "sequence_scores"),
-    (sequences, "spread"),
+    (sequences, "expand"),
     (objective, "pair_objective"),
     (objective, "bco_objective"),
 ]

@@ -124,7 +124,9 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
 
 def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
     """16-bit products everywhere; exact ones of float32 on NVIDIA's only where they may be rounded."""
-    kernels = {f"_{name}_kernel" for name in ("linear_statistics", "linear_gradient", "selected_weight", "selected_hidden")}
+    kernels = {
+        f"_{name}_kernel" for name in ("linear_statistics", "linear_gradient", "selected_weight", "selected_hidden")
+    }
     products = [row for row in rows if row["kernel"] in kernels]
     assert {(row["kernel"], row["target"]) for row in products} == set(itertools.product(kernels, GPUS))
     for row in products:

@@ -69,11 +69,11 @@ def add_product(
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
-    turn = transposed(a)
-    rows = max(1, total.shape[0]) if direct and not turn else device_of(a.device.type).columns
-    copy = a.new_empty((min(rows, total.shape[0]), a.shape[1])) if turn else a
+    columns_first = column_major(a)
+    rows = max(1, total.shape[0]) if direct and not columns_first else device_of(a.device.type).columns
+    copy = a.new_empty((min(rows, total.shape[0]), a.shape[1])) if columns_first else a
     for part in ranges(total.shape[0], rows):
-        operand = contiguous_rows(a[part], copy[: part.stop - part.start]) if turn else a[part]
+        operand = contiguous_rows(a[part], copy[: part.stop - part.start]) if columns_first else a[part]
         if not direct:
             product = _product(operand, b)
             product = product if scale is None else product.to(total.dtype).mul_(scale)
@@ -87,7 +87,7 @@ def add_product(
 
 
 def _add_runs(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
-    """Total ← a b, or total + a b, by sums of at most ``CHAIN`` terms: one after the other, errors grow with them."""
+    """Total ← a b, or total + a b, by sums of at most ``MAX_TERMS`` terms: errors grow with the terms."""
     rows = max(1, device_of("cpu").scratch // (b.shape[1] * b.itemsize))
     for part, run in itertools.product(ranges(total.shape[0], rows), ranges(a.shape[1], MAX_TERMS)):
         product = torch.mm(a[part, run], b[run])
@@ -97,7 +97,7 @@ def _add_runs(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
             total[part] += product
 
 
-def transposed(a: Tensor) -> bool:
+def column_major(a: Tensor) -> bool:
     """Whether a product first copies this operand into rows: 16-bit columns cost a CPU's product half its speed."""
     return a.dtype == torch.bfloat16 and not mixed(a) and a.stride(1) != 1
 
