@@ -1,6 +1,7 @@
 """What is seen on a few tokens before a model is used: the right head in any precision, and a model left as it was."""
 
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_a_model_is_left_as_it_was(name: str) -> None:
     model.train()
     list(model.modules())[-1].eval()
     next(iter(model.parameters())).requires_grad_(False)
+    before = state(model)
+    models.attach(model)
+    assert state(model) == before
+
+
+def test_the_random_state_is_left_as_it_was() -> None:
+    """A model may drop out between its layers and its head."""
+
+    class Dropping(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            hidden = nn.functional.dropout(self.model(input_ids)[0])
+            return types.SimpleNamespace(logits=self.lm_head(hidden))
+
+    model = Dropping(llama().config)
     before = state(model)
     models.attach(model)
     assert state(model) == before
