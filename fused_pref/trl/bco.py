@@ -106,6 +106,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             )
         if ref_model is None and isinstance(model, nn.Module) and peft_config is None and not is_peft_model(model):
             ref_model = None if args.precompute_ref_log_probs else copy.deepcopy(model)
+        if ref_model is not None:
+            attach(ref_model)
         super().__init__(
             model=model,  # type: ignore[arg-type]
             ref_model=ref_model,  # type: ignore[arg-type]
