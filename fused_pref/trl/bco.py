@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.data_utils import is_conversational
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -45,7 +44,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             training, else a deep copy of the model (of one given by name, the same once more).
         args: None: ``BCOConfig()`` with an output folder named after the model.
         train_dataset: rows of ``prompt``, ``completion`` and ``label`` (true: desirable), or of ``prompt``, ``chosen``
-            and ``rejected``, which become two; texts or messages.
+            and ``rejected``, which become two; texts or messages; with ``image`` or ``images``, for a processor.
         eval_dataset: the same, or a dictionary of them.
         embedding_func: for underlying distribution matching: embeddings (n, E) of n prompts, from a list of texts, or
             with ``embedding_tokenizer`` from its ``input_ids`` and ``attention_mask``. Before training it gets the
@@ -55,8 +54,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             for TRL's ``KTOTrainer``; ``compute_metrics`` gets the rewards as predictions and the labels.
 
     Raises:
-        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer without
-            a pad token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
+        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer with
+            neither a pad nor an EOS token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
     """
 
     model: Any
@@ -154,8 +153,10 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's tokenised rows, with their weights where prompts are matched."""
-        # Lists of token ids are joined by +, which adds arrays and tensors; a transform of the user's makes the texts.
-        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        if isinstance(dataset, Dataset):
+            # A transform makes other rows out of the tokenised ones, too; and arrays of ids are added where lists join.
+            if dataset.format["type"] == "custom":
+                dataset = dataset.map(lambda row: row)
             dataset = dataset.with_format(None)
         first: Any = next(iter(dataset))
         if prompt_is_inside(first):
@@ -163,8 +164,6 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         if not is_conversational(first):
             check_eos(self._tokenizer)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(dataset, Dataset):
-            dataset = dataset.with_format(None)
         if self.prompt_weights is None or WEIGHT in first:
             return dataset
 
@@ -190,14 +189,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapters = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, checkpointing),
-            adapters,
-            evaluating(model),
-            self.accelerator.autocast(),
-        ):
+        # In evaluation nothing is checkpointed, either.
+        with torch.no_grad(), adapters, evaluating(model), self.accelerator.autocast():
             logps, _ = self._preference(linear_sequence_logps, model, inputs).run(model, _model_inputs(inputs))
         return logps.to(self.accelerator.device), None
 

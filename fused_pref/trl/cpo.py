@@ -34,8 +34,8 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         memory_budget: see :class:`fused_pref.trl.CPOConfig`; None: what ``args`` says.
 
     Raises:
-        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer without
-            a pad token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
+        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer with
+            neither a pad nor an EOS token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
     """
 
     is_encoder_decoder: Any
