@@ -176,8 +176,10 @@ def test_table_names_every_row() -> None:
 
 
 def test_spills_and_missing_cases_fail() -> None:
+    """Thirty float64 of a thread do not fit into 32 registers, whatever the compiler."""
     before = (
-        "from fused_pref.kernels import cases, configs; configs.OBJECTIVE = configs.Config(1024, 4);"
+        "from fused_pref.kernels import cases, configs;"
+        "configs.Config.options = property(lambda self: {'num_warps': self.num_warps, 'maxnreg': 32});"
         "cases.CASES[:] = [case for case in cases.CASES if case.name == 'simpo, alpha'];"
     )
     done = command("--json", "--targets", "sm_90", before=before)
