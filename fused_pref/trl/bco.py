@@ -11,7 +11,6 @@ from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -19,6 +18,7 @@ from fused_pref.functional import linear_bco_loss, linear_sequence_logps
 from fused_pref.models import Preference, attach, virtual_tokens
 from fused_pref.trl.base import HeadTrainer
 from fused_pref.trl.bco_config import BCOConfig
+from fused_pref.trl.checkpointing import no_checkpointing
 from fused_pref.trl.checks import check_args, check_model, check_reference, check_rows, check_tokenizer
 from fused_pref.trl.udm import WEIGHT, PromptWeights, WeightCollator, prompt_texts
 from fused_pref.udm import DensityRatio
@@ -156,10 +156,9 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapters = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
         attach(model)
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, checkpointing),
+            no_checkpointing(self.model),
             adapters,
             self.accelerator.autocast(),
         ):
