@@ -28,11 +28,11 @@ STREAMING = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel"}
 # Rows that cannot be accessed 16 bytes at a time.
 NARROW = {"odd vocabulary", "any strides", "small vocabulary"}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Cases that take an unusual vocabulary or objective.
-RARE = {"odd vocabulary", "sigmoid, NLL, normalizers", "simpo, alpha", "ema, class mean"}
+# Cases that take an unusual head or objective.
+RARE = {"odd vocabulary", "exponentials, bias", "sigmoid, NLL, normalizers", "simpo, alpha", "ema, class mean"}
 # Bytes a thread that they may spill, by Triton's minor version; with others none. Eight are a pair of registers that
 # ptxas spills to fit one more program into a processor.
-SPILLS = {"3.7": 8}
+SPILLS = {"3.6": 48, "3.7": 8}
 # Label, sequence boundaries, statistics, upstream gradient: what a program reads or writes once, whatever its block.
 SCALARS = 8
 
@@ -147,9 +147,14 @@ def test_weights_are_read_through_descriptors(rows: list[dict[str, Any]]) -> Non
 
 
 def rare(row: dict[str, Any]) -> bool:
-    """Whether no call by defaults launches a row: fused products of float32 are the vendor's, unless forced."""
+    """Whether hardly a call works by a row.
+
+    Products of float32 are the vendor's, unless fused ones are forced; the statistics' second pass (with ``before``)
+    leaves at once where no row has risen far above its pivot.
+    """
     fused = row["kernel"] in ("_linear_statistics_kernel", "_linear_gradient_kernel")
-    return (fused and row["dtype"] == "fp32") or row["case"] in RARE
+    again = row["kernel"] == "_linear_statistics_kernel" and "-before" not in row["config"].split()
+    return again or (fused and row["dtype"] == "fp32") or row["case"] in RARE
 
 
 def test_defaults_do_not_spill(rows: list[dict[str, Any]]) -> None:
