@@ -234,6 +234,9 @@ def _score(model: Any, preference: Preference, args: tuple[Any, ...], kwargs: di
         losses.append(preference(hidden, OutputHead(model.base_model, module, head_bias(model, module), *transform)))
         return hidden.new_empty(0, *hidden.shape[1:-1], weight.shape[0])
 
+    # PEFT's prefixes come by the name that newer models have replaced.
+    if "past_key_values" in kwargs and "cache" in inspect.signature(model._plain_forward).parameters:
+        kwargs["cache"] = kwargs.pop("past_key_values")
     with _replaced_forward(head_layers(model.get_output_embeddings()), score):
         outputs = model._plain_forward(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     if len(losses) != 1:
