@@ -243,9 +243,9 @@ def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) ->
 def _head(weight: Any, bias: Any, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Validate weight and bias; ``dtype`` is that of the products."""
     device, features = hidden.device, hidden.shape[-1]
-    # Autocast casts what enters a product; elsewhere the two must agree.
+    # Autocast casts what enters a product, but for float64; elsewhere the two must agree.
     casts = dtype != torch.float64 and torch.is_autocast_enabled(device.type)
-    dtypes = tuple(dict.fromkeys((hidden.dtype, dtype, torch.float32))) if casts else (hidden.dtype,)
+    dtypes = tuple(kind for kind in validate.FLOATS if kind != torch.float64) if casts else (hidden.dtype,)
     weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
     if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
         raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)

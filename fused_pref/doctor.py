@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 if every self-check holds, else 1."""
     print(f"fused_pref {fp.__version__}, Python {platform.python_version()} on {platform.platform()}")
-    for package in ("torch", "triton", "transformers", "trl", "scikit-learn"):
+    # With its build, which its package may leave out.
+    print(f"  torch {torch.__version__}")
+    for package in ("triton", "transformers", "trl", "scikit-learn"):
         try:
             print(f"  {package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

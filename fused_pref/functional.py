@@ -153,7 +153,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keyword
 
     Args:
         hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; float32, bfloat16, float16 or float64; any strides.
-        weight: (V, D) of the dtype of ``hidden`` (under autocast also float32).
+        weight: (V, D) of the dtype of ``hidden`` (under autocast of any but float64).
         labels: (S, T) or (N_total,) int64 or int32, as causal-LM labels come (see ``shift``).
 
     Returns:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_pref import validate
+from fused_pref.model_inputs import with_decoder_inputs, with_positions
 from fused_pref.modules import ObjectiveModule
 from fused_pref.output_head import (
     OutputHead,
-    check_logits,
     find_head,
     head_bias,
     head_layers,
@@ -28,6 +28,7 @@ from fused_pref.output_head import (
     sharded,
     unwrap,
 )
+from fused_pref.probe import check_logits
 
 __all__ = ["OutputHead", "Preference", "attach", "find_head", "preference_forward", "unwrap", "virtual_tokens"]
 
@@ -105,8 +106,8 @@ class Preference:
 def attach(model: nn.Module) -> Any:
     """Give a model's forward the keyword ``preference``; does nothing the second time.
 
-    Attach before the model is sharded or wrapped for several devices. Unless its weights are sharded already, the
-    model is run once on two tokens, to see that its logits are those of the head that was found.
+    Attach before the model is sharded or wrapped for several devices. Unless its weight is sharded already, the head
+    is tried on made-up hidden states, to see that the model makes its logits by it; no layer is run.
 
     Args:
         model: a transformers model, also inside of PEFT.
@@ -153,8 +154,9 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
         batch: ``labels`` (S, T) int64, -100 where not scored, and whatever else the loss takes by name (``ref_logps``,
             ``desirable``, ``sample_weight``, ``cu_seqlens``, ...); everything else goes to the model: ``input_ids``
             (S, T), ``attention_mask``, ... Pairs come as chosen sequences first, then rejected. With ``cu_seqlens``,
-            ``input_ids`` is (1, N_total). An encoder-decoder model takes the prompts as ``input_ids``, and its
-            ``decoder_input_ids`` are made from the labels, which it does not shift.
+            ``input_ids`` is (1, N_total), ``position_ids`` are made where they are missing, and there is no mask but
+            one of ones or of 4 dimensions. An encoder-decoder model takes the prompts as ``input_ids``; its
+            ``decoder_input_ids`` are made from the labels where they are missing, and the labels are not shifted.
         loss: a linear module such as ``fp.LinearCPOLoss(beta=0.1)``, or a linear function, such as
             ``functools.partial(fp.linear_cpo_loss, beta=0.1)``. Softcap, logit scale and bias are the model's.
 
@@ -163,7 +165,8 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
         ``loss``, as in the model's own forward.
 
     Raises:
-        ValueError, TypeError: as :func:`attach` and the loss; an entry that the loss needs is missing.
+        ValueError, TypeError: as :func:`attach` and the loss; an entry that the loss needs is missing; a model that
+            lets packed sequences see each other, or whose decoder inputs cannot be made.
     """
     base = attach(model)
     if not isinstance(batch, Mapping):
@@ -186,10 +189,13 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
             raise validate.fail(f"batch[{name!r}]", "a tensor", batch[name], TypeError)
     inputs = {name: value for name, value in batch.items() if name not in parameters}
     keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
-    if base.config.is_encoder_decoder:
+    if keywords.get("cu_seqlens") is not None:
+        if virtual_tokens(model):
+            raise ValueError("cu_seqlens cannot be used with prompt learning, whose tokens come before the packed ones")
+        inputs = with_positions(base, inputs, batch["labels"], keywords["cu_seqlens"])
+    elif base.config.is_encoder_decoder:
         keywords["shift"] = False
-        if "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(batch["labels"])
+        inputs = with_decoder_inputs(base, inputs, batch["labels"])
     tensors = tuple(batch[name] for name in required)
     output, aux_loss = Preference(loss, tensors, keywords, virtual_tokens(model)).run(model, inputs)
     if aux_loss is None or isinstance(output, Tensor):
@@ -228,6 +234,9 @@ def _score(model: Any, preference: Preference, args: tuple[Any, ...], kwargs: di
         losses.append(preference(hidden, OutputHead(model.base_model, module, head_bias(model, module), *transform)))
         return hidden.new_empty(0, *hidden.shape[1:-1], weight.shape[0])
 
+    # PEFT's prefixes come by the name that newer models have replaced.
+    if "past_key_values" in kwargs and "cache" in inspect.signature(model._plain_forward).parameters:
+        kwargs["cache"] = kwargs.pop("past_key_values")
     with _replaced_forward(head_layers(model.get_output_embeddings()), score):
         outputs = model._plain_forward(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     if len(losses) != 1:

@@ -40,8 +40,8 @@ class DensityRatio(ExactModule):
         self.register_buffer("coefficients", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("intercept", torch.zeros((), dtype=torch.float64))
 
-    def fit(self, embeddings: Tensor, desirable: Tensor) -> "DensityRatio":
-        """Fit on prompts of both classes.
+    def fit(self, embeddings: Any, desirable: Any) -> "DensityRatio":
+        """Fit on prompts of both classes; tensors, NumPy arrays or lists.
 
         Args:
             embeddings: (M, E) floating, finite; one row a prompt.
@@ -60,10 +60,11 @@ class DensityRatio(ExactModule):
             raise ModuleNotFoundError(
                 'DensityRatio.fit needs scikit-learn: pip install "fused-pref[udm]"', name="sklearn"
             ) from error
-        embeddings = validate.tensor("embeddings", embeddings, "(M, E)", None, validate.FLOATS)
+        embeddings = validate.tensor("embeddings", as_tensor(embeddings), "(M, E)", None, validate.FLOATS)
         if embeddings.dim() != 2 or embeddings.shape[1] == 0:
             raise validate.fail("embeddings", "(M, E) with E >= 1", embeddings)
-        desirable = validate.tensor("desirable", desirable, "(M,)", tuple(embeddings.shape[:1]), (torch.bool,))
+        shape = tuple(embeddings.shape[:1])
+        desirable = validate.tensor("desirable", as_tensor(desirable), "(M,)", shape, (torch.bool,))
         features, classes = embeddings.detach().cpu().double(), desirable.cpu()
         if not features.isfinite().all():
             raise ValueError("embeddings must be finite; got NaN or infinity")
@@ -80,8 +81,8 @@ class DensityRatio(ExactModule):
         self.intercept = torch.as_tensor(model.intercept_[0], dtype=torch.float64, device=device)
         return self
 
-    def forward(self, embeddings: Tensor, desirable: Tensor | None = None) -> Tensor:
-        """Weights of a batch.
+    def forward(self, embeddings: Any, desirable: Any = None) -> Tensor:
+        """Weights of a batch; from tensors, NumPy arrays or lists.
 
         Args:
             embeddings: (S, E) prompt embeddings.
@@ -97,7 +98,7 @@ class DensityRatio(ExactModule):
         if self.coefficients.numel() == 0:
             raise RuntimeError("DensityRatio has no coefficients: call fit() or load_state_dict() first")
         features = self.coefficients.numel()
-        embeddings = validate.tensor("embeddings", embeddings, "(S, E)", None, validate.FLOATS)
+        embeddings = validate.tensor("embeddings", as_tensor(embeddings), "(S, E)", None, validate.FLOATS)
         if embeddings.dim() != 2 or embeddings.shape[1] != features:
             raise validate.fail("embeddings", f"(S, E={features})", embeddings)
         place, shape = embeddings.device, tuple(embeddings.shape[:1])
@@ -105,7 +106,7 @@ class DensityRatio(ExactModule):
         probability = torch.sigmoid(scores)
         weights = (probability / (1 - probability + 1e-8)).clamp(self.min_ratio, self.max_ratio)
         if desirable is not None:
-            desirable = validate.tensor("desirable", desirable, "(S,)", shape, (torch.bool,), place)
+            desirable = validate.tensor("desirable", as_tensor(desirable), "(S,)", shape, (torch.bool,), place)
             weights = torch.where(desirable, 1.0, weights)
         return weights.float()
 
@@ -130,3 +131,13 @@ class DensityRatio(ExactModule):
     def extra_repr(self) -> str:
         """The clamps and the size of the embeddings."""
         return f"E={self.coefficients.numel()}, min_ratio={self.min_ratio}, max_ratio={self.max_ratio}"
+
+
+def as_tensor(value: Any) -> Any:
+    """What embedding models return, as a tensor: an array, or a list of rows of any of these kinds; else the value."""
+    try:
+        if isinstance(value, list | tuple):
+            return torch.stack([row if isinstance(row, Tensor) else torch.tensor(row) for row in value])
+        return torch.tensor(value) if hasattr(value, "__array__") and not isinstance(value, Tensor) else value
+    except (TypeError, ValueError, RuntimeError):  # of no numbers, or of rows of several lengths
+        return value

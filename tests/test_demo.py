@@ -20,6 +20,7 @@ from fused_pref.demo.history import Check, History, Point
 from fused_pref.demo.objectives import OBJECTIVES
 from fused_pref.demo.quiet import quiet
 from fused_pref.demo.report import check_line, peak_memory, point_line
+from fused_pref.doctor import LINEAR_BOUNDS
 
 CPU = torch.device("cpu")
 
@@ -115,7 +116,7 @@ def test_demo_stops_at_the_cap_and_says_so(name: str, tmp_path: Path, capsys: py
 def test_a_failed_check_fails_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fused_pref.demo.history.GRADIENT_BOUND", 0.0)
+    monkeypatch.setitem(LINEAR_BOUNDS, torch.bfloat16, (2e-2, 0.0))
     arguments = ["--objective", "cpo", "--steps", "1", "--out", str(tmp_path)]
     assert main(["demo", *arguments, "--data", str(mini(tmp_path / "mine.jsonl"))]) == 1
     assert ": BAD\n" in capsys.readouterr().out
@@ -211,7 +212,12 @@ def test_console_lines() -> None:
     history.losses += [3.0, 2.0]
     line = "  step   2: loss 2.000, held-out accuracy 25%, reward margin +1.000"
     assert point_line(history, Point(2, 0.25, 0.5, 1.0)) == line
-    assert check_line(Check(1e-7, 2e-7)).endswith("loss off by 1.0e-07, gradient by 2.0e-07: ok")
+    line = check_line(Check(1e-7, 2e-7))
+    assert line.endswith("loss off by 1.0e-07 (at most 2e-05), gradient by 2.0e-07 (at most 1e-04): ok")
+    line = check_line(Check(1e-3, 1e-2, torch.bfloat16))
+    assert "first step in bfloat16 against" in line
+    assert line.endswith("loss off by 1.0e-03 (at most 2e-02), gradient by 1.0e-02 (at most 2e-02): ok")
+    assert check_line(Check(1e-3, 3e-2, torch.bfloat16)).endswith(": BAD")
 
 
 def test_spare_core_gives_the_threads_back() -> None:

@@ -100,9 +100,10 @@ def test_training_learns_the_preference(name: str) -> None:
     assert not history.stopped
     assert history.check is not None
     assert history.check.holds
+    assert history.check.dtype == torch.bfloat16
     batch = make_batch(HELDOUT, small_tokenizer())
     rewards = BETA * (_logps(model, batch) - (_logps(start, batch) if name == "bco" else 0))
-    assert last.margin == pytest.approx((rewards[:3] - rewards[3:]).mean().item(), rel=1e-4)
+    assert last.margin == pytest.approx((rewards[:3] - rewards[3:]).mean().item(), rel=2e-2)
 
 
 def test_accuracy_is_by_log_prob_per_token() -> None:

@@ -107,7 +107,8 @@ TRAINERS: Rows = [
     ({"args": "out"}, TypeError, r"args must be a \w+Config; got str"),
     ({"train_dataset": "rows"}, TypeError, "train_dataset must be a datasets.Dataset.*; got str"),
     ({"eval_dataset": [1]}, TypeError, "eval_dataset must be a datasets.Dataset.*; got list"),
-    ({"processing_class": "gpt2"}, ValueError, "processing_class must have a pad token.*; got str"),
+    ({"processing_class": "gpt2"}, TypeError, "processing_class must be a tokenizer, not its name; got 'gpt2'"),
+    ({"processing_class": object()}, TypeError, "processing_class must be a tokenizer of transformers; got a object"),
     ({"peft_config": "lora"}, TypeError, "peft_config.* must be .*, got str"),
     ({"optimizer": "adam"}, TypeError, "unexpected keyword argument 'optimizer'"),
 ]

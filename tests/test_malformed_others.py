@@ -75,8 +75,9 @@ RATIOS: Rows = [
     ({"ratio": 1}, TypeError, "unexpected keyword argument 'ratio'"),
 ]
 FITS: Rows = [
-    ({"embeddings": lambda e: e.tolist()}, TypeError, r"embeddings must be .*; got \[\["),
-    ({"embeddings": lambda e: e.numpy()}, TypeError, r"embeddings must be .*; got array"),
+    ({"embeddings": [[1.0, 2.0], [3.0], [], []]}, TypeError, r"embeddings must be .*; got \[\["),
+    ({"embeddings": np.array(["a", "b", "c", "d"])}, TypeError, r"embeddings must be .*; got array"),
+    ({"embeddings": "a sentence"}, TypeError, "embeddings must be .*; got 'a sentence'"),
     ({"embeddings": lambda e: e.long()}, TypeError, "embeddings must be .*; got a int64 tensor"),
     ({"embeddings": lambda e: e[:, :0]}, ValueError, r"embeddings must be \(M, E\) with E >= 1; got .* \(4, 0\)"),
     ({"embeddings": lambda e: e[:0]}, ValueError, r"desirable must be \(M,\) = \(0,\); got .* \(4,\)"),
@@ -94,7 +95,7 @@ WEIGHINGS: Rows = [
     ({"embeddings": None}, TypeError, "embeddings must be .*; got None"),
     ({"desirable": lambda d: d.float()}, TypeError, r"desirable must be a bool tensor \(S,\); got a float32 tensor"),
     ({"desirable": lambda d: d[:, None]}, ValueError, r"desirable must be \(S,\) = \(4,\); got .* \(4, 1\)"),
-    ({"desirable": [True] * 4}, TypeError, r"desirable must be a bool tensor \(S,\); got \[True"),
+    ({"desirable": ["yes"] * 4}, TypeError, r"desirable must be a bool tensor \(S,\); got \['yes"),
 ]
 RATIO_STATES: Rows = [
     ({"coefficients": torch.ones(1, 3)}, ValueError, r"state_dict\['coefficients'\] must be \(E,\).*got .* \(1, 3\)"),

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import types
+import warnings
 from typing import Any
 
 import pytest
@@ -305,7 +306,9 @@ def test_prompt_learning(kind: str) -> None:
     logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits
     assert logits.shape[1] == (12 if kind == "prompt" else 9)
     want = fp.reference.cpo_loss(logits[:, -9:], given["labels"])
-    got = models.preference_forward(model, given, fp.LinearCPOLoss())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "`past_key_values`")
+        got = models.preference_forward(model, given, fp.LinearCPOLoss())
     torch.testing.assert_close(got.loss, want.loss)
     got.loss.backward()
     assert any(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in model.parameters())

@@ -1,8 +1,10 @@
 """What the project's files say of each other."""
 
 import dataclasses
+import importlib.util
 import inspect
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,44 @@ def test_makefile_has_the_commands_of_dev_and_ci() -> None:
 def test_citation_has_the_version() -> None:
     versions = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert versions == [fused_pref.__version__]
+
+
+NEWEST = ROOT / ".ci" / "newest.py"
+
+
+@pytest.mark.parametrize(
+    ("torch", "triton", "tests", "status"),
+    [
+        ("2.9.1+cpu", "3.8.0", 0, 0),
+        ("2.10.0+cu130", "3.8.0", 1, 1),
+        ("2.9.1", "3.8.0", 5, 1),
+        ("2.10.1", "3.8.0", 0, 0),
+        ("2.10.1", "3.8.0", 1, 0),
+        ("2.10.0", "3.10.0", 1, 0),
+    ],
+)
+def test_only_newer_releases_than_the_recorded_ones_may_fail(
+    torch: str, triton: str, tests: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("newest", NEWEST)
+    assert spec is not None
+    assert spec.loader is not None
+    newest: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(newest)
+    assert newest.recorded(newest.RECORD.read_text()).keys() == {"torch", "triton"}
+    for test in newest.TESTS:
+        path, _, function = test.partition("::")
+        assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), test
+    record = tmp_path / "newest.txt"
+    record.write_text("torch==2.10.0\ntriton==3.8.0\n")
+    monkeypatch.setattr(newest, "RECORD", record)
+    monkeypatch.setattr(newest, "version", {"torch": torch, "triton": triton}.get)
+
+    def run(command: list[str], **keywords: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, tests if "pytest" in command else 0)
+
+    monkeypatch.setattr(newest.subprocess, "run", run)
+    assert newest.main() == status
 
 
 TABLES = {

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from transformers import set_seed
-from trl_models import TRAINING, bart, llama, mixtral, pairs, t5, tokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, set_seed
+from trl_models import DEFAULTS, SETUPS, bart, llama, mixtral, pairs, t5, tokenizer
 
 from benchmarks.measure import peak_bytes
 from fused_pref.trl import CPOConfig, CPOTrainer
@@ -22,9 +24,15 @@ UNTIMED = ("runtime", "per_second")
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
-def config(folder: Path, kind: type = StockCPOConfig, **changes: Any) -> Any:
+@pytest.fixture(params=SETUPS)
+def setup(request: pytest.FixtureRequest) -> str:
+    """As a user trains, with the trainer's defaults; and in float32."""
+    return request.param
+
+
+def config(folder: Path, kind: type = StockCPOConfig, setup: str = "fp32", **changes: Any) -> Any:
     options = {
-        **TRAINING,
+        **SETUPS[setup],
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "max_steps": 4,
@@ -43,6 +51,7 @@ def trained(
     make: Any = llama,
     options: dict[str, Any] | None = None,
     eval_dataset: Any = None,
+    train_dataset: Any = None,
     **changes: Any,
 ) -> Any:
     """A trainer after its steps."""
@@ -50,7 +59,7 @@ def trained(
     trainer = kind(
         model=make(),
         args=config(folder, **changes),
-        train_dataset=pairs(),
+        train_dataset=train_dataset or pairs(),
         eval_dataset=eval_dataset or pairs(6),
         processing_class=tokenizer(),
         **(options or {}),
@@ -115,21 +124,83 @@ def test_lora(tmp_path: Path) -> None:
     assert sum(parameter.requires_grad for parameter in ours.model.parameters()) == 8
 
 
-def test_bf16_autocast(tmp_path: Path) -> None:
-    """TRL rounds the logits to bfloat16, we do not; so the parameters are not compared."""
-    ours, stock = (
-        trained(kind, tmp_path, bf16=True, optim="adamw_torch", learning_rate=1e-5)
-        for kind in (CPOTrainer, StockCPOTrainer)
-    )
-    for mine, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
-        for name in theirs:
-            if not name.endswith(UNTIMED):
-                assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-3), name
+# TRL rounds the logits to bfloat16, to 8 bits, and we do not. The errors of single log-probs, up to 2^-9 of the logits,
+# are independent, and average out over the hundreds of tokens of a batch and the sums of tens in a sequence. Where the
+# gradients differ by so little, Adam's steps do too, unless a gradient is about 0; so the parameters are not compared.
+BF16 = {"loss": 2e-3, "nll_loss": 2e-3, "logps": 2e-3, "rewards": 2e-3, "grad_norm": 2e-2, "logits": 2e-3}
+
+
+def assert_same_numbers(ours: Any, stock: Any) -> None:
+    """All logged numbers, within what bfloat16 can hold."""
     assert ours.args.bf16
+    assert len(ours.state.log_history) == len(stock.state.log_history) > 4
+    for mine, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            if name.endswith(UNTIMED):
+                continue
+            relative = BF16.get(name.removeprefix("eval_").split("/")[0], 1e-6)
+            # Margins are differences of log-probs of up to 200, times beta = 0.1.
+            absolute = 0.02 if "rewards" in name else 2e-3
+            assert mine[name] == pytest.approx(theirs[name], rel=relative, abs=absolute), name
 
 
-def test_no_logits_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no")
+@pytest.mark.parametrize("make", [llama, mixtral, t5], ids=["llama", "mixtral", "t5"])
+def test_bf16_autocast(tmp_path: Path, make: Any) -> None:
+    options = {"setup": "defaults", "optim": "adamw_torch", "learning_rate": 1e-5}
+    options |= {"max_completion_length": 8} if make is t5 else {}
+    assert_same_numbers(*(trained(kind, tmp_path, make, **options) for kind in (CPOTrainer, StockCPOTrainer)))
+
+
+ENGLISH = [
+    ("Which planet is the largest?", "Jupiter is the largest planet of the solar system.", "The moon, I think."),
+    ("Translate into French: good morning.", "Bonjour.", "Guten Morgen, which is what one says in Berlin."),
+    ("Why is the sky blue?", "Air scatters short wavelengths of sunlight more than long ones.", "Because it is."),
+    ("Name a prime number above ten.", "Eleven is one.", "Twelve, fourteen and fifteen are prime numbers."),
+    ("Who wrote Hamlet?", "William Shakespeare wrote it around the year 1600.", "Hamlet was written by Hamlet."),
+    ("How do I boil an egg?", "Put it into boiling water for eight minutes, then cool it.", "Ask your mother."),
+    ("What does HTTP stand for?", "Hypertext Transfer Protocol.", "It stands for a web page with a padlock."),
+    ("Is glass a liquid?", "No; it is an amorphous solid, whatever one reads about old windows.", "Yes, it flows."),
+]
+
+
+def english() -> Dataset:
+    columns = ("prompt", "chosen", "rejected")
+    return Dataset.from_list([dict(zip(columns, row, strict=True)) for row in ENGLISH])
+
+
+def reader() -> Any:
+    """Each printable character of ASCII is a token."""
+    vocabulary = {text: number for number, text in enumerate(["<pad>", "<s>", "</s>", *map(chr, range(32, 127))])}
+    core = Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 1e-3}], ids=str)
+def test_the_defaults_of_both_give_the_same_numbers_on_english(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Every field of the configuration that computes something is at its default, bf16 and AdamW included; again with
+    steps that are seen in the numbers."""
+    runs = []
+    for kind in (CPOTrainer, StockCPOTrainer):
+        set_seed(0)
+        args = StockCPOConfig(str(tmp_path), num_train_epochs=6, **DEFAULTS, **changes)
+        model = llama(vocab_size=98, max_position_embeddings=128)
+        given = {"train_dataset": english(), "eval_dataset": english(), "processing_class": reader()}
+        runs.append(kind(model=model, args=args, **given))
+        runs[-1].train()
+        runs[-1].evaluate()
+    ours, stock = runs
+    assert args.gradient_checkpointing
+    assert args.per_device_train_batch_size == 8
+    assert len(ours.train_dataset[0]["chosen_input_ids"]) > 70
+    assert_same_numbers(ours, stock)
+    first, last = (ours.state.log_history[step]["loss"] for step in (0, 5))
+    assert first - last > (1.0 if changes else 0.0)
+
+
+def test_no_logits_are_made(tmp_path: Path, setup: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no", setup=setup)
     monkeypatch.setattr(torch.nn.functional, "linear", _without_vocabulary(torch.nn.functional.linear))
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
@@ -149,8 +220,8 @@ def _without_vocabulary(linear: Any) -> Any:
     return checked
 
 
-def test_generation_is_unchanged(tmp_path: Path) -> None:
-    trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no")
+def test_generation_is_unchanged(tmp_path: Path, setup: str) -> None:
+    trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no", setup=setup)
     fresh = llama()
     fresh.load_state_dict(trainer.model.state_dict())
     prompt = torch.tensor([[1, 9, 17]])
@@ -158,20 +229,21 @@ def test_generation_is_unchanged(tmp_path: Path) -> None:
     assert torch.equal(trainer.model.eval().generate(prompt, **options), fresh.eval().generate(prompt, **options))
 
 
-def test_exact_accumulation_is_one_big_batch(tmp_path: Path) -> None:
+def test_exact_accumulation_is_one_big_batch(tmp_path: Path, setup: str) -> None:
     """The gradient of microbatches of different lengths is that of all of them at once; TRL's is not."""
     big, exact, means = (
-        trained(kind, tmp_path, max_steps=1, eval_strategy="no", options=options, learning_rate=0.0, **sizes)
+        trained(kind, tmp_path, max_steps=1, eval_strategy="no", options=options, learning_rate=0, setup=setup, **sizes)
         for kind, options, sizes in (
             (StockCPOTrainer, {}, {"per_device_train_batch_size": 8}),
             (CPOTrainer, {"exact_accumulation": True}, MICROBATCHES),
             (CPOTrainer, {}, MICROBATCHES),
         )
     )
+    close = 1e-2 if setup == "defaults" else 1e-5
     norm = big.state.log_history[0]["grad_norm"]
-    assert exact.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert exact.state.log_history[0]["loss"] == pytest.approx(big.state.log_history[0]["loss"], rel=1e-5)
-    assert means.state.log_history[0]["grad_norm"] != pytest.approx(norm, rel=1e-3)
+    assert exact.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=close)
+    assert exact.state.log_history[0]["loss"] == pytest.approx(big.state.log_history[0]["loss"], rel=close)
+    assert means.state.log_history[0]["grad_norm"] != pytest.approx(norm, rel=max(close, 1e-3))
 
 
 MICROBATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
@@ -218,10 +290,10 @@ def test_several_datasets_are_evaluated(tmp_path: Path) -> None:
     assert {"eval_short_loss", "eval_long_loss"} <= logged
 
 
-def test_evaluation_with_compute_metrics_reads_the_logits_means(tmp_path: Path) -> None:
+def test_evaluation_with_compute_metrics_reads_the_logits_means(tmp_path: Path, setup: str) -> None:
     seen = []
     options = {"compute_metrics": lambda result: seen.append(result.predictions) or {"seen": 1.0}}
-    trainer = trained(CPOTrainer, tmp_path, options=options, max_steps=2)
+    trainer = trained(CPOTrainer, tmp_path, options=options, max_steps=2, setup=setup)
     (predictions,) = seen
     assert len(predictions) == 4  # chosen and rejected, of two batches
     logged = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
@@ -229,7 +301,7 @@ def test_evaluation_with_compute_metrics_reads_the_logits_means(tmp_path: Path) 
     assert math.isfinite(logged["eval_loss"])
 
 
-def test_a_conversation_is_templated(tmp_path: Path) -> None:
+def test_a_conversation_is_templated(tmp_path: Path, setup: str) -> None:
     question = {"role": "user", "content": "w1 w2"}
     answers = [{"chosen": "w3", "rejected": "w4 w5"}, {"chosen": "w6 w7", "rejected": "w8"}]
     data = Dataset.from_list(
@@ -238,7 +310,7 @@ def test_a_conversation_is_templated(tmp_path: Path) -> None:
             for row in answers * 4
         ]
     )
-    args = config(tmp_path, max_steps=2, eval_strategy="no")
+    args = config(tmp_path, max_steps=2, eval_strategy="no", setup=setup)
     trainer = CPOTrainer(model=llama(), args=args, train_dataset=data, processing_class=tokenizer())
     trainer.train()
     assert trainer.train_dataset[0]["prompt"].startswith("user w1")

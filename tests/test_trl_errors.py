@@ -10,10 +10,10 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainingArguments
-from trl_models import TRAINING, llama, pairs, t5, tokenizer, unpaired
+from trl_models import TRAINING, llama, llava_processor, pairs, t5, tokenizer, unpaired
 
 import fused_pref.trl
-from fused_pref.trl import BCOConfig, BCOTrainer, CPOTrainer
+from fused_pref.trl import BCOConfig, BCOTrainer, CPOTrainer, rows
 from fused_pref.trl.stock import StockCPOConfig
 
 # Libraries warn of what is not ours to change.
@@ -24,8 +24,8 @@ OPTIONS = {**TRAINING, "max_steps": 1}
 class Kind:
     """A trainer with its configuration and its data."""
 
-    def __init__(self, trainer: type, config: type, rows: Dataset) -> None:
-        self.trainer, self.config, self.rows = trainer, config, rows
+    def __init__(self, trainer: type, config: type, data: Dataset) -> None:
+        self.trainer, self.config, self.rows = trainer, config, data
 
 
 KINDS = {
@@ -59,8 +59,8 @@ def assert_refused(match: str, kind: Kind, folder: Path, error: type = ValueErro
 
 def changed(kind: Kind, column: str, value: Any) -> Dataset:
     """The rows with one entry changed, in the third."""
-    rows = [{**row, column: value if number == 2 else row[column]} for number, row in enumerate(kind.rows)]
-    return Dataset.from_list(rows)
+    entries = [{**row, column: value if number == 2 else row[column]} for number, row in enumerate(kind.rows)]
+    return Dataset.from_list(entries)
 
 
 def test_no_rows(kind: Kind, tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_rows_of_another_form(kind: Kind, tmp_path: Path) -> None:
     assert_refused(
         r"train_dataset must have the columns .*chosen, rejected; got text", kind, tmp_path, train_dataset=data
     )
-    rows = [{"prompt": "w1"}]
-    assert_refused("train_dataset must be a datasets", kind, tmp_path, TypeError, train_dataset=rows)
+    listed = [{"prompt": "w1"}]
+    assert_refused("train_dataset must be a datasets", kind, tmp_path, TypeError, train_dataset=listed)
 
 
 def test_malformed_texts(kind: Kind, tmp_path: Path) -> None:
@@ -92,22 +92,92 @@ def test_malformed_texts(kind: Kind, tmp_path: Path) -> None:
 
 def test_malformed_labels(tmp_path: Path) -> None:
     data = changed(KINDS["bco"], "label", None)
-    match = r"train_dataset\[2\]\['label'\] must be true or false; got None"
+    match = r"train_dataset\[2\]\['label'\] must be true or false, or 1 or 0; got None"
     assert_refused(match, KINDS["bco"], tmp_path, train_dataset=data)
 
 
-def test_texts_and_messages_together(tmp_path: Path) -> None:
-    rows = [
-        {
-            "prompt": "w1",
-            "chosen": [{"role": "assistant", "content": "w2"}],
-            "rejected": [{"role": "x", "content": "y"}],
-        }
-    ]
+def test_malformed_rows_of_a_large_dataset_are_found_without_reading_it(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 200,000; also behind a selection that has others left out."""
+    column = "chosen" if kind.trainer is CPOTrainer else "completion"
+    texts = {name: kind.rows[name][:1] * 200_000 for name in kind.rows.column_names}
+    for bad, value in ((column, None), ("label", 3)):
+        if bad not in texts:
+            continue
+        good = [int(entry) for entry in texts[bad]] if bad == "label" else texts[bad]
+        entries = [*good[:-5], value, *good[-4:]]
+        data = Dataset.from_dict({**texts, bad: entries})
+        read = []
+        monkeypatch.setattr(rows, "_check_row", _counted(rows._check_row, read))
+        assert_refused(rf"train_dataset\[199995\]\['{bad}'\] must be", kind, tmp_path, train_dataset=data)
+        data = data.select(range(len(data) - 1, -1, -1))
+        assert_refused(rf"train_dataset\[4\]\['{bad}'\] must be", kind, tmp_path, train_dataset=data)
+        rows.check_rows("data", data.select(range(5, 100_000)), [tuple(kind.rows.column_names)])
+        assert 0 < len(read) < 150
+        monkeypatch.undo()
+
+
+def _counted(function: Any, calls: list[Any]) -> Any:
+    return lambda *given: calls.append(given) or function(*given)
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 1000, 1023])
+def test_the_sample_is_spread_over_the_rows(size: int) -> None:
+    seen = [row["at"] for row in rows.spread(Dataset.from_dict({"at": list(range(size))}))]
+    assert seen == sorted(set(seen))
+    assert len(seen) <= 2 * rows.SAMPLE
+    if size:
+        assert seen[0] == 0
+        assert size - seen[-1] <= max(1, size // rows.SAMPLE)
+
+
+def test_the_first_scored_row_is_found_by_a_sample(tmp_path: Path) -> None:
+    """The first half of the prompts fills the length."""
+    long = " ".join(["w1"] * 40)
+    data = Dataset.from_list([{"prompt": long, "chosen": "w2", "rejected": "w3"}] * 200 + pairs(200).to_list())
+    seen = []
+
+    class Counted(CPOTrainer):
+        def scored(self, row: dict[str, Any]) -> bool:
+            seen.append(row)
+            return super().scored(row)
+
+    make(Kind(Counted, StockCPOConfig, data), tmp_path)
+    assert len(seen) < 40
+
+
+def test_texts_and_messages_together(kind: Kind, tmp_path: Path) -> None:
+    talk = [{"role": "assistant", "content": "w2"}]
     match = r"train_dataset\[0\] must have texts throughout or messages throughout; got both"
-    assert_refused(match, KINDS["cpo"], tmp_path, train_dataset=Dataset.from_list(rows))
-    rows = [{"prompt": "w1", "chosen": [{"role": "assistant"}], "rejected": "w2"}]
-    assert_refused(r"\['chosen'\] must be a text or", KINDS["cpo"], tmp_path, train_dataset=Dataset.from_list(rows))
+    if kind.trainer is CPOTrainer:
+        row = {"prompt": "w1", "chosen": talk, "rejected": "w2"}
+    else:
+        row = {"prompt": "w1", "completion": talk, "label": True}
+        assert_refused(match, kind, tmp_path, train_dataset=Dataset.from_list([row]))
+        row = {"prompt": talk, "chosen": "w1", "rejected": "w2"}
+    assert_refused(match, kind, tmp_path, train_dataset=Dataset.from_list([row]))
+    row = {"prompt": "w1", "chosen": [{"content": "w2"}], "rejected": "w2"}
+    match = r"\['chosen'\] must be a text or a list of messages; got .*, whose first entry has no role"
+    assert_refused(match, kind, tmp_path, train_dataset=Dataset.from_list([row]))
+    row = {"prompt": "w1", "chosen": [], "rejected": talk}
+    assert_refused(r"\['chosen'\] must be a text or", kind, tmp_path, train_dataset=Dataset.from_list([row]))
+
+
+def test_conversations_without_a_prompt_in_common(kind: Kind, tmp_path: Path) -> None:
+    row = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    match = r"train_dataset\[0\] must have chosen and rejected that begin with the same message, which is the prompt"
+    for prompt in ({}, {"prompt": "w1"}):
+        assert_refused(match, kind, tmp_path, train_dataset=Dataset.from_list([{**prompt, **row}]))
+
+
+def test_columns_that_the_chat_template_refuses(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "w1"}]
+    row = {side: [*asked, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    data = Dataset.from_list([{**row, "messages": row["chosen"]}])
+    match = r"train_dataset must not have the column messages .* call train_dataset.remove_columns\(\['messages'\]\)"
+    assert_refused(match, KINDS["cpo"], tmp_path, train_dataset=data)
+    make(KINDS["cpo"], tmp_path, train_dataset=data.remove_columns(["messages"]))
 
 
 def test_completions_that_are_all_cut_off(kind: Kind, tmp_path: Path) -> None:
@@ -172,8 +242,35 @@ def test_options_of_the_trainers(kind: Kind, tmp_path: Path) -> None:
 
 
 def test_no_pad_token(kind: Kind, tmp_path: Path) -> None:
-    match = "processing_class must have a pad token; set processing_class"
-    assert_refused(match, kind, tmp_path, processing_class=tokenizer(pad_token=None))
+    match = r"processing_class must have a pad token or an EOS token to pad with; got a \w+ without"
+    assert_refused(match, kind, tmp_path, processing_class=tokenizer(pad_token=None, eos_token=None))
+
+
+def test_no_eos_token(kind: Kind, tmp_path: Path) -> None:
+    """TRL puts it after texts; a chat template has its own."""
+    match = "processing_class must have an EOS token, which ends the completions; set its eos_token"
+    assert_refused(match, kind, tmp_path, processing_class=tokenizer(eos_token=None))
+
+
+def test_a_tokenizer_given_as_something_else(kind: Kind, tmp_path: Path) -> None:
+    match = "processing_class must be a tokenizer, not its name; got 'gpt2': load it with transformers.AutoTokenizer"
+    assert_refused(match, kind, tmp_path, TypeError, processing_class="gpt2")
+    match = "processing_class must be a tokenizer of transformers; got a WhitespaceSplit"
+    assert_refused(match, kind, tmp_path, TypeError, processing_class=tokenizer().backend_tokenizer.pre_tokenizer)
+
+
+def test_a_processor_in_cpo(tmp_path: Path) -> None:
+    match = "processing_class must be a tokenizer, since this trainer reads text alone; got a LlavaProcessor: give its"
+    assert_refused(match, KINDS["cpo"], tmp_path, TypeError, processing_class=llava_processor())
+
+
+def test_weights_of_prompts_need_all_rows_as_text(tmp_path: Path) -> None:
+    kind, given = KINDS["bco"], {"embedding_func": lambda texts: [[1.0]] * len(texts)}
+    match = "embedding_func needs a train_dataset that is a datasets.Dataset, .* stream .*; got IterableDataset"
+    assert_refused(match, kind, tmp_path, train_dataset=kind.rows.to_iterable_dataset(), **given)
+    pictures = kind.rows.add_column("image", [0] * len(kind.rows))
+    match = "embedding_func weighs prompts of text alone; train_dataset must have no pictures; got image"
+    assert_refused(match, kind, tmp_path, train_dataset=pictures, **given)
 
 
 def test_data_parallel(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -21,17 +26,17 @@ WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 BART_LAYERS = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
 SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
-# Of every trainer: on the CPU, in float32, a number logged each step, nothing shown or saved.
-TRAINING = {
+# What a trainer computes is as its defaults say, bf16 included: on the CPU, every step logged, nothing shown or saved.
+DEFAULTS = {
     "logging_steps": 1,
-    "max_length": 32,
     "report_to": "none",
     "save_strategy": "no",
     "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
     "disable_tqdm": True,
 }
+# The same in float32, where numbers can be compared to the last digits.
+TRAINING = {**DEFAULTS, "max_length": 32, "bf16": False, "gradient_checkpointing": False}
+SETUPS = {"defaults": DEFAULTS, "fp32": TRAINING}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {{ eos_token }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
@@ -124,3 +129,34 @@ def bart() -> Any:
     model = BartForConditionalGeneration(config)
     model.final_logits_bias.normal_()
     return model
+
+
+def llava_processor() -> LlavaProcessor:
+    """Pictures of 8 × 8 pixels, which become 4 tokens each; `<image>` is token 66."""
+    words = tokenizer()
+    words.add_tokens(["<image>"], special_tokens=True)
+    square = {"height": 8, "width": 8}
+    pictures = CLIPImageProcessorPil(size=square, crop_size=square, do_resize=True)
+    template = TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}",
+    )
+    return LlavaProcessor(
+        pictures,
+        words,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+def llava() -> Any:
+    torch.manual_seed(0)
+    layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**layers, image_size=8, patch_size=4, projection_dim=32),
+        text_config=LlamaConfig(**sizes(vocab_size=67)),
+        image_token_index=66,
+    )
+    return LlavaForConditionalGeneration(config)

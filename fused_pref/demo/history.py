@@ -7,8 +7,6 @@ import torch
 from fused_pref.demo.objectives import Objective
 from fused_pref.doctor import LINEAR_BOUNDS
 
-VALUE_BOUND, GRADIENT_BOUND = LINEAR_BOUNDS[torch.float32]
-
 
 @dataclass(frozen=True)
 class Point:
@@ -29,15 +27,28 @@ class Point:
 
 @dataclass(frozen=True)
 class Check:
-    """Errors of the first step against the reference in float64, relative to max(1, |loss|) and to the gradient."""
+    """Errors of the first step against the reference in float64, relative to max(1, |loss|) and to the gradient.
+
+    Attributes:
+        loss_error: of the loss.
+        gradient_error: of the gradient of the last hidden states.
+        dtype: of the products in the step: bfloat16 under mixed precision.
+    """
 
     loss_error: float
     gradient_error: float
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What either error may be at most by the numerics contract of the linear head."""
+        return LINEAR_BOUNDS[self.dtype]
 
     @property
     def holds(self) -> bool:
-        """Whether both are within the numerics contract of the linear head in float32."""
-        return self.loss_error <= VALUE_BOUND and self.gradient_error <= GRADIENT_BOUND
+        """Whether both errors are within their bounds."""
+        loss, gradient = self.bounds
+        return self.loss_error <= loss and self.gradient_error <= gradient
 
 
 @dataclass

@@ -29,9 +29,11 @@ def make_progress(console: Console, name: str, steps: int) -> Progress:
 
 def check_line(check: Check) -> str:
     """Result of the check of the first step."""
+    dtype, (loss, gradient) = str(check.dtype).removeprefix("torch."), check.bounds
     return (
-        f"  first step against fused_pref.reference in float64, 2 sequences: "
-        f"loss off by {check.loss_error:.1e}, gradient by {check.gradient_error:.1e}: {'ok' if check.holds else 'BAD'}"
+        f"  first step in {dtype} against fused_pref.reference in float64, 2 sequences: "
+        f"loss off by {check.loss_error:.1e} (at most {loss:.0e}), gradient by {check.gradient_error:.1e} "
+        f"(at most {gradient:.0e}): {'ok' if check.holds else 'BAD'}"
     )
 
 

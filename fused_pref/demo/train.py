@@ -44,8 +44,6 @@ def train(model: LlamaForCausalLM, tokenizer: Any, rows: list[Row], seed: int, w
             warmup_steps=WARMUP_STEPS,
             adam_beta2=0.98,
             seed=seed,
-            bf16=False,
-            gradient_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=1,
@@ -92,6 +90,7 @@ class Watcher(TrainerCallback):
         """Evaluate, and have the first forward after that checked."""
         self.heldout = {name: tensor.to(model.device) for name, tensor in self.heldout.items()}
         self.evaluate(model)
+        self.bf16 = args.bf16
         self.hook = model.register_forward_pre_hook(self.check, with_kwargs=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,7 +113,8 @@ class Watcher(TrainerCallback):
     def check(self, model: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Check the forward that is about to begin."""
         self.hook.remove()
-        self.history.check = check_step(model, inputs)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
+            self.history.check = check_step(model, inputs)
         self.progress.console.print(check_line(self.history.check))
 
     @torch.no_grad()
@@ -137,6 +137,8 @@ class Watcher(TrainerCallback):
 def check_step(model: LlamaForCausalLM, inputs: dict[str, Any]) -> Check:
     """Loss and gradient of the last hidden states against the specification in float64, on two sequences of a batch.
 
+    Under autocast, as a trainer with mixed precision computes them.
+
     Args:
         model: about to be called by a trainer.
         inputs: what it will be called with. The float64 logits of all sequences would be the largest tensor of the
@@ -157,10 +159,14 @@ def check_step(model: LlamaForCausalLM, inputs: dict[str, Any]) -> Check:
         value = loss(hidden, model.lm_head.weight.to(dtype), labels[:, span], *others, **keywords).loss
         return value.detach(), torch.autograd.grad(value, hidden)[0]
 
+    device = model.device.type
     value, gradient = differentiate(preference.loss, torch.float32)
-    truth, true_gradient = differentiate(getattr(fp.reference, preference.loss.__name__), torch.float64)
+    with torch.autocast(device, enabled=False):
+        truth, true_gradient = differentiate(getattr(fp.reference, preference.loss.__name__), torch.float64)
     loss_error = (value - truth).abs() / truth.abs().clamp_min(1)
-    return Check(loss_error.item(), ((gradient - true_gradient).norm() / true_gradient.norm()).item())
+    gradient_error = (gradient - true_gradient).norm() / true_gradient.norm()
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return Check(loss_error.item(), gradient_error.item(), dtype)
 
 
 def _accuracy(difference: Tensor) -> float:

@@ -1,14 +1,18 @@
 """What both trainers add between TRL's trainer and transformers': checks, the head in the forward, accumulation."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.base_trainer import _BaseTrainer
 
 from fused_pref.models import attach
 from fused_pref.trl.checks import check_devices, check_scored, check_tokenizer
+from fused_pref.trl.rows import spread
 
 
 class HeadTrainer(_BaseTrainer):
@@ -34,8 +38,14 @@ class HeadTrainer(_BaseTrainer):
     ) -> None:
         check_devices(args, model)
         check_tokenizer(processing_class)
-        if hasattr(train_dataset, "__len__"):
-            check_scored("train_dataset", map(self.scored, train_dataset), args.max_length)
+        if isinstance(train_dataset, Dataset):
+            # A row here and there, so that long prompts in front do not have all of them read.
+            rows = itertools.chain(spread(train_dataset), train_dataset)
+            check_scored("train_dataset", map(self.scored, rows), args.max_length)
+        # TRL's CPO makes its collator before it gives the tokenizer a pad token.
+        collator: Any = others.get("data_collator")
+        if getattr(collator, "pad_token_id", 0) is None:
+            collator.pad_token_id = processing_class.pad_token_id
         if self.head:
             attach(model)
         self.normalizers = {}
@@ -67,3 +77,15 @@ class HeadTrainer(_BaseTrainer):
         total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
         share = self.accelerator.num_processes * len(batches)
         return dict(zip(names, total / share, strict=True))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model run without dropout and noise; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

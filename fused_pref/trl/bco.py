@@ -8,24 +8,28 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl.models.utils import disable_gradient_checkpointing
+from trl.data_utils import is_conversational
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import use_adapter
 
 from fused_pref.functional import linear_bco_loss, linear_sequence_logps
 from fused_pref.models import Preference, attach, virtual_tokens
-from fused_pref.trl.base import HeadTrainer
+from fused_pref.trl.base import HeadTrainer, evaluating
 from fused_pref.trl.bco_config import BCOConfig
-from fused_pref.trl.checks import check_args, check_model, check_reference, check_rows, check_tokenizer
-from fused_pref.trl.udm import WEIGHT, PromptWeights, WeightCollator, prompt_texts
+from fused_pref.trl.checks import check_args, check_eos, check_model, check_reference, check_tokenizer
+from fused_pref.trl.rows import check_rows, prompt_is_inside
+from fused_pref.trl.udm import WEIGHT, PromptWeights, RowCollator, check_prompts_are_there, prompt_texts
 from fused_pref.udm import DensityRatio
 
 SHIFT_FILE, RATIO_FILE = "reward_shift.safetensors", "density_ratio.safetensors"
 FORMS = (("prompt", "completion", "label"), ("chosen", "rejected"))
 SIDES = ("chosen", "rejected")
+# What a batch holds beside the model's inputs; TRL's vision collator may add KL completions, which BCO does not use.
+TRAINER_INPUTS = ("completion_mask", "label", "ref_logps", "ref_KL_logps", WEIGHT)
 
 
 class BCOTrainer(KTOTrainer, HeadTrainer):
@@ -40,7 +44,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             training, else a deep copy of the model (of one given by name, the same once more).
         args: None: ``BCOConfig()`` with an output folder named after the model.
         train_dataset: rows of ``prompt``, ``completion`` and ``label`` (true: desirable), or of ``prompt``, ``chosen``
-            and ``rejected``, which become two; texts or messages.
+            and ``rejected``, which become two; texts or messages; with ``image`` or ``images``, for a processor.
         eval_dataset: the same, or a dictionary of them.
         embedding_func: for underlying distribution matching: embeddings (n, E) of n prompts, from a list of texts, or
             with ``embedding_tokenizer`` from its ``input_ids`` and ``attention_mask``. Before training it gets the
@@ -50,8 +54,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             for TRL's ``KTOTrainer``; ``compute_metrics`` gets the rewards as predictions and the labels.
 
     Raises:
-        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer without
-            a pad token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
+        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer with
+            neither a pad nor an EOS token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
     """
 
     model: Any
@@ -99,6 +103,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         if embedding_func is None and embedding_tokenizer is not None:
             raise ValueError("embedding_tokenizer needs embedding_func; got None")
         if embedding_func is not None:
+            check_prompts_are_there(train_dataset)
             self.density_ratio = DensityRatio(min_ratio=args.min_density_ratio, max_ratio=args.max_density_ratio)
             batch = args.per_device_train_batch_size
             self.prompt_weights = PromptWeights(
@@ -106,6 +111,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             )
         if ref_model is None and isinstance(model, nn.Module) and peft_config is None and not is_peft_model(model):
             ref_model = None if args.precompute_ref_log_probs else copy.deepcopy(model)
+        if ref_model is not None:
+            attach(ref_model)
         super().__init__(
             model=model,  # type: ignore[arg-type]
             ref_model=ref_model,  # type: ignore[arg-type]
@@ -121,11 +128,25 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             peft_config=peft_config,
         )
         self.reward_shift.to(self.accelerator.device)
-        self.data_collator = WeightCollator(self.data_collator)
+        self.data_collator = RowCollator(self.data_collator)
         self.add_callback(ShiftCallback(self.reward_shift))
 
+    @property
+    def ref_model(self) -> Any:
+        """The reference, or None where the model itself is it, without adapters or before training."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        # TRL sets it before it is prepared for devices and precision, and again after; the head is attached before.
+        if model is not None:
+            attach(model)
+        self._ref_model = model
+
     def scored(self, row: dict[str, Any]) -> bool:
-        """Whether a tokenised row has a token to score."""
+        """Whether a tokenised row has a token to score; rows with images are tokenised later, and taken as they are."""
+        if "completion_ids" not in row:
+            return True
         return len(row["completion_ids"]) > 0 and len(row["prompt_ids"]) + len(row["completion_ids"]) > 1
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -134,15 +155,30 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's tokenised rows, with their weights where prompts are matched."""
+        if isinstance(dataset, Dataset):
+            # A transform makes other rows out of the tokenised ones, too; and arrays of ids are added where lists join.
+            if dataset.format["type"] == "custom":
+                dataset = dataset.map(lambda row: row)
+            dataset = dataset.with_format(None)
+        first: Any = next(iter(dataset))
+        if prompt_is_inside(first):
+            dataset = dataset.remove_columns("prompt")
+        if not is_conversational(first):
+            check_eos(self._tokenizer)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if self.prompt_weights is None or WEIGHT in dataset.column_names:
+        if self.prompt_weights is None or WEIGHT in first:
             return dataset
-        prompts, desirable = prompt_texts(dataset["prompt"], processing_class), list(dataset["label"])
-        if dataset_name == "train":
-            weights = self.prompt_weights.fit(prompts, desirable, args.prompt_sample_size, args.seed)
-        else:
-            weights = self.prompt_weights.weights(prompts, desirable)
-        return dataset.add_column(WEIGHT, weights)
+
+        def weigh(rows: dict[str, list[Any]]) -> dict[str, list[float]]:
+            return {WEIGHT: weights.weights(prompt_texts(rows["prompt"], processing_class), rows["label"])}
+
+        weights = self.prompt_weights
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(weigh, batched=True, batch_size=args.per_device_eval_batch_size)
+        if dataset_name != "train":
+            return dataset.add_column(WEIGHT, weigh(dataset)[WEIGHT])
+        prompts = prompt_texts(dataset["prompt"], processing_class)
+        return dataset.add_column(WEIGHT, weights.fit(prompts, dataset["label"], args.prompt_sample_size, args.seed))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -155,14 +191,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapters = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        attach(model)
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with (
-            torch.no_grad(),
-            disable_gradient_checkpointing(self.model, checkpointing),
-            adapters,
-            self.accelerator.autocast(),
-        ):
+        # In evaluation nothing is checkpointed, either.
+        with torch.no_grad(), adapters, evaluating(model), self.accelerator.autocast():
             logps, _ = self._preference(linear_sequence_logps, model, inputs).run(model, _model_inputs(inputs))
         return logps.to(self.accelerator.device), None
 
@@ -291,4 +321,5 @@ def _saved(checkpoint: str, name: str) -> dict[str, Tensor]:
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    """All that a collator gives for the model: ids and mask, positions, token types, pictures, ..."""
+    return {name: value for name, value in batch.items() if name not in TRAINER_INPUTS and not name.startswith("KL_")}

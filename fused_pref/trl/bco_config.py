@@ -7,6 +7,7 @@ from trl.trainer.kto_config import KTOConfig
 from fused_pref import validate
 from fused_pref.modules import LinearBCOLoss
 from fused_pref.shift import KINDS, UPDATES, RewardShift
+from fused_pref.trl.checkpointing import use_new_names
 
 # The loss of TRL's trainer whose data pipeline BCO shares: it asks for no KL completions.
 PIPELINE = "apo_zero_unpaired"
@@ -85,6 +86,7 @@ class BCOConfig(KTOConfig):
         for name in ("desirable_weight", "undesirable_weight"):
             if validate.finite(name, getattr(self, name)) < 0:
                 raise validate.fail(name, "a finite number >= 0", getattr(self, name))
+        use_new_names(self)
         super().__post_init__()
 
     def shift(self) -> RewardShift:

@@ -1,16 +1,12 @@
-"""What is checked before a trainer writes anything: the arguments, the model and the rows of the data."""
+"""What is checked before a trainer writes anything: the arguments, the model, the tokenizer, what truncation leaves."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import ProcessorMixin
 
 from fused_pref import validate
 from fused_pref.output_head import find_head
-
-TEXTS = ("prompt", "chosen", "rejected", "completion")
 
 
 def check_model(model: Any) -> None:
@@ -69,63 +65,51 @@ def check_devices(args: Any, model: nn.Module) -> None:
         )
 
 
-def check_tokenizer(processing_class: Any) -> None:
-    """Batches are padded with the tokenizer's own token.
+def check_tokenizer(processing_class: Any, *, text_only: bool = False) -> None:
+    """Batches are padded with the tokenizer's own token, or as TRL does with its EOS token.
+
+    Args:
+        processing_class: a tokenizer, a processor, or None (it is loaded with the model).
+        text_only: whether a processor is refused.
+
+    Raises:
+        TypeError: another object, such as a tokenizer's name.
+        ValueError: a tokenizer with neither token.
+    """
+    if processing_class is None:
+        return
+    kind = type(processing_class).__name__
+    # A tokenizer may have a `tokenizer` too, which is another library's.
+    tokenizer: Any = processing_class
+    if isinstance(processing_class, ProcessorMixin):
+        tokenizer = processing_class.tokenizer  # type: ignore[attr-defined]
+    if text_only and tokenizer is not processing_class:
+        raise TypeError(
+            f"processing_class must be a tokenizer, since this trainer reads text alone; got a {kind}: give its "
+            "tokenizer, processing_class.tokenizer"
+        )
+    if isinstance(processing_class, str):
+        raise TypeError(
+            f"processing_class must be a tokenizer, not its name; got {processing_class!r}: load it with "
+            "transformers.AutoTokenizer.from_pretrained"
+        )
+    if not hasattr(tokenizer, "pad_token"):
+        raise TypeError(f"processing_class must be a tokenizer of transformers; got a {kind}")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(f"processing_class must have a pad token or an EOS token to pad with; got a {kind} without")
+
+
+def check_eos(tokenizer: Any) -> None:
+    """TRL ends completions with the tokenizer's EOS token.
 
     Raises:
         ValueError: it has none.
     """
-    # A tokenizer may have a `tokenizer` too, which is another library's.
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    if tokenizer is not None and getattr(tokenizer, "pad_token", None) is None:
+    if tokenizer.eos_token is None:
         raise ValueError(
-            "processing_class must have a pad token; set processing_class.pad_token, often to its eos_token; got "
-            f"{type(processing_class).__name__}"
+            "processing_class must have an EOS token, which ends the completions; set its eos_token; got a "
+            f"{type(tokenizer).__name__} without"
         )
-
-
-def check_rows(
-    name: str,
-    dataset: Any,
-    forms: Sequence[tuple[str, ...]],
-    kinds: tuple[type, ...] = (Dataset, IterableDataset),
-    parts: type[dict] | None = None,
-) -> None:
-    """A dataset must have rows of one of the forms, each column a text or a list of messages, or a boolean label.
-
-    Args:
-        name: of the argument.
-        dataset: one of the kinds (of an IterableDataset the first row alone is looked at), or None.
-        forms: the columns that a row must have, one tuple for each form.
-        kinds: of datasets that the trainer takes.
-        parts: of dictionaries whose datasets it takes, too.
-
-    Raises:
-        TypeError: not a dataset.
-        ValueError: no rows, missing columns, or a malformed row.
-    """
-    if dataset is None:
-        return
-    if parts is not None and isinstance(dataset, parts):
-        for key, part in dataset.items():
-            check_rows(f"{name}[{key!r}]", part, forms, kinds)
-        return
-    if not isinstance(dataset, kinds):
-        allowed = " or ".join(f"datasets.{kind.__name__}" for kind in kinds)
-        allowed += "" if parts is None else f", or a {parts.__name__} of them"
-        raise TypeError(f"{name} must be a {allowed}; got {type(dataset).__name__}")
-    first = next(iter(dataset), None)
-    columns = list(dataset.column_names or first or ())
-    wanted = next((form for form in forms if set(form) <= set(columns)), None)
-    if wanted is None and columns:
-        choice = " or ".join(", ".join(form) for form in forms)
-        raise ValueError(f"{name} must have the columns {choice}; got {', '.join(columns)}")
-    if wanted is None or first is None:
-        raise ValueError(f"{name} must have at least one row; got none")
-    checked = [column for column in (*TEXTS, "label") if column in columns and (column == "prompt" or column in wanted)]
-    rows = dataset.select_columns(checked)
-    for number, row in enumerate(rows if isinstance(dataset, Dataset) else rows.take(1)):
-        _check_row(f"{name}[{number}]", row)
 
 
 def check_scored(name: str, scored: Any, max_length: int | None) -> None:
@@ -144,23 +128,3 @@ def check_scored(name: str, scored: Any, max_length: int | None) -> None:
             f"no row of {name} has a completion token left to score: max_length={max_length} is no more than its "
             "prompts; raise max_length or shorten the prompts"
         )
-
-
-def _check_row(place: str, row: Any) -> None:
-    kinds = set()
-    for column, value in row.items():
-        if column == "label":
-            if not isinstance(value, bool):
-                raise ValueError(f"{place}['label'] must be true or false; got {value!r}")
-        elif isinstance(value, str):
-            kinds.add("text")
-        elif isinstance(value, list) and value and all(_is_message(message) for message in value):
-            kinds.add("messages")
-        else:
-            raise ValueError(f"{place}[{column!r}] must be a text or a list of messages; got {str(value)[:40]!r}")
-    if len(kinds) > 1:
-        raise ValueError(f"{place} must have texts throughout or messages throughout; got both")
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value

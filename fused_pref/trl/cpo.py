@@ -13,7 +13,8 @@ from fused_pref.functional import linear_cpo_loss
 from fused_pref.models import Preference, virtual_tokens
 from fused_pref.modules import LinearCPOLoss
 from fused_pref.trl.base import HeadTrainer
-from fused_pref.trl.checks import check_args, check_model, check_rows, check_tokenizer
+from fused_pref.trl.checks import check_args, check_eos, check_model, check_tokenizer
+from fused_pref.trl.rows import check_rows
 from fused_pref.trl.stock import StockCPOConfig, StockCPOTrainer
 
 HYPERPARAMETERS = ("beta", "loss_type", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha")
@@ -33,8 +34,8 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         memory_budget: see :class:`fused_pref.trl.CPOConfig`; None: what ``args`` says.
 
     Raises:
-        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer without
-            a pad token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
+        ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, a tokenizer with
+            neither a pad nor an EOS token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
     """
 
     is_encoder_decoder: Any
@@ -50,10 +51,10 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         given = inspect.signature(StockCPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         config = given.get("args")
         check_args(config, StockCPOConfig)
-        check_tokenizer(given.get("processing_class"))
+        check_tokenizer(given.get("processing_class"), text_only=True)
         # TRL's trainer maps its datasets, which a plain dictionary of them cannot.
         for name, parts in (("train_dataset", None), ("eval_dataset", DatasetDict)):
-            check_rows(name, given.get(name), [("chosen", "rejected")], kinds=(Dataset,), parts=parts)
+            check_rows(name, given.get(name), [("chosen", "rejected")], kinds=(Dataset,), parts=parts, each=True)
         changed = [name for name in STEPS if getattr(type(self), name) is not getattr(StockCPOTrainer, name)]
         self.head = not changed
         if changed:
@@ -72,6 +73,12 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         if self.exact_accumulation and changed:
             raise ValueError(f"exact_accumulation needs this trainer's own loss; {', '.join(changed)} is overridden")
         super().__init__(*args, **kwargs)
+
+    def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
+        """TRL's row of token ids."""
+        if not self.is_encoder_decoder:
+            check_eos(self.processing_class)
+        return super().tokenize_row(feature, model)
 
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a completion of a tokenised row has a token to score."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from fused_pref import validate
+from fused_pref.trl.checkpointing import use_new_names
 from fused_pref.trl.stock import StockCPOConfig
 
 
@@ -32,4 +33,5 @@ class CPOConfig(StockCPOConfig):
     def __post_init__(self) -> None:
         validate.flag("exact_accumulation", self.exact_accumulation)
         validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
+        use_new_names(self)
         super().__post_init__()

@@ -1,14 +1,16 @@
 """Underlying distribution matching in the BCO trainer: density-ratio weights of the rows of a dataset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from fused_pref import validate
-from fused_pref.udm import DensityRatio
+from fused_pref.trl.rows import check_label
+from fused_pref.udm import DensityRatio, as_tensor
 
 WEIGHT = "sample_weight"
 
@@ -17,8 +19,8 @@ class PromptWeights:
     """Weighs rows by the density ratio of their prompts.
 
     Args:
-        embed: the prompts' embeddings (n, E): with a tokenizer, a function of ``input_ids`` and ``attention_mask``
-            (n, T), else of a list of n texts.
+        embed: the prompts' embeddings (n, E), as a tensor, a NumPy array or a list of rows: with a tokenizer, a
+            function of ``input_ids`` and ``attention_mask`` (n, T), else of a list of n texts.
         tokenizer: of the embedding model, or None.
         ratio: fitted by :meth:`fit`, unless it is fitted already.
         batch_size: prompts embedded at a time.
@@ -27,7 +29,7 @@ class PromptWeights:
 
     def __init__(
         self,
-        embed: Callable[..., Tensor],
+        embed: Callable[..., Any],
         tokenizer: Any,
         ratio: DensityRatio,
         batch_size: int,
@@ -41,14 +43,14 @@ class PromptWeights:
         self.tokenizer: Any = tokenizer
         self.batch_size, self.device = batch_size, device
 
-    def fit(self, prompts: list[str], desirable: list[bool], sample_size: int, seed: int) -> list[float]:
+    def fit(self, prompts: list[str], desirable: Sequence[Any], sample_size: int, seed: int) -> list[float]:
         """Fit the ratio on at most ``sample_size`` prompts of each class, drawn without replacement by the seed.
 
         Returns:
             What :meth:`weights` says of these rows, by the same embeddings.
         """
         generator = torch.Generator().manual_seed(seed)
-        members = torch.tensor(desirable)
+        members = torch.tensor([bool(label) for label in desirable])
         wanted, others = members.nonzero().flatten(), (~members).nonzero().flatten()
         wanted = wanted[torch.randperm(len(wanted), generator=generator)[:sample_size]]
         drawn = torch.randperm(len(others), generator=generator)[:sample_size]
@@ -58,7 +60,7 @@ class PromptWeights:
         self.ratio.fit(torch.cat([embeddings[: len(wanted)], rest[drawn]]), classes)
         return torch.ones(len(prompts)).index_copy(0, others, self.ratio(rest)).tolist()
 
-    def weights(self, prompts: list[str], desirable: list[bool]) -> list[float]:
+    def weights(self, prompts: list[str], desirable: Sequence[Any]) -> list[float]:
         """ρ of the undesirable rows, 1 for the others, which need no embedding."""
         weights = torch.ones(len(prompts))
         rows = [row for row, label in enumerate(desirable) if not label]
@@ -72,13 +74,14 @@ class PromptWeights:
         for start in tqdm(range(0, len(prompts), self.batch_size), desc="Embedding prompts", leave=False):
             texts = prompts[start : start + self.batch_size]
             if self.tokenizer is None:
-                embeddings = self.embed(texts)
+                given = self.embed(texts)
             else:
                 tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-                embeddings = self.embed(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+                given = self.embed(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            embeddings = as_tensor(given)
             if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or len(embeddings) != len(texts):
                 raise validate.fail(
-                    "embedding_func", f"a function that returns ({len(texts)}, E) for {len(texts)} prompts", embeddings
+                    "embedding_func", f"a function that returns ({len(texts)}, E) for {len(texts)} prompts", given
                 )
             if parts and embeddings.shape[1] != parts[0].shape[1]:
                 raise validate.fail(
@@ -90,18 +93,40 @@ class PromptWeights:
         return torch.cat(parts)
 
 
-class WeightCollator:
-    """A collator that takes the rows' weights along, where they have any."""
+class RowCollator:
+    """A collator that checks the rows' labels, and takes their weights along where they have any."""
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of some rows."""
+        for example in examples:
+            check_label("the label of a row", example["label"])
+        # Read first: TRL's collator for pictures changes the rows.
+        weights = [example[WEIGHT] for example in examples if WEIGHT in example]
         batch = self.collator(examples)
-        if WEIGHT in examples[0]:
-            batch[WEIGHT] = torch.tensor([example[WEIGHT] for example in examples])
+        if weights:
+            batch[WEIGHT] = torch.tensor(weights)
         return batch
+
+
+def check_prompts_are_there(dataset: Any) -> None:
+    """The ratio is fitted on the prompts of all rows before training, as texts.
+
+    Raises:
+        ValueError: a stream, or rows with pictures.
+    """
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise ValueError(
+            "embedding_func needs a train_dataset that is a datasets.Dataset, since the weights of prompts are fitted "
+            f"on all rows before training, which a stream does not show; got {type(dataset).__name__}"
+        )
+    pictures = [name for name in ("image", "images") if dataset is not None and name in dataset.column_names]
+    if pictures:
+        raise ValueError(
+            f"embedding_func weighs prompts of text alone; train_dataset must have no pictures; got {pictures[0]}"
+        )
 
 
 def prompt_texts(prompts: list[Any], processing_class: Any) -> list[str]:

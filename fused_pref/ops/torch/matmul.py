@@ -63,7 +63,8 @@ def add_product(
     """
     terms = a.shape[1] if terms is None else terms
     direct = scale is None and total.dtype == a.dtype and not upcast(a)
-    if scale is None and mixed(a) and not direct:
+    # A product comes out in the dtype of its entries or in float32.
+    if scale is None and mixed(a) and total.dtype == torch.float32:
         if fresh:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:

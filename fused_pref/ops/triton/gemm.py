@@ -83,7 +83,7 @@ def quarter(parts, NUMBER: tl.constexpr, bias, column, columns, COLUMNS: tl.cons
     cols = column + NUMBER * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
     x = parts[NUMBER]
     if bias is not None:
-        x += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
+        x += tl.load(bias + tl.minimum(cols, columns - 1)).to(tl.float32)[None, :]
     return cols, x
 
 
