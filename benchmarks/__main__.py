@@ -2,7 +2,7 @@
 
 import sys
 
-from fused_pref.usage import run_command
+from fused_pref.cli.usage import run_command
 
 COMMANDS = {
     "compare": ("benchmarks.compare.command", "the linear head beside its peers and the bare products"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fused_pref as fp
 from benchmarks.measure import finish, seconds_of
-from fused_pref.testing.peers import bare_products
+from fused_pref.cli.peers import bare_products
 from fused_pref.testing.problems import BETA, BOTH, Problem
 
 ROUNDS = 5

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.logits import OPERATIONS, Batch, Shape, implementations
 from benchmarks.measure import check_device, default_device, describe, environment
-from fused_pref.testing.command import DTYPES
+from fused_pref.cli.parity import DTYPES
+from fused_pref.cli.usage import UsageError
 from fused_pref.testing.problems import Problem, Sizes
-from fused_pref.usage import UsageError
 
 SHAPES = {"cpu": "8x64x32768", "cuda": "16x512x128256"}
 FEATURES = {"cpu": 256, "cuda": 4096}

@@ -15,7 +15,7 @@ import torch
 
 from fused_pref import files
 from fused_pref.backend import architecture
-from fused_pref.usage import UsageError
+from fused_pref.cli.usage import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 # The profiler announces on standard error that it starts and stops.

@@ -27,7 +27,7 @@ from benchmarks.measure import (
     quantile,
     write,
 )
-from fused_pref.testing.peers import bare_products
+from fused_pref.cli.peers import bare_products
 from fused_pref.testing.problems import BETA, WORKS, Problem, Sizes
 
 MEASURED = ("cpo", "frozen", "logps")

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_pref as fp
 from benchmarks.compare.tables import line
 from benchmarks.measure import alternate, check_device, check_rounds, default_device, describe
-from fused_pref.testing.peers import bare_products
+from fused_pref.cli.peers import bare_products
+from fused_pref.cli.usage import UsageError
 from fused_pref.testing.problems import Problem, Sizes, parse_shape
-from fused_pref.usage import UsageError
 
 SHAPE = "1536x1024x32768"
 HEIGHT = 24.0

@@ -14,10 +14,10 @@ from fused_pref.functional import (
     sequence_logps,
     token_logps,
 )
+from fused_pref.losses.density_ratio import DensityRatio
+from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss, LinearBCOLoss, LinearCPOLoss, LinearDPOLoss
 from fused_pref.outputs import BCOOutput, PairOutput
-from fused_pref.shift import RewardShift
-from fused_pref.udm import DensityRatio
 from fused_pref.validate import checks
 
 __version__ = "0.1.0"

@@ -2,14 +2,14 @@
 
 import sys
 
-from fused_pref.usage import run_command
+from fused_pref.cli.usage import run_command
 
 COMMANDS = {
-    "demo": ("fused_pref.demo.cli", "preference-train a small language model with a vocabulary of 131,072"),
-    "doctor": ("fused_pref.doctor", "say which backend is used on this machine and check it against the reference"),
-    "explain": ("fused_pref.explain_command", "print the plan that a call of the linear head would take, and its cost"),
-    "parity": ("fused_pref.testing.command", "compare every loss with float64 and with other libraries, by every plan"),
-    "kernels": ("fused_pref.ops.triton.report", "compile every kernel, without a GPU, and report what the code uses"),
+    "demo": ("fused_pref.cli.demo.command", "preference-train a small language model with a vocabulary of 131,072"),
+    "doctor": ("fused_pref.cli.doctor", "say which backend is used on this machine and check it against the reference"),
+    "explain": ("fused_pref.cli.explain", "print the plan that a call of the linear head would take, and its cost"),
+    "parity": ("fused_pref.cli.parity", "compare every loss with float64 and with other libraries, by every plan"),
+    "kernels": ("fused_pref.cli.kernels.report", "compile every kernel, without a GPU, and report what the code uses"),
 }
 
 

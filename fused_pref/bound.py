@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_pref.head.spec import TokenSpec, from_text, to_text
-from fused_pref.objectives import BCOSpec, PairSpec, bco_objective, pair_objective, saturate
+from fused_pref.losses.objectives import BCOSpec, PairSpec, bco_objective, pair_objective, saturate
+from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.reductions import BCOResult, PairResult, Scores, evaluate_bco, evaluate_pair
-from fused_pref.shift import RewardShift
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from fused_pref.keywords import (
     SequenceLogitsKeywords,
     accepts,
 )
-from fused_pref.objectives import BCOSpec, PairSpec
+from fused_pref.losses.objectives import BCOSpec, PairSpec
+from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.outputs import BCOOutput, PairOutput
-from fused_pref.shift import RewardShift
 
 
 @accepts(LogitsKeywords)

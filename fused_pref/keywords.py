@@ -26,7 +26,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
-    from fused_pref.shift import RewardShift
+    from fused_pref.losses.reward_shift import RewardShift
 
 Number = int | float
 Function = TypeVar("Function", bound=Callable[..., Any])

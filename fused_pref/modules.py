@@ -17,9 +17,9 @@ from fused_pref.keywords import (
     DPOLogitsKeywords,
     accepts,
 )
-from fused_pref.objectives import BCOSpec, PairSpec
+from fused_pref.losses.objectives import BCOSpec, PairSpec
+from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.outputs import BCOOutput, PairOutput
-from fused_pref.shift import RewardShift
 
 Normalizer = float | Tensor | None
 

@@ -1,6 +1,6 @@
 """From token log-probs to the objective: sums per sequence, then loss, slope and all that is reported.
 
-The torch backend does this in plain operations (:mod:`fused_pref.layout`, :mod:`fused_pref.objectives`), which any
+The torch backend does this in plain operations, which any
 compiler can see through; the Triton backend in one launch each, as custom ops.
 """
 
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from fused_pref import layout
 from fused_pref.head.spec import TokenSpec
-from fused_pref.objectives import BCOSpec, PairSpec, bco_objective, narrow, pair_objective, ratio, saturate
-from fused_pref.shift import RewardShift, ShiftState
+from fused_pref.losses.objectives import BCOSpec, PairSpec, bco_objective, narrow, pair_objective, ratio, saturate
+from fused_pref.losses.reward_shift import RewardShift, ShiftState
 
 
 class Scores(NamedTuple):
@@ -72,7 +72,7 @@ def evaluate_pair(
     tokens: TokenSpec,
     dtype: torch.dtype,
 ) -> PairResult:
-    """CPO or DPO; the arguments of :func:`fused_pref.objectives.pair_objective`, results in ``dtype``."""
+    """CPO or DPO; the arguments of :func:`fused_pref.losses.objectives.pair_objective`, results in ``dtype``."""
     scores = scores._replace(sums=scores.sums.detach())
     if tokens.backend == "triton":
         loss, scalars, logps, rewards, slope = pair_objective_op(
@@ -112,7 +112,7 @@ def evaluate_bco(
     tokens: TokenSpec,
     dtype: torch.dtype,
 ) -> BCOResult:
-    """BCO; the arguments of :func:`fused_pref.objectives.bco_objective`, results in ``dtype``.
+    """BCO; the arguments of :func:`fused_pref.losses.objectives.bco_objective`, results in ``dtype``.
 
     A :class:`RewardShift` is updated here, as the last thing that can fail.
     """

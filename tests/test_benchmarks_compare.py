@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.compare import run, tables
 from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import PRESETS
-from fused_pref.testing.peers import PEERS, Peer, bare_products, by_position, eager
+from fused_pref.cli.peers import PEERS, Peer, bare_products, by_position, eager
 from fused_pref.testing.problems import BETA, GAMMA, WORKS, Problem, Sizes, error, truth
 
 SIZES = Sizes(4, 6, 8, 33, 0.25)

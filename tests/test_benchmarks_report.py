@@ -20,7 +20,7 @@ from benchmarks.report import command as report
 from benchmarks.report import sections
 from benchmarks.report.sections import SECTIONS, Command, Context
 from benchmarks.static import plans
-from fused_pref.usage import UsageError
+from fused_pref.cli.usage import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 CLEAN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -10,8 +10,8 @@ import torch
 
 import fused_pref as fp
 from fused_pref import __main__ as command_line
-from fused_pref import doctor
 from fused_pref.__main__ import COMMANDS, main
+from fused_pref.cli import doctor
 
 
 def python(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,7 @@ def test_module_runs_and_exits_with_the_status() -> None:
 def test_imports_are_light() -> None:
     """The library needs torch alone, and a command line imports only what its command needs."""
     high_pressure = "{'transformers', 'mistral_common', 'matplotlib', 'rich', 'sklearn', 'trl'}"
-    demo = "fused_pref.demo.cli"
+    demo = "fused_pref.cli.demo.command"
     code = (
         "import sys; from fused_pref.__main__ import main; main(['doctor', '--nonsense']); "
         f"print({high_pressure} & set(sys.modules), '{demo}' in sys.modules)"

@@ -15,12 +15,12 @@ from huggingface_hub import constants
 from trl_models import tokenizer as small_tokenizer
 
 from fused_pref.__main__ import main
-from fused_pref.demo import cli
-from fused_pref.demo.history import Check, History, Point
-from fused_pref.demo.objectives import OBJECTIVES
-from fused_pref.demo.quiet import quiet
-from fused_pref.demo.report import check_line, peak_memory, point_line
-from fused_pref.doctor import LINEAR_BOUNDS
+from fused_pref.cli.demo import cli
+from fused_pref.cli.demo.history import Check, History, Point
+from fused_pref.cli.demo.objectives import OBJECTIVES
+from fused_pref.cli.demo.quiet import quiet
+from fused_pref.cli.demo.report import check_line, peak_memory, point_line
+from fused_pref.cli.doctor import LINEAR_BOUNDS
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole run, but for the size."""
-    monkeypatch.setattr("fused_pref.demo.texts.load_tokenizer", small_tokenizer)
+    monkeypatch.setattr("fused_pref.cli.demo.texts.load_tokenizer", small_tokenizer)
 
 
 def mini(path: Path) -> Path:
@@ -198,7 +198,7 @@ def test_large_held_out_sets_and_long_texts_are_cut_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "MAX_HELDOUT", 1)
-    monkeypatch.setattr("fused_pref.demo.texts.MAX_COMPLETION", 2)
+    monkeypatch.setattr("fused_pref.cli.demo.texts.MAX_COMPLETION", 2)
     arguments = ["--objective", "cpo", "--steps", "1", "--out", str(tmp_path)]
     assert main(["demo", *arguments, "--data", str(mini(tmp_path / "mine.jsonl"))]) == 0
     out = capsys.readouterr().out

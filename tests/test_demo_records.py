@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fused_pref.__main__ import main
-from fused_pref.demo.records import SHIPPED, Record, read_records, split_records
-from fused_pref.demo.texts import load_tokenizer, make_rows
-from fused_pref.usage import UsageError
+from fused_pref.cli.demo.records import SHIPPED, Record, read_records, split_records
+from fused_pref.cli.demo.texts import load_tokenizer, make_rows
+from fused_pref.cli.usage import UsageError
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 

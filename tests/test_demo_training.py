@@ -13,13 +13,13 @@ import torch
 from trl_models import tokenizer as small_tokenizer
 
 import fused_pref as fp
-from fused_pref.demo.history import Check, History
-from fused_pref.demo.objectives import OBJECTIVES, build
-from fused_pref.demo.quiet import quiet
-from fused_pref.demo.records import Record
-from fused_pref.demo.report import make_console, make_progress
-from fused_pref.demo.texts import MAX_COMPLETION, load_tokenizer, make_batch, make_rows
-from fused_pref.demo.train import BETA, Watcher, check_step, train
+from fused_pref.cli.demo.history import Check, History
+from fused_pref.cli.demo.objectives import OBJECTIVES, build
+from fused_pref.cli.demo.quiet import quiet
+from fused_pref.cli.demo.records import Record
+from fused_pref.cli.demo.report import make_console, make_progress
+from fused_pref.cli.demo.texts import MAX_COMPLETION, load_tokenizer, make_batch, make_rows
+from fused_pref.cli.demo.train import BETA, Watcher, check_step, train
 from fused_pref.models import Preference
 
 # w12 marks what is rejected, on held-out prompts too.
@@ -143,7 +143,7 @@ def test_training_stops_at_the_deadline(name: str) -> None:
 def test_training_ends_before_a_deadline_between(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that moves on by 1 s whenever it is read, some steps fit, not all."""
     clock = itertools.count()
-    monkeypatch.setattr("fused_pref.demo.train.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr("fused_pref.cli.demo.train.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     history = run_training("cpo", 50, deadline=30.0)
     assert 3 <= len(history.losses) < 15
     assert history.points[-1].step == len(history.losses)

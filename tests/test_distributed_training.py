@@ -114,7 +114,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 def train_sharded(rank: int, world: int, wrap_head: bool, tied: bool) -> tuple[list[float], torch.Tensor]:
     """Losses and whole parameters; each rank has its share of the pairs, normalised by all of them."""
     import fused_pref as fp
-    from fused_pref import models
+    from fused_pref.models import preference as models
 
     model = llama(tie_word_embeddings=tied)
     models.attach(model)

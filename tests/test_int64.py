@@ -201,7 +201,7 @@ COLLECT = """
 import json
 from unittest import mock
 from triton.backends.nvidia.compiler import CUDABackend
-from fused_pref.ops.triton import compile
+from fused_pref.cli.kernels import compile
 
 class Lowered(Exception):
     pass
@@ -225,7 +225,7 @@ import torch
 from fused_pref.ops.torch.chunk import Label
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import dlogits, logprob, sequences, chunk
-from fused_pref.ops.triton.cases import CASES, meta
+from fused_pref.cli.kernels.cases import CASES, meta
 
 for case in CASES:
     for dtype in case.dtypes:
@@ -249,7 +249,7 @@ lower("strides", lambda: chunk.add_target_rows(meta(v, d), meta(d, n).T, logp, l
 """
 WRONG = """
 import torch
-from fused_pref.ops.triton.cases import meta
+from fused_pref.cli.kernels.cases import meta
 from wrong_kernels import late_kernel, narrow_kernel
 rows = meta(8, 64)
 lower("wrong", lambda: narrow_kernel[8,](rows, meta(512), 72, 64, BLOCK=64))

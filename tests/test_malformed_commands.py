@@ -212,12 +212,12 @@ def test_texts_that_are_empty_long_or_of_two_lines(arguments: list[str], capsys:
 def test_kernels_cannot_be_compiled_in_the_interpreter(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fused_pref.ops.triton.report.compile_obstacle", lambda: "nothing to compile with")
+    monkeypatch.setattr("fused_pref.cli.kernels.report.compile_obstacle", lambda: "nothing to compile with")
     assert refused(["kernels"], capsys) == "fused_pref: kernels cannot be compiled: nothing to compile with\n"
 
 
 def test_a_backend_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_pref.testing.command.triton_obstacle", lambda device: "there is none")
+    monkeypatch.setattr("fused_pref.cli.parity.triton_obstacle", lambda device: "there is none")
     assert "--backends triton is not available: there is none" in refused(["parity", "--backends", "triton"], capsys)
 
 
@@ -228,6 +228,6 @@ def test_a_folder_that_cannot_be_written(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr("fused_pref.demo.cli.train_objectives", None)
+    monkeypatch.setattr("fused_pref.cli.demo.command.train_objectives", None)
     message = f"argument --out: cannot write to the folder {tmp_path}: Permission denied"
     assert message in refused(["demo", "--out", str(tmp_path)], capsys)

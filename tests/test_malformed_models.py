@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl_models import TRAINING, llama, pairs, tokenizer, unpaired
 
 import fused_pref as fp
-from fused_pref import models
+from fused_pref.models import preference as models
 from fused_pref.trl import BCOConfig, BCOTrainer, CPOConfig, CPOTrainer
 from fused_pref.trl.udm import PromptWeights
 

@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_models import SPECIAL_IDS, bart, llama, mixtral, sizes, t5
 
 import fused_pref as fp
-from fused_pref import models
+from fused_pref.models import preference as models
 
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")

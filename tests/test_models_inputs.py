@@ -13,8 +13,8 @@ from torch import Tensor
 from trl_models import bart, llama, mixtral, sizes, t5
 
 import fused_pref as fp
-from fused_pref import models
-from fused_pref.probe import check_packing
+from fused_pref.models import preference as models
+from fused_pref.models.probe import check_packing
 
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -217,7 +217,7 @@ def test_packing_leaves_the_model_as_it_was() -> None:
 def test_packing_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, packed = llama(), rows()[0]
     scored(model, packed)
-    monkeypatch.setattr("fused_pref.model_inputs.check_packing", lambda model: pytest.fail("again"))
+    monkeypatch.setattr("fused_pref.models.inputs.check_packing", lambda model: pytest.fail("again"))
     scored(model, packed)
 
 

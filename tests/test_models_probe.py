@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trl_models import bart, llama, sizes
 
 import fused_pref as fp
-from fused_pref import models
+from fused_pref.models import preference as models
 
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")

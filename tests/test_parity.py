@@ -8,10 +8,10 @@ from torch import Tensor
 
 import fused_pref as fp
 from fused_pref.__main__ import main
+from fused_pref.cli.parity import DTYPES, PLANS, by_plan, implementations, judges, table
+from fused_pref.cli.peers import PEERS, Peer, by_position, eager, ours
 from fused_pref.testing import check_parity
-from fused_pref.testing.command import DTYPES, PLANS, by_plan, implementations, judges, table
 from fused_pref.testing.parity import evaluate
-from fused_pref.testing.peers import PEERS, Peer, by_position, eager, ours
 from fused_pref.testing.problems import LOGITS, WORKS, Problem, Sizes
 
 eager_loss = by_position(eager)

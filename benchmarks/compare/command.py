@@ -13,9 +13,9 @@ from benchmarks.compare.plots import draw
 from benchmarks.compare.presets import DEFAULT, DTYPES, PRESETS, Preset
 from benchmarks.compare.run import FAILS, GATES, RAISED, measure
 from benchmarks.measure import check_device, check_rounds, default_device, describe, environment, folder
-from fused_pref.testing.peers import PEERS
+from fused_pref.cli.peers import PEERS
+from fused_pref.cli.usage import UsageError
 from fused_pref.testing.problems import LOGITS, WORKS, Sizes
-from fused_pref.usage import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import alternate, peak_bytes, progress, quantile
+from fused_pref.cli.peers import Peer, bare_products
 from fused_pref.testing.parity import evaluate
-from fused_pref.testing.peers import Peer, bare_products
 from fused_pref.testing.problems import WORKS, Problem, Sizes, Work, error, truth
 
 FLOOR = "bare products"

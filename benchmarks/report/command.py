@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT, check_device, default_device, describe, folder, progress, write
 from benchmarks.report.sections import SECTIONS, Command, Context
-from fused_pref.usage import UsageError
+from fused_pref.cli.usage import UsageError
 
 # Of the time of a command, what it may plan with; the rest is for starting, and for writing what it has.
 PLANNED = 0.8

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.compare.presets import PRESETS
 from benchmarks.measure import default_device, finish, write
+from fused_pref.cli.peers import PEERS
 from fused_pref.testing.parity import evaluate
-from fused_pref.testing.peers import PEERS
 from fused_pref.testing.problems import WORKS, Problem
 
 SIZES = {"cuda": "qwen3-8b", "cpu": "tiny"}

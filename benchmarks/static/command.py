@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fused_pref.usage import UsageError
+from fused_pref.cli.usage import UsageError
 
 PARTS = {
     "kernels": "Every kernel: what its code uses",
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: nothing can be compiled here.
     """
-    from fused_pref.ops.triton.report import compile_obstacle
+    from fused_pref.cli.kernels.report import compile_obstacle
 
     obstacle = compile_obstacle()
     if obstacle:

@@ -6,8 +6,8 @@ from typing import Any
 
 import triton
 
+from fused_pref.cli.kernels import compile
 from fused_pref.ops import devices
-from fused_pref.ops.triton import compile
 
 # Seconds of latency of memory under load, typical.
 LATENCY = 0.8e-6

@@ -14,9 +14,9 @@ import torch
 import triton
 
 from benchmarks.static.gpus import GPUS, LATENCY, MATRIX, SPECIAL, Listing, lanes_of, table
+from fused_pref.cli.kernels import cases, compile
+from fused_pref.cli.kernels.compile import Launch
 from fused_pref.ops import devices
-from fused_pref.ops.triton import cases, compile
-from fused_pref.ops.triton.compile import Launch
 
 ROWS = 8192
 SHAPES = ((4096, 128256), (2304, 256000), (1024, 128256))

@@ -4,7 +4,7 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks.static.gpus import GPUS, lanes_of, table
-from fused_pref.ops.triton.report import compile_all
+from fused_pref.cli.kernels.report import compile_all
 
 HEADER = [
     "kernel", "GPU", "cases", "registers", "shared KiB", "programs per processor", "of threads", "matrix instructions",

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.static.gpus import GPUS, LATENCY, LOAD, SPECIAL, Listing, lanes_of, table
+from fused_pref.cli.kernels import cases, compile
 from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
-from fused_pref.ops.triton import cases, compile
 
 ROWS = 8192
 SOFTCAP = Transform("tanh", 1 / 30, 30.0)

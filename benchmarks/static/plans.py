@@ -7,8 +7,8 @@ from typing import Any
 import fused_pref as fp
 from benchmarks.compare.run import OK
 from benchmarks.static.gpus import GPUS, table
+from fused_pref.cli.usage import UsageError
 from fused_pref.testing.problems import WORKS
-from fused_pref.usage import UsageError
 
 TOKENS, SEQUENCES = 8192, 16
 SHAPES = ((4096, 151936), (4096, 128256), (2304, 256000), (1024, 128256))

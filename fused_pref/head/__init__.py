@@ -1,1 +1,1 @@
-"""From logits or hidden states to token log-probs and gradients."""
+"""From logits, or from hidden states and the head's weight, to token log-probs and gradients."""

@@ -17,13 +17,13 @@ from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import use_adapter
 
 from fused_pref.functional import linear_bco_loss, linear_sequence_logps
+from fused_pref.losses.density_ratio import DensityRatio
 from fused_pref.models import Preference, attach, virtual_tokens
 from fused_pref.trl.base import HeadTrainer, evaluating
 from fused_pref.trl.bco_config import BCOConfig
 from fused_pref.trl.checks import check_args, check_eos, check_model, check_reference, check_tokenizer
 from fused_pref.trl.rows import check_rows, prompt_is_inside
 from fused_pref.trl.udm import WEIGHT, PromptWeights, RowCollator, check_prompts_are_there, prompt_texts
-from fused_pref.udm import DensityRatio
 
 SHIFT_FILE, RATIO_FILE = "reward_shift.safetensors", "density_ratio.safetensors"
 FORMS = (("prompt", "completion", "label"), ("chosen", "rejected"))

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from trl.trainer.kto_config import KTOConfig
 
 from fused_pref import validate
+from fused_pref.losses.reward_shift import KINDS, UPDATES, RewardShift
 from fused_pref.modules import LinearBCOLoss
-from fused_pref.shift import KINDS, UPDATES, RewardShift
 from fused_pref.trl.checkpointing import use_new_names
 
 # The loss of TRL's trainer whose data pipeline BCO shares: it asks for no KL completions.

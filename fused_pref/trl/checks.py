@@ -6,7 +6,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from fused_pref import validate
-from fused_pref.output_head import find_head
+from fused_pref.models.head import find_head
 
 
 def check_model(model: Any) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fused_pref import validate
+from fused_pref.losses.density_ratio import DensityRatio, as_tensor
 from fused_pref.trl.rows import check_label
-from fused_pref.udm import DensityRatio, as_tensor
 
 WEIGHT = "sample_weight"
 

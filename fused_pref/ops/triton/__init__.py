@@ -1,4 +1,4 @@
-"""Triton kernels. Every module of it but :mod:`fused_pref.ops.triton.report` imports Triton.
+"""The Triton backend; every module of it imports Triton.
 
 Kernels end in ``_kernel``, their launchers have the name of the operation. Shapes are given as ``# [N, V]``.
 """

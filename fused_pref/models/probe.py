@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_pref.output_head import OutputHead, sharded
+from fused_pref.models.head import OutputHead, sharded
 
 logger = logging.getLogger(__name__)
 

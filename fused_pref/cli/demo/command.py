@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fused_pref import files
-from fused_pref.demo.records import SHIPPED, read_records, split_records
-from fused_pref.usage import UsageError
+from fused_pref.cli.demo.records import SHIPPED, read_records, split_records
+from fused_pref.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fused_pref.demo.history import History
-    from fused_pref.demo.texts import Row
+    from fused_pref.cli.demo.history import History
+    from fused_pref.cli.demo.texts import Row
 
 EXTRAS = ("matplotlib", "mistral_common", "rich", "transformers", "trl")
 STEPS, CAP_S = 40, 240.0
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"argument --out: cannot write to the folder {args.out}: {error.strerror}") from error
 
-    from fused_pref.demo import report, texts
-    from fused_pref.demo.quiet import quiet
+    from fused_pref.cli.demo import report, texts
+    from fused_pref.cli.demo.quiet import quiet
 
     console = report.make_console()
     name = "the shipped translations" if args.data == SHIPPED else args.data
@@ -97,10 +97,10 @@ def train_objectives(
     args: argparse.Namespace, rows: "list[Row]", heldout: "list[Row]", tokenizer: Any, console: "Console"
 ) -> "list[History]":
     """Train each objective from the same random weights, sharing the time that is left equally."""
-    from fused_pref.demo.objectives import OBJECTIVES, PAIRS_PER_STEP, build
-    from fused_pref.demo.report import make_progress
-    from fused_pref.demo.texts import make_batch
-    from fused_pref.demo.train import Watcher, train
+    from fused_pref.cli.demo.objectives import OBJECTIVES, PAIRS_PER_STEP, build
+    from fused_pref.cli.demo.report import make_progress
+    from fused_pref.cli.demo.texts import make_batch
+    from fused_pref.cli.demo.train import Watcher, train
 
     names = tuple(OBJECTIVES) if args.objective == "both" else (args.objective,)
     batch = make_batch(heldout, tokenizer)

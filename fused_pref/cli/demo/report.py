@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fused_pref.demo.history import Check, History, Point
+from fused_pref.cli.demo.history import Check, History, Point
 
 
 def make_console() -> Console:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import MistralCommonBackend  # type: ignore[attr-defined]
 
-from fused_pref.demo.records import Record
+from fused_pref.cli.demo.records import Record
 
 # A longer text is cut, so that one record of a user's file cannot exhaust the memory.
 MAX_PROMPT, MAX_COMPLETION = 128, 128

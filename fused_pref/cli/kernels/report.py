@@ -14,8 +14,8 @@ import torch
 
 import fused_pref.ops.triton
 from fused_pref import backend
+from fused_pref.cli.usage import UsageError
 from fused_pref.ops.devices import GPUS
-from fused_pref.usage import UsageError
 
 TARGETS = ",".join(GPUS)
 COLUMNS = {
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [] if args.cases else sorted(kernel_names() - {row["kernel"] for row in rows})
     spilling = [row for row in rows if row["stack_bytes"] or row["spills"]]
     for kernel in missing:
-        print(f"kernels: {kernel} has no case in fused_pref/ops/triton/cases.py", file=sys.stderr)
+        print(f"kernels: {kernel} has no case in fused_pref/cli/kernels/cases.py", file=sys.stderr)
     for row in spilling:
         print(f"kernels: {row['kernel']} ({row['case']}, {row['dtype']}) spills on {row['target']}", file=sys.stderr)
     return 1 if missing or spilling else 0
@@ -85,7 +85,7 @@ def kernel_names() -> set[str]:
 
 def compile_all(targets: list[str], names: str = "") -> list[dict[str, Any]]:
     """The rows of all cases on these targets, or of those with ``names`` in their name, compiled on all processors."""
-    from fused_pref.ops.triton.cases import CASES
+    from fused_pref.cli.kernels.cases import CASES
 
     tasks = [
         (i, dtype, target)
@@ -117,7 +117,7 @@ def _cell(value: object) -> str:
 
 
 def _compile_case(index: int, dtype: torch.dtype, target: str) -> list[dict[str, Any]]:
-    from fused_pref.ops.triton import cases, compile
+    from fused_pref.cli.kernels import cases, compile
 
     case = cases.CASES[index]
     rows = []

@@ -5,11 +5,11 @@ import inspect
 from dataclasses import replace
 
 from fused_pref import figures
+from fused_pref.cli.usage import UsageError
 from fused_pref.explanation import DELTAS, DEVICES, DTYPES, GRADIENTS, MODELS, OBJECTIVES, bytes_text, explain
 from fused_pref.head.plans.planner import candidates, choose
 from fused_pref.head.plans.problem import Plan
 from fused_pref.picture import draw
-from fused_pref.usage import UsageError
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}
 

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_pref import validate
-from fused_pref.model_inputs import with_decoder_inputs, with_positions
-from fused_pref.modules import ObjectiveModule
-from fused_pref.output_head import (
+from fused_pref.models.head import (
     OutputHead,
     find_head,
     head_bias,
@@ -28,7 +26,9 @@ from fused_pref.output_head import (
     sharded,
     unwrap,
 )
-from fused_pref.probe import check_logits
+from fused_pref.models.inputs import with_decoder_inputs, with_positions
+from fused_pref.models.probe import check_logits
+from fused_pref.modules import ObjectiveModule
 
 __all__ = ["OutputHead", "Preference", "attach", "find_head", "preference_forward", "unwrap", "virtual_tokens"]
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_pref import validate
+from fused_pref.losses.state import ExactModule
 from fused_pref.ranks import group_of
-from fused_pref.state import ExactModule
 
 Kind = Literal["running_mean", "ema", "fixed"]
 Update = Literal["forward", "step"]

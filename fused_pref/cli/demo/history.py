@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fused_pref.demo.objectives import Objective
-from fused_pref.doctor import LINEAR_BOUNDS
+from fused_pref.cli.demo.objectives import Objective
+from fused_pref.cli.doctor import LINEAR_BOUNDS
 
 
 @dataclass(frozen=True)

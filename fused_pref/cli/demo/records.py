@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_pref.usage import UsageError
+from fused_pref.cli.usage import UsageError
 
 SHIPPED = Path(__file__).with_name("translations.jsonl")
 TEXTS = ("prompt", "chosen", "rejected")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.probe import check_packing
+from fused_pref.models.probe import check_packing
 
 
 def with_decoder_inputs(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:

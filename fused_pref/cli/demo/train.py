@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 import fused_pref as fp
-from fused_pref.demo.history import Check, History, Point
-from fused_pref.demo.objectives import Objective
-from fused_pref.demo.report import check_line, point_line
-from fused_pref.demo.texts import Row
+from fused_pref.cli.demo.history import Check, History, Point
+from fused_pref.cli.demo.objectives import Objective
+from fused_pref.cli.demo.report import check_line, point_line
+from fused_pref.cli.demo.texts import Row
 from fused_pref.models import preference_forward
 
 BETA, LEARNING_RATE, WARMUP_STEPS = 0.1, 2e-3, 5

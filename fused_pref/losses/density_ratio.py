@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.state import ExactModule
+from fused_pref.losses.state import ExactModule
 
 
 class DensityRatio(ExactModule):

@@ -1,0 +1,1 @@
+"""The commands of ``python -m fused_pref``. No loss imports them."""

@@ -1,0 +1,6 @@
+"""The linear head inside transformers models: :func:`attach` and :func:`preference_forward`."""
+
+from fused_pref.models.head import OutputHead, find_head, unwrap
+from fused_pref.models.preference import Preference, attach, preference_forward, virtual_tokens
+
+__all__ = ["OutputHead", "Preference", "attach", "find_head", "preference_forward", "unwrap", "virtual_tokens"]
