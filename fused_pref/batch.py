@@ -17,8 +17,8 @@ from fused_pref.head.agreement import Agreement
 from fused_pref.head.call import HeadCall, operand_dtype, wanted_gradients
 from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
 from fused_pref.head.logits import TokenLogpsFunction
-from fused_pref.head.parallel import Shard
 from fused_pref.head.plans.grouped import Grouped
+from fused_pref.head.plans.shard import Shard
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
 from fused_pref.ops.interface import accumulator_dtype
 from fused_pref.ranks import local_head, sum_over_ranks

@@ -15,7 +15,7 @@ from enum import IntEnum
 
 import torch
 
-from fused_pref.head.linear import Head
+from fused_pref.head.plans.head import Head
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
 

@@ -11,7 +11,7 @@ from ranks import Raised, run_ranks
 from torch import Tensor
 
 import fused_pref as fp
-from fused_pref.head.parallel import Shard
+from fused_pref.head.plans.shard import Shard
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,12 +9,12 @@ from torch import Tensor
 from fused_pref.backend import architecture
 from fused_pref.head.advice import advising, warn_of
 from fused_pref.head.budget import budget_of
-from fused_pref.head.linear import Head
-from fused_pref.head.parallel import Shard
+from fused_pref.head.plans.head import Head
 from fused_pref.head.plans.planner import plan_of
 from fused_pref.head.plans.problem import GRADIENTS, Forward, Plan, Problem
+from fused_pref.head.plans.rows import ValidRows, valid_rows
+from fused_pref.head.plans.shard import Shard
 from fused_pref.head.plans.skipping import can_skip
-from fused_pref.head.rows import ValidRows, valid_rows
 from fused_pref.head.spec import LinearSpec
 from fused_pref.ops.blocks import Rows, block_rows, ranges
 from fused_pref.ops.devices import device_of

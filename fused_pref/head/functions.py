@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fused_pref.head.call import HeadCall
-from fused_pref.head.linear import Gradients
 from fused_pref.head.logits import OnceDifferentiableFunction
-from fused_pref.head.parallel import Shard
 from fused_pref.head.plans.grouped import Grouped, Slope
+from fused_pref.head.plans.head import Gradients
 from fused_pref.head.plans.problem import Plan
-from fused_pref.head.rows import ValidRows
+from fused_pref.head.plans.rows import ValidRows
+from fused_pref.head.plans.shard import Shard
 from fused_pref.ops.blocks import block_entries, ranges
 
 

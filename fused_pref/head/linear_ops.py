@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fused_pref.head.call import HeadCall
 from fused_pref.head.functions import known_gradients
-from fused_pref.head.linear import Gradients, late_dtype
 from fused_pref.head.plans.grouped import Grouped
+from fused_pref.head.plans.head import Gradients, late_dtype
 from fused_pref.head.plans.problem import GRADIENTS
 from fused_pref.head.spec import LinearSpec, from_text, to_text
 from fused_pref.ops.interface import Transform, accumulator_dtype

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_pref.head.linear import Gradients, Head, late_dtype, scaled_rows
+from fused_pref.head.plans.head import Gradients, Head, late_dtype, scaled_rows
 from fused_pref.head.plans.problem import Plan, Problem, cuts, number
-from fused_pref.head.rows import ValidRows
+from fused_pref.head.plans.rows import ValidRows
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.matmul import add_product, product_dtype

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from typing_extensions import Self
 
-from fused_pref.head.linear import Head
+from fused_pref.head.plans.head import Head
 from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
-from fused_pref.head.rows import ValidRows
+from fused_pref.head.plans.rows import ValidRows
 from fused_pref.ops.blocks import ranges
 from fused_pref.ops.torch import chunk as torch_chunk
 

@@ -13,8 +13,8 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_pref.head.linear import Gradients, Head
-from fused_pref.head.rows import ValidRows
+from fused_pref.head.plans.head import Gradients, Head
+from fused_pref.head.plans.rows import ValidRows
 from fused_pref.ops.devices import Device
 
 # What can be differentiated, in the order of the arguments.

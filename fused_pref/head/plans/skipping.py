@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_pref.head.linear import Gradients, Head, Sums, scaled_rows
+from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
 from fused_pref.head.plans.problem import Forward, Plan, Problem, number, rounds
+from fused_pref.head.plans.rows import ValidRows
 from fused_pref.head.plans.vocab_major import VocabMajor
-from fused_pref.head.rows import ValidRows
 from fused_pref.ops.blocks import padded, ranges
 from fused_pref.ops.interface import ROW_MAX, SUM_EXP
 from fused_pref.ops.torch import chunk as torch_chunk

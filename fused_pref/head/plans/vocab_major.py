@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_pref.head.linear import Gradients, Head, Sums, scaled_rows
+from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
 from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
-from fused_pref.head.rows import ValidRows
+from fused_pref.head.plans.rows import ValidRows
 from fused_pref.ops.blocks import ranges
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.matmul import add_product, overlay

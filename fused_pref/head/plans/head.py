@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_pref.head.parallel import Shard
-from fused_pref.head.rows import ValidRows
+from fused_pref.head.plans.rows import ValidRows
+from fused_pref.head.plans.shard import Shard
 from fused_pref.ops.blocks import Rows, block_rows, padded, ranges
 from fused_pref.ops.interface import FusedOps, Operands, RowOps, TargetRows, Transform, accumulator_dtype
 from fused_pref.ops.torch import chunk as torch_chunk
