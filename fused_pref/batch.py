@@ -1,9 +1,9 @@
 """Validated batches, of logits or of hidden states and a weight, and their scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,30 +11,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_pref import backend, validate
-from fused_pref.bound import Objective, encode
 from fused_pref.head import linear_ops
 from fused_pref.head.agreement import Agreement
 from fused_pref.head.call import HeadCall, operand_dtype, wanted_gradients
-from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction, known_gradients
+from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction
 from fused_pref.head.logits import TokenLogpsFunction
 from fused_pref.head.plans.grouped import Grouped
+from fused_pref.head.plans.head import Gradients, Head
+from fused_pref.head.plans.problem import Plan
+from fused_pref.head.plans.rows import ValidRows
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
+from fused_pref.losses.encoding import Objective, encode
+from fused_pref.losses.scores import Scores, sequence_scores
 from fused_pref.ops.interface import accumulator_dtype
 from fused_pref.ranks import local_head, sum_over_ranks
-from fused_pref.reductions import Scores, sequence_scores
-
-Attach = Callable[[Tensor, Tensor], Tensor]
 
 
-class Scored(NamedTuple):
-    """Scores of a batch, and how a loss of them gets its gradient: (loss, ∂loss/∂sums (S,)) → differentiable loss.
+class Evaluated(NamedTuple):
+    """An objective's result on a batch, its differentiable loss, and what ``skip_mass`` leaves out of the gradient.
 
-    ``dropped_mass`` is what ``skip_mass`` will leave out of that gradient, shape of the labels; None if not asked for.
+    ``dropped_mass`` has the shape of the labels; None where nothing was asked for.
     """
 
-    scores: Scores
-    attach: Attach
+    result: Any
+    loss: Tensor
     dropped_mass: Tensor | None = None
 
 
@@ -76,16 +77,35 @@ class Batch(ABC):
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Log-probs with the gradient, and means of z over the vocabulary, both shaped like the labels."""
 
-    def scores(self, objective: Objective | None = None) -> Scored:
-        """Score the tokens and sum them per sequence; an objective may let a linear head form its gradients at once."""
-        scores = self._sums(*self.tokens())
-        return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums))
+    def scores(self) -> Scores:
+        """Log-probs of the tokens, summed per sequence, with the gradient."""
+        return self._sums(*self.tokens())
+
+    def evaluate(self, objective: Objective) -> Evaluated:
+        """Score the tokens and evaluate the objective."""
+        return self._evaluated(objective, self.scores())
+
+    def _evaluated(self, objective: Objective, scores: Scores, dropped_mass: Tensor | None = None) -> Evaluated:
+        result = objective.evaluate(scores._replace(sums=scores.sums.detach()), self.spec.backend, self.dtype)
+        return Evaluated(result, KnownSlopeFunction.apply(scores.sums, result.loss, result.slope), dropped_mass)  # type: ignore[arg-type]
 
     def _sums(self, logp: Tensor, means: Tensor) -> Scores:
-        scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
-        if self.spec.cp_group is not None:
-            sums, *counts = sum_over_ranks(torch.stack([part.double() for part in scores]), self.spec.cp_group)
-            scores = Scores(sums, *(count.to(part.dtype) for count, part in zip(counts, scores[1:], strict=True)))
+        spec = self.spec
+        scores = sequence_scores(
+            logp,
+            means,
+            self.labels,
+            self.cu_seqlens,
+            backend=spec.backend,
+            logits_mean=spec.logits_mean,
+            shift=spec.shift,
+            ignore_index=spec.ignore_index,
+        )
+        if spec.cp_group is not None:
+            known = [part for part in scores if part is not None]
+            summed = sum_over_ranks(torch.stack([part.double() for part in known]), spec.cp_group)
+            both = [total.to(part.dtype) for total, part in zip(summed, known, strict=True)]
+            scores = Scores(*both, *(None,) * (len(scores) - len(both)))
         validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
 
@@ -180,54 +200,54 @@ class LinearBatch(Batch):
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """See :class:`Batch`."""
-        logp, means, *_ = self._score(None)
+        call = self.call(None)
+        if torch.compiler.is_compiling():
+            batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
+            return linear_ops.CompiledTokenLogpsFunction.apply(*batch, linear_ops.encode(call))  # type: ignore[return-value]
+        rows = call.rows(self.labels, self.cu_seqlens)
+        head = call.head(self.hidden, self.weight, self.bias)
+        logp, means, _ = self._score(call, head, rows, call.plan(head, rows))
         return logp, means
 
-    def scores(self, objective: Objective | None = None) -> Scored:
-        """See :class:`Batch`."""
-        # Where sequences are spread over ranks, their coefficients are known once all of them have been summed.
-        known = objective if self.spec.cp_group is None else None
-        logp, means, gradients, dropped = self._score(known)
-        scores = self._sums(logp, means)
-        if dropped is None and self.spec.skip_mass is not None:
-            dropped = torch.zeros_like(means)
-        if gradients is None:
-            return Scored(scores, partial(KnownSlopeFunction.apply, scores.sums), dropped)
-
-        def attach(loss: Tensor, slope: Tensor) -> Tensor:
-            return KnownGradientsFunction.apply(*tensors, loss, self.spec.backend, self.shard, *gradients)  # type: ignore[return-value]
-
-        tensors = (self.hidden, self.weight, self.bias)
-        return Scored(scores, attach, dropped)
-
-    def _score(self, objective: Objective | None) -> tuple[Tensor, Tensor, Any, Tensor | None]:
-        """Log-probs, means of z, the gradients if they are known, and the dropped mass if there is any."""
-        call = self.call(objective)
-        tensors = (self.hidden, self.weight, self.bias)
+    def evaluate(self, objective: Objective) -> Evaluated:
+        """See :class:`Batch`; where a unit's slopes do not wait for others, the head may form gradients at once."""
+        # Where sequences are spread over ranks, their slopes are known once all of them have been summed.
+        local = objective if self.spec.cp_group is None else None
+        call, tensors = self.call(local), (self.hidden, self.weight, self.bias)
         if torch.compiler.is_compiling():
-            return self._score_compiled(call, objective)
+            return self._evaluated_compiled(call, objective, local)
         rows = call.rows(self.labels, self.cu_seqlens)
         head = call.head(*tensors)
         plan = call.plan(head, rows)
-        with call.advising(head, rows):
-            if isinstance(plan, Grouped) and objective is not None:
-                return *known_gradients(call, *tensors, self.labels, rows, plan, objective.slope), None
-            function = LinearTokenLogpsFunction
-            logp, means, dropped = function.apply(*tensors, self.labels, rows, plan, call)  # type: ignore[misc]
-            return logp, means, None, dropped
+        if not isinstance(plan, Grouped):
+            logp, means, dropped = self._score(call, head, rows, plan)
+            if dropped is None and self.spec.skip_mass is not None:
+                dropped = torch.zeros_like(means)
+            return self._evaluated(objective, self._sums(logp, means), dropped)
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False), call.advising(head, rows):
+            _, means, gradients, result = call.evaluate(head, rows, plan, self.labels, self.cu_seqlens, objective)
+        dropped = None if self.spec.skip_mass is None else torch.zeros_like(means)
+        return Evaluated(result, self._attached(result.loss, gradients), dropped)
 
-    def _score_compiled(self, call: HeadCall, objective: Objective | None) -> tuple[Tensor, Tensor, Any, None]:
+    def _attached(self, loss: Tensor, gradients: Gradients) -> Tensor:
+        tensors = (self.hidden, self.weight, self.bias)
+        return KnownGradientsFunction.apply(*tensors, loss, self.spec.backend, self.shard, *gradients)  # type: ignore[return-value]
+
+    def _score(self, call: HeadCall, head: Head, rows: ValidRows, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs and means of z, shaped like the labels, and the dropped mass if there is any."""
+        with call.advising(head, rows):
+            return LinearTokenLogpsFunction.apply(self.hidden, self.weight, self.bias, self.labels, rows, plan, call)  # type: ignore[return-value]
+
+    def _evaluated_compiled(self, call: HeadCall, objective: Objective, local: Objective | None) -> Evaluated:
+        """The same in a graph, in which the objective is evaluated on the whole batch."""
+        if local is None or not local.unit or call.wanted <= {"hidden"}:
+            return self._evaluated(objective, self.scores())
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
-        if objective is not None and objective.unit and not call.wanted <= {"hidden"}:
-            detached = [None if tensor is None else tensor.detach() for tensor in batch]
-            constants, tensors = encode(objective)
-            logp, means, *gradients = linear_ops.linear_known_gradients(
-                *detached, tensors, constants, linear_ops.encode(call)
-            )
-            return logp, means, linear_ops.wanted_only(tuple(gradients)), None
-        function = linear_ops.CompiledTokenLogpsFunction
-        logp, means = function.apply(*batch, linear_ops.encode(call))  # type: ignore[misc]
-        return logp, means, None, None
+        detached = [None if tensor is None else tensor.detach() for tensor in batch]
+        constants, tensors = encode(objective)
+        logp, means, *parts = linear_ops.linear_known_gradients(*detached, tensors, constants, linear_ops.encode(call))
+        result = objective.evaluate(self._sums(logp, means), self.spec.backend, self.dtype)
+        return Evaluated(result, self._attached(result.loss, linear_ops.wanted_only(tuple(parts))))
 
 
 def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) -> Tensor:

@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 
 from fused_pref import validate
 from fused_pref.batch import Batch, LinearBatch, LogitsBatch
-from fused_pref.bound import BCOObjective, PairObjective
 from fused_pref.head.agreement import across_ranks
 from fused_pref.keywords import (
     BCOLinearKeywords,
@@ -28,8 +27,9 @@ from fused_pref.keywords import (
     SequenceLogitsKeywords,
     accepts,
 )
-from fused_pref.losses.objectives import BCOSpec, PairSpec
+from fused_pref.losses.pair import PairObjective, PairSpec
 from fused_pref.losses.reward_shift import RewardShift
+from fused_pref.losses.unpaired import BCOObjective, BCOSpec
 from fused_pref.outputs import BCOOutput, PairOutput
 
 
@@ -277,7 +277,7 @@ def _token_logps(batch: Batch) -> Tensor:
 
 
 def _sequence_logps(batch: Batch, average: bool) -> Tensor:
-    scores = batch.scores().scores
+    scores = batch.scores()
     return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(batch.dtype)
 
 
@@ -291,11 +291,10 @@ def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_lo
     normalizers = pair_normalizers(keywords)
     ref_logps = _ref_logps(batch, ref_logps) if spec.reference else None
     objective = PairObjective(spec, ref_logps, *normalizers)
-    scores, attach, dropped_mass = batch.scores(objective)
-    result = objective(scores, batch.spec, batch.dtype)
+    result, loss, dropped_mass = batch.evaluate(objective)
     pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
     return PairOutput(
-        loss=attach(result.loss, result.slope),
+        loss=loss,
         nll_loss=result.nll_loss,
         chosen_logps=result.logps[:pairs],
         rejected_logps=result.logps[pairs:],
@@ -317,11 +316,10 @@ def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirabl
     normalizers = bco_normalizers(keywords)
     delta = reward_shift(keywords, batch.labels.device)
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
-    scores, attach, dropped_mass = batch.scores(objective)
-    result = objective(scores, batch.spec, batch.dtype)
+    result, loss, dropped_mass = batch.evaluate(objective)
     means = batch.spec.logits_mean is not None
     return BCOOutput(
-        loss=attach(result.loss, result.slope),
+        loss=loss,
         delta=result.delta,
         logps=result.logps,
         rewards=result.rewards,

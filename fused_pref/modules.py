@@ -17,8 +17,9 @@ from fused_pref.keywords import (
     DPOLogitsKeywords,
     accepts,
 )
-from fused_pref.losses.objectives import BCOSpec, PairSpec
+from fused_pref.losses.pair import PairSpec
 from fused_pref.losses.reward_shift import RewardShift
+from fused_pref.losses.unpaired import BCOSpec
 from fused_pref.outputs import BCOOutput, PairOutput
 
 Normalizer = float | Tensor | None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_pref as fp
-from fused_pref.losses.objectives import CPO_LOSS_TYPES, DPO_LOSS_TYPES
+from fused_pref.losses.pair import CPO_LOSS_TYPES, DPO_LOSS_TYPES
 
 PROFILE = os.environ.get("FUSED_PREF_PROPERTIES", "")
 if PROFILE not in ("", "long") and not PROFILE.isdecimal():

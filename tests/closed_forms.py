@@ -10,7 +10,7 @@ from harness import IGNORE, Batch, make_batch, reference_logps, run
 from torch import Tensor
 
 from fused_pref import reference
-from fused_pref.losses.objectives import CPO_LOSS_TYPES, DPO_LOSS_TYPES
+from fused_pref.losses.pair import CPO_LOSS_TYPES, DPO_LOSS_TYPES
 
 FUNCTIONS = ["token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss"]
 OBJECTIVES = [

@@ -7,7 +7,7 @@ import torch
 from harness import IGNORE, assert_gradient, assert_values, make_batch, reference_logps, run
 
 import fused_pref as fp
-from fused_pref.losses.objectives import CPO_LOSS_TYPES
+from fused_pref.losses.pair import CPO_LOSS_TYPES
 
 
 @pytest.mark.parametrize("loss_type", CPO_LOSS_TYPES)

@@ -21,7 +21,7 @@ from closed_forms import (
 from harness import IGNORE, reference_logps, run
 
 from fused_pref import reference
-from fused_pref.losses.objectives import CPO_LOSS_TYPES
+from fused_pref.losses.pair import CPO_LOSS_TYPES
 
 
 @pytest.mark.parametrize("shift", [True, False])

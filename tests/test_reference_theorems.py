@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_pref import reference
-from fused_pref.losses.objectives import CPO_LOSS_TYPES, DPO_LOSS_TYPES
+from fused_pref.losses.pair import CPO_LOSS_TYPES, DPO_LOSS_TYPES
 
 # Theorems. One pair of one token each: references are chosen so that the rewards are r_w and r_l.
 

@@ -2,20 +2,27 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_pref import validate
 from fused_pref.backend import architecture
 from fused_pref.head.advice import advising, warn_of
 from fused_pref.head.budget import budget_of
-from fused_pref.head.plans.head import Head
+from fused_pref.head.plans.grouped import Grouped
+from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.head.plans.planner import plan_of
 from fused_pref.head.plans.problem import GRADIENTS, Forward, Plan, Problem
 from fused_pref.head.plans.rows import ValidRows, valid_rows
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.plans.skipping import can_skip
 from fused_pref.head.spec import LinearSpec
+from fused_pref.losses.encoding import Objective
+from fused_pref.losses.numbers import saturate
+from fused_pref.losses.pair import gather
+from fused_pref.losses.scores import Scores, mean_sums
 from fused_pref.ops.blocks import Rows, block_rows, ranges
 from fused_pref.ops.devices import device_of
 from fused_pref.ops.interface import LOGIT_SUM
@@ -132,7 +139,57 @@ class HeadCall:
         totals = rows.scatter(forward.statistics[LOGIT_SUM], labels)
         return logp, self.means(head, rows, labels, totals, unscored), forward
 
-    def means(self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor, unscored: Tensor | None) -> Tensor:
+    def evaluate(
+        self,
+        head: Head,
+        rows: ValidRows,
+        plan: Grouped,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor, Gradients, Any]:
+        """Log-probs, means of z, gradients and result of an objective, evaluated once on each group of its units."""
+        spec, dtype, whole = self.spec, head.accumulator, objective.for_parts(rows.counts)
+        unscored = self.unscored_logit_sums(head, rows, labels)
+        # Without an activation the means do not wait for the logits.
+        means = (
+            None
+            if self.wants_logit_sums
+            else self.means(head, rows, labels, labels.new_zeros(labels.shape, dtype=dtype))
+        )
+        known = (None, None) if means is None else mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+        results, sums = [], []
+
+        def slope(members: tuple[slice, ...] | None, own: Tensor) -> Tensor:
+            if rows.overflow is not None:
+                own = own.masked_fill(rows.overflow, torch.nan)
+            validate.values("the log-prob of each sequence", own, torch.isfinite, "finite")
+            sums.append(own)
+            if members is None:
+                scores, part = Scores(own, rows.counts, *known), whole
+            else:
+                scores, part = Scores(own, gather(rows.counts, members), None, None), whole.part(members)
+            results.append(part.evaluate(scores, spec.backend, dtype))
+            return saturate(results[-1].slope, torch.float32)
+
+        logp, totals, gradients = plan.run(
+            head, rows, slope, self.wanted, paired=self.unit == 2, logit_sum=self.wants_logit_sums
+        )
+        if rows.overflow is not None:
+            logp.masked_fill_(rows.overflow, torch.nan)
+        if means is None:
+            means = self.means(head, rows, labels, totals.view(labels.shape), unscored)
+            known = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+        elif len(results) == 1:
+            known = (None, None)  # the result has them
+        result = objective.joined(results, Scores(torch.cat(sums), rows.counts, *known), dtype)
+        # The last thing that can fail.
+        objective.gather_statistics(torch.cat(sums))
+        return logp.view(labels.shape), means, gradients, result
+
+    def means(
+        self, head: Head, rows: ValidRows, labels: Tensor, totals: Tensor, unscored: Tensor | None = None
+    ) -> Tensor:
         """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
 
         Args:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fused_pref.head.call import HeadCall
 from fused_pref.head.logits import OnceDifferentiableFunction
-from fused_pref.head.plans.grouped import Grouped, Slope
 from fused_pref.head.plans.head import Gradients
 from fused_pref.head.plans.problem import Plan
 from fused_pref.head.plans.rows import ValidRows
@@ -94,29 +93,6 @@ class KnownGradientsFunction(torch.autograd.Function):
             if ctx.shard is not None and scaled.hidden is not None:
                 scaled = scaled._replace(hidden=ctx.shard.reduce(scaled.hidden).to(hidden.dtype))
         return (*_once(scaled, hidden, weight, bias), None, None, None, None, None, None)
-
-
-def known_gradients(
-    call: HeadCall,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    rows: ValidRows,
-    plan: Grouped,
-    slope: Slope,
-) -> tuple[Tensor, Tensor, Gradients]:
-    """(logp, mean of z, gradients of the loss) by plan ``grouped``."""
-    head = call.head(hidden, weight, bias)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        unscored = call.unscored_logit_sums(head, rows, labels)
-        logp, totals, gradients = plan.run(
-            head, rows, slope, call.wanted, paired=call.unit == 2, logit_sum=call.wants_logit_sums
-        )
-        if rows.overflow is not None:
-            logp.masked_fill_(rows.overflow, torch.nan)
-        means = call.means(head, rows, labels, totals.view(labels.shape), unscored)
-    return logp.view(labels.shape), means, gradients
 
 
 def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from fused_pref.head.call import HeadCall
-from fused_pref.head.functions import known_gradients
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import Gradients, late_dtype
 from fused_pref.head.plans.problem import GRADIENTS
-from fused_pref.head.spec import LinearSpec, from_text, to_text
+from fused_pref.head.spec import LinearSpec
+from fused_pref.losses.encoding import decode as decode_objective
+from fused_pref.losses.encoding import from_text, to_text
+from fused_pref.losses.numbers import saturate
+from fused_pref.losses.scores import Scores
 from fused_pref.ops.interface import Transform, accumulator_dtype
 
 
@@ -102,30 +105,28 @@ def linear_known_gradients(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     tensors: list[Tensor],
-    objective: str,
+    constants: str,
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, mean of z, gradients of the loss) of an objective whose coefficients are known unit by unit."""
-    from fused_pref import bound
-
-    request, slope = decode(call), bound.decode(objective, tensors).slope
+    request, objective = decode(call), decode_objective(constants, tensors)
     head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
     plan = request.plan(head, rows)
-    if isinstance(plan, Grouped):
-        with request.advising(head, rows):
-            logp, means, gradients = known_gradients(request, hidden, weight, bias, labels, rows, plan, slope)
-        return logp, means, *_filled(gradients, hidden)
     with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
+        if isinstance(plan, Grouped):
+            logp, means, gradients, _ = request.evaluate(head, rows, plan, labels, cu_seqlens, objective)
+            return logp, means, *_filled(gradients, hidden)
         values, means, forward = request.score(head, rows, plan, labels)
-        sequences = (slice(0, rows.counts.shape[0]),)
-        upstream = rows.expand(slope(sequences, rows.sums(values), rows.counts)).to(values.dtype)
+        whole = objective.for_parts(rows.counts)
+        slope = whole.evaluate(Scores(rows.sums(values), rows.counts, None, None), head.backend, head.accumulator).slope
+        upstream = rows.expand(saturate(slope, torch.float32)).to(values.dtype)
         gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream, request.wanted)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
     return rows.scatter(values, labels), means, *_filled(late, hidden)
 
 
 @linear_known_gradients.register_fake
-def _(hidden, weight, bias, labels, cu_seqlens, tensors, objective, call):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, labels, cu_seqlens, tensors, constants, call):  # type: ignore[no-untyped-def]
     request = decode(call)
     logp = hidden.new_empty(labels.shape, dtype=accumulator_dtype(request.dtype))
     return logp, torch.empty_like(logp), *_fake_gradients(hidden, weight, bias, request, late=True)

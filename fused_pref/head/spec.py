@@ -1,7 +1,6 @@
 """The constants of a call: the logits transform, and which label each position scores."""
 
-import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,6 @@ from fused_pref.ranks import group_of
 BACKENDS = choices(TokenKeywords, "backend")
 LOGITS_MEANS = (*choices(TokenKeywords, "logits_mean"), None)
 TOKEN_DEFAULTS = defaults(TokenKeywords)
-
-
-def to_text(values: Iterable[Any]) -> str:
-    """Numbers, names and None as text, as a custom op takes them, by means that a compiler can see through."""
-    return ";".join([f"{value!r}" for value in values])
-
-
-def from_text(text: str) -> list[Any]:
-    """The values of :func:`to_text`."""
-    return [ast.literal_eval(part) for part in text.split(";")]
 
 
 def transform_of(keywords: Mapping[str, Any]) -> Transform:

@@ -19,8 +19,8 @@ from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.matmul import add_product, product_dtype
 
-# (runs of sequences, their sums (s,) float64, scored tokens of all sequences (S,) int64) → ∂loss/∂sums (s,) float64
-Slope = Callable[[tuple[slice, ...], Tensor, Tensor], Tensor]
+# (runs of sequences, None for all of them; their sums (s,) float64) → ∂loss/∂sums (s,) float64
+Slope = Callable[[tuple[slice, ...] | None, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Grouped(Plan):
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for u0, u1 in itertools.pairwise(bounds):
             members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
-            group = rows if (u0, u1) == (0, units) else rows.part(members)
+            members = None if (u0, u1) == (0, units) else members
+            group = rows if members is None else rows.part(members)
             h = head.take(group)
             statistics = torch_chunk.new_statistics(group.number, h, head.accumulator)
             q, multiple = head.update_statistics(
@@ -92,7 +93,7 @@ class Grouped(Plan):
             one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
             group.scatter_(logp, values)
             group.scatter_(totals, statistics[LOGIT_SUM])
-            known = slope(members, group.sums(values), rows.counts)
+            known = slope(members, group.sums(values))
             sums.add(group, h, q, group.expand(known).to(one_minus_p.dtype) * one_minus_p * head.transform.slope)
         return logp, totals, sums.gradients()
 

@@ -1,4 +1,4 @@
-"""Device twins of the loss functions in :mod:`fused_pref.losses.objectives`, in float64, under the same names.
+"""Device twins of the loss functions in :mod:`fused_pref.losses.pair`, in float64, under the same names.
 
 A pair loss takes Δ and the hyperparameters and gives the loss and ∂loss/∂Δ; ``pair_loss`` picks it by name.
 """

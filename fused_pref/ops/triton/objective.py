@@ -311,7 +311,7 @@ def pair_objective(
     alpha: float,
     nll_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.reductions.pair_objective_op`. One launch."""
+    """See :func:`fused_pref.losses.pair.pair_objective_op`. One launch."""
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)
@@ -359,7 +359,7 @@ def bco_objective(
     update: str | None,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.reductions.bco_objective_op`. One launch."""
+    """See :func:`fused_pref.losses.unpaired.bco_objective_op`. One launch."""
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)

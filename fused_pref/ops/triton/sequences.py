@@ -83,7 +83,7 @@ def sequence_scores(
     shift: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.reductions.sequence_scores`. One launch."""
+    """See :func:`fused_pref.losses.scores.sequence_scores`. One launch."""
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else labels.shape[0]
     sums = torch.empty(sequences, dtype=torch.float64, device=logp.device)

@@ -1,0 +1,333 @@
+"""Objectives of pairs, CPO and DPO: per-sequence log-probs in, loss and its slope out.
+
+Everything works on float64 tensors and is a function of two things per sequence: ``sums``, the summed log-prob of its
+completion, and ``counts``, the number of scored tokens. The slope is ∂loss/∂sums, in closed form: the gradient of every
+logit is then ``slope[s] · (onehot − softmax)``, which is what lets a head form gradients in the forward. A new pair
+loss is one function in ``PAIR_LOSSES`` and what CONTRIBUTING.md's recipe names beside it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_pref import validate
+from fused_pref.keywords import CPOKeywords, DPOKeywords, choices
+from fused_pref.losses.numbers import narrow, ratio, saturate, split
+from fused_pref.losses.scores import Scores, logits_means
+from fused_pref.ops.interface import ALPHA_CLAMP
+
+CPO_LOSS_TYPES = choices(CPOKeywords, "loss_type")
+DPO_LOSS_TYPES = choices(DPOKeywords, "loss_type")
+NLL_REDUCTIONS = choices(CPOKeywords, "nll_reduction")
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Validated hyperparameters of a pairwise objective; ``reference`` tells DPO from CPO."""
+
+    reference: bool
+    loss_type: str
+    beta: float
+    label_smoothing: float
+    cpo_alpha: float = 0.0
+    simpo_gamma: float = 0.0
+    alpha: float = 0.0
+    nll_reduction: str = "token"
+
+    @property
+    def average(self) -> bool:
+        """Whether log-probs enter as averages over the completion."""
+        return self.loss_type in ("ipo", "simpo")
+
+    @property
+    def constants(self) -> tuple[bool, str, float, float, float, float, float, str]:
+        """What the Triton objective takes, in its order."""
+        return (
+            self.average,
+            self.loss_type,
+            self.beta,
+            self.label_smoothing,
+            self.cpo_alpha,
+            self.simpo_gamma,
+            self.alpha,
+            self.nll_reduction,
+        )
+
+    @classmethod
+    def cpo(cls, keywords: Mapping[str, Any]) -> "PairSpec":
+        """From CPO's keywords."""
+        loss_type = validate.choice("loss_type", keywords["loss_type"], CPO_LOSS_TYPES)
+        cpo_alpha = validate.finite("cpo_alpha", keywords["cpo_alpha"], "a finite number >= 0")
+        if cpo_alpha < 0:
+            raise validate.fail("cpo_alpha", "a finite number >= 0", cpo_alpha)
+        return cls(
+            reference=False,
+            loss_type="simpo" if loss_type == "alphapo" else loss_type,
+            beta=validate.positive("beta", keywords["beta"]),
+            label_smoothing=validate.within("label_smoothing", keywords["label_smoothing"], 0.0, 1.0),
+            cpo_alpha=0.0 if loss_type == "alphapo" else cpo_alpha,
+            simpo_gamma=validate.finite("simpo_gamma", keywords["simpo_gamma"]),
+            alpha=validate.finite("alpha", keywords["alpha"]),
+            nll_reduction=validate.choice("nll_reduction", keywords["nll_reduction"], NLL_REDUCTIONS),
+        )
+
+    @classmethod
+    def dpo(cls, keywords: Mapping[str, Any]) -> "PairSpec":
+        """From DPO's keywords."""
+        return cls(
+            reference=True,
+            loss_type=validate.choice("loss_type", keywords["loss_type"], DPO_LOSS_TYPES),
+            beta=validate.positive("beta", keywords["beta"]),
+            label_smoothing=validate.within("label_smoothing", keywords["label_smoothing"], 0.0, 1.0),
+        )
+
+
+class PairTerms(NamedTuple):
+    """A pairwise objective over S = 2B sequences, float64."""
+
+    loss: Tensor  # 0-d
+    slope: Tensor  # (S,) ∂loss/∂sums
+    nll_loss: Tensor  # 0-d
+    logps: Tensor  # (S,) averaged for ipo and simpo
+    rewards: Tensor  # (S,)
+
+
+def logistic_loss(x: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """−(1−ε) logσ(x) − ε logσ(−x) and its derivative (the conservative form of label smoothing)."""
+    loss = -(1 - smoothing) * F.logsigmoid(x)
+    if smoothing:  # else 0 · ∞ where a rejected completion has probability 0
+        loss = loss - smoothing * F.logsigmoid(-x)
+    return loss, smoothing * torch.sigmoid(x) - (1 - smoothing) * torch.sigmoid(-x)
+
+
+def sigmoid(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
+    """−(1−ε) logσ(βΔ) − ε logσ(−βΔ) (CPO, DPO)."""
+    loss, slope = logistic_loss(spec.beta * delta, spec.label_smoothing)
+    return loss, spec.beta * slope
+
+
+def simpo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
+    """Sigmoid of βΔ − γ (SimPO, arXiv 2405.14734)."""
+    loss, slope = logistic_loss(spec.beta * delta - spec.simpo_gamma, spec.label_smoothing)
+    return loss, spec.beta * slope
+
+
+def hinge(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
+    """relu(1 − βΔ) (SLiC, arXiv 2305.10425)."""
+    loss = torch.relu(1 - spec.beta * delta)
+    return loss, -spec.beta * (~(loss <= 0)).to(loss.dtype)
+
+
+def ipo(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
+    """(Δ − 1/(2β))² (IPO, arXiv 2310.12036)."""
+    gap = delta - 1 / (2 * spec.beta)
+    return gap.square(), 2 * gap
+
+
+# loss_type → (Δ (B,), spec) → (loss (B,), ∂loss/∂Δ (B,))
+PAIR_LOSSES: dict[str, Callable[[Tensor, PairSpec], tuple[Tensor, Tensor]]] = {
+    "sigmoid": sigmoid,
+    "simpo": simpo,
+    "hinge": hinge,
+    "ipo": ipo,
+}
+
+
+def alpha_reward(logps: Tensor, alpha: float) -> tuple[Tensor, Tensor | float]:
+    """AlphaPO's r = −expm1(min(−α·logps, 80))/α (arXiv 2501.03884) and dr/dlogps, 0 beyond the clamp; α = 0: logps."""
+    if alpha == 0:
+        return logps, 1.0
+    power = -alpha * logps
+    clamped = power.clamp(max=ALPHA_CLAMP)
+    return -torch.expm1(clamped) / alpha, torch.exp(clamped) * (power <= ALPHA_CLAMP)
+
+
+def pair_objective(
+    sums: Tensor,
+    counts: Tensor,
+    spec: PairSpec,
+    *,
+    ref_logps: Tensor | None = None,
+    pair_normalizer: float | Tensor | None = None,
+    token_normalizer: float | Tensor | None = None,
+) -> PairTerms:
+    """CPO or DPO from per-sequence sums, chosen sequences first.
+
+    Args:
+        sums: (S,) float64, log-probs summed over the completion.
+        counts: (S,) int64, scored tokens.
+        spec: the hyperparameters.
+        ref_logps: (S,) float64 sums of the reference model, for DPO.
+        pair_normalizer: replaces the number of pairs.
+        token_normalizer: replaces the number of scored chosen tokens.
+    """
+    pairs = sums.shape[0] // 2
+    pair_count = pairs if pair_normalizer is None else pair_normalizer
+    lengths = counts.clamp(min=1) if spec.average else 1
+    logps = sums / lengths
+    if ref_logps is None:
+        entering, transformed = alpha_reward(logps, spec.alpha)
+        rewards = spec.beta * entering
+    else:
+        entering, transformed = (sums - ref_logps) / lengths, 1.0
+        rewards = spec.beta * (sums - ref_logps)
+    losses, slopes = PAIR_LOSSES[spec.loss_type](entering[:pairs] - entering[pairs:], spec)
+    loss = ratio(losses.sum(), pair_count)
+    slope = ratio(torch.cat((slopes, -slopes)) * transformed / lengths, pair_count)
+    nll = torch.zeros_like(loss)
+    if spec.cpo_alpha:
+        tokens = counts[:pairs].sum() if token_normalizer is None else token_normalizer
+        nll_count = tokens if spec.nll_reduction == "token" else pair_count
+        nll = -ratio(sums[:pairs].sum(), nll_count)
+        loss = loss + spec.cpo_alpha * nll
+        chosen = torch.cat((torch.ones_like(slopes), torch.zeros_like(slopes)))
+        slope = slope - ratio(spec.cpo_alpha * chosen, nll_count)
+    return PairTerms(loss, slope, nll, logps, rewards)
+
+
+class PairResult(NamedTuple):
+    """A pairwise objective, in the dtype of the results but for the float64 slope."""
+
+    loss: Tensor
+    nll_loss: Tensor
+    chosen_logits_mean: Tensor
+    rejected_logits_mean: Tensor
+    logps: Tensor  # (S,)
+    rewards: Tensor  # (S,)
+    slope: Tensor  # (S,) ∂loss/∂sums
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """CPO or DPO with its tensors: a value that is evaluated on a batch, or once on each group of its pairs.
+
+    Attributes:
+        spec: the hyperparameters.
+        ref_logps: (S,) of DPO, else None.
+        pair_normalizer, token_normalizer: in place of the counts of pairs and of chosen tokens.
+    """
+
+    # Sequences after which their slopes are known: a pair.
+    unit: ClassVar[int] = 2
+
+    spec: PairSpec
+    ref_logps: Tensor | None
+    pair_normalizer: float | Tensor | None
+    token_normalizer: float | Tensor | None
+
+    def for_parts(self, counts: Tensor) -> "PairObjective":
+        """The same, whose parts are normalised by the whole batch; counts (S,) of its scored tokens."""
+        pairs, tokens = counts.shape[0] // 2, self.token_normalizer
+        if tokens is None and self.spec.cpo_alpha and self.spec.nll_reduction == "token":
+            tokens = counts[:pairs].sum()
+        number = pairs if self.pair_normalizer is None else self.pair_normalizer
+        return replace(self, pair_normalizer=number, token_normalizer=tokens)
+
+    def part(self, members: tuple[slice, ...]) -> "PairObjective":
+        """Of these runs of sequences, from :meth:`for_parts`."""
+        return replace(self, ref_logps=None if self.ref_logps is None else gather(self.ref_logps, members))
+
+    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> PairResult:
+        """Loss, slope and all that is reported, from the same code; results in ``dtype``."""
+        if backend == "triton":
+            means = None if scores.totals is None else "all"
+            unknown = (scores.sums, scores.counts) if scores.totals is None else (scores.totals, scores.positions)
+            normalizers = (*split(self.pair_normalizer), *split(self.token_normalizer))
+            loss, scalars, logps, rewards, slope = pair_objective_op(
+                scores.sums, scores.counts, *unknown, self.ref_logps, *normalizers, means, *self.spec.constants
+            )
+            nll_loss, chosen_mean, rejected_mean = scalars.unbind()
+            return PairResult(loss, nll_loss, chosen_mean, rejected_mean, logps, rewards, slope)
+        terms = pair_objective(
+            scores.sums,
+            scores.counts,
+            self.spec,
+            ref_logps=None if self.ref_logps is None else self.ref_logps.double(),
+            pair_normalizer=self.pair_normalizer,
+            token_normalizer=self.token_normalizer,
+        )
+        sequences = scores.sums.shape[0]
+        chosen = torch.arange(sequences, device=scores.sums.device) < sequences // 2
+        chosen_mean, rejected_mean = logits_means(scores, chosen)
+        return PairResult(
+            narrow(terms.loss, dtype),
+            narrow(terms.nll_loss, dtype),
+            narrow(chosen_mean, dtype),
+            narrow(rejected_mean, dtype),
+            narrow(terms.logps, dtype),
+            narrow(terms.rewards, dtype),
+            saturate(terms.slope, dtype),
+        )
+
+    def joined(self, parts: list[PairResult], scores: Scores, dtype: torch.dtype) -> PairResult:
+        """The results of all groups as those of the batch, whose scores give the means of the logits."""
+        if len(parts) == 1 and scores.totals is None:
+            return parts[0]
+
+        def in_order(name: str) -> Tensor:
+            halves = [getattr(part, name).chunk(2) for part in parts]
+            return torch.cat([half[side] for side in (0, 1) for half in halves])
+
+        def summed(name: str) -> Tensor:
+            return narrow(torch.stack([getattr(part, name) for part in parts]).double().sum(), dtype)
+
+        sequences = scores.counts.shape[0]
+        chosen = torch.arange(sequences, device=scores.counts.device) < sequences // 2
+        chosen_mean, rejected_mean = (narrow(mean, dtype) for mean in logits_means(scores, chosen))
+        return PairResult(
+            summed("loss"),
+            summed("nll_loss"),
+            chosen_mean,
+            rejected_mean,
+            in_order("logps"),
+            in_order("rewards"),
+            in_order("slope"),
+        )
+
+    def gather_statistics(self, sums: Tensor) -> None:
+        """Nothing: pairs have no state."""
+
+
+def gather(values: Tensor, members: tuple[slice, ...]) -> Tensor:
+    """The entries of these runs of sequences."""
+    return torch.cat([values[run] for run in members])
+
+
+@torch.library.custom_op("fused_pref::pair_objective", mutates_args=())
+def pair_objective_op(
+    sums: Tensor,
+    counts: Tensor,
+    totals: Tensor,
+    positions: Tensor,
+    ref_logps: Tensor | None,
+    pair_number: float | None,
+    pair_tensor: Tensor | None,
+    token_number: float | None,
+    token_tensor: Tensor | None,
+    logits_mean: str | None,
+    average: bool,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    cpo_alpha: float,
+    simpo_gamma: float,
+    alpha: float,
+    nll_reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64."""
+    from fused_pref.ops.triton import objective
+
+    return objective.pair_objective(
+        sums, counts, totals, positions, ref_logps, pair_number, pair_tensor, token_number, token_tensor, logits_mean,
+        average, loss_type, beta, label_smoothing, cpo_alpha, simpo_gamma, alpha, nll_reduction,
+    )  # fmt: skip
+
+
+@pair_objective_op.register_fake
+def _(sums, *arguments):  # type: ignore[no-untyped-def]
+    loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
+    return loss, scalars, logps, torch.empty_like(logps), torch.empty_like(sums)

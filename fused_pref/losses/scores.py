@@ -1,0 +1,135 @@
+"""Sums per sequence of what was computed per token: what the objectives are functions of.
+
+The torch backend takes plain operations (:mod:`fused_pref.layout`), which any compiler can see through; the Triton
+backend one launch, as a custom op.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_pref import layout
+from fused_pref.losses.numbers import ratio
+
+
+class Scores(NamedTuple):
+    """Per-sequence sums of a batch: what the objectives are functions of."""
+
+    sums: Tensor  # (S,) float64 log-probs summed over the completion, with the gradient
+    counts: Tensor  # (S,) int64 scored tokens
+    totals: Tensor | None  # (S,) float64 sums over positions of the mean of z over the vocabulary; None: not known
+    positions: Tensor | None  # (S,) int64 positions in those sums
+
+
+def sequence_scores(
+    logp: Tensor,
+    means: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    backend: str,
+    logits_mean: str | None,
+    shift: bool,
+    ignore_index: int,
+) -> Scores:
+    """Sum what was computed per token over each sequence; arguments shaped like ``labels``."""
+    if backend == "triton":
+        scores = Scores(
+            *SequenceScoresFunction.apply(logp, means, labels, cu_seqlens, logits_mean, shift, ignore_index)
+        )
+        return scores if logits_mean else scores._replace(totals=None, positions=None)
+    sums = layout.sequence_sums(logp, cu_seqlens)
+    targets = layout.targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+    counts = layout.sequence_sums(targets != ignore_index, cu_seqlens).long()
+    return Scores(sums, counts, *mean_sums(means, counts, labels, cu_seqlens, logits_mean))
+
+
+def mean_sums(
+    means: Tensor, counts: Tensor, labels: Tensor, cu_seqlens: Tensor | None, logits_mean: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``totals`` and ``positions`` of :class:`Scores`, from means of z shaped like the labels and the scored tokens."""
+    if logits_mean is None:
+        return None, None
+    positions = layout.lengths_of(labels, cu_seqlens) if logits_mean == "all" else counts
+    return layout.sequence_sums(means, cu_seqlens), positions
+
+
+def logits_means(scores: Scores, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of z over the chosen sequences and over the others; 0 where they have no position, or none is known."""
+    if scores.totals is None or scores.positions is None:
+        nothing = scores.sums.new_zeros(())
+        return nothing, nothing
+    means = []
+    for members in (chosen, ~chosen):
+        total, positions = scores.totals.where(members, 0).sum(), scores.positions.where(members, 0).sum()
+        means.append(ratio(total, positions))
+    return means[0], means[1]
+
+
+class SequenceScoresFunction(torch.autograd.Function):
+    """Token log-probs to :class:`Scores` by the Triton kernels; the gradient of a token is that of its sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *constants: Any
+    ) -> tuple[Tensor, ...]:
+        """See :class:`Scores`."""
+        sums, *rest = sequence_scores_op(logp, means, labels, cu_seqlens, *constants)
+        ctx.save_for_backward(cu_seqlens)
+        ctx.tokens_shape = logp.shape
+        ctx.mark_non_differentiable(*rest)
+        if not torch.compiler.is_compiling():
+            # Else zeros would be filled in as the gradients of the rest. Dynamo lacks this, and drops them itself.
+            ctx.set_materialize_grads(False)
+        return (sums, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """(S,) → tokens; padded tokens share their sequence's entry."""
+        (cu_seqlens,) = ctx.saved_tensors
+        if grads[0] is None:
+            return (None,) * 7
+        if cu_seqlens is None:
+            tokens = grads[0].float()[:, None].expand(ctx.tokens_shape)
+        else:
+            tokens = expand_op(grads[0], cu_seqlens, ctx.tokens_shape[0])
+        return tokens, *(None,) * 6
+
+
+@torch.library.custom_op("fused_pref::sequence_scores", mutates_args=())
+def sequence_scores_op(
+    logp: Tensor,
+    means: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    logits_mean: str | None,
+    shift: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of :class:`Scores`; ``totals`` and ``positions`` are not set with ``logits_mean=None``."""
+    from fused_pref.ops.triton import sequences
+
+    return sequences.sequence_scores(logp, means, labels, cu_seqlens, logits_mean, shift, ignore_index)
+
+
+@sequence_scores_op.register_fake
+def _(logp, means, labels, cu_seqlens, *constants):  # type: ignore[no-untyped-def]
+    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sums, counts = (logp.new_empty(sequences, dtype=dtype) for dtype in (torch.float64, torch.int64))
+    return sums, counts, torch.empty_like(sums), torch.empty_like(counts)
+
+
+@torch.library.custom_op("fused_pref::spread", mutates_args=())
+def expand_op(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """Each sequence's value at its positions, (N_total,) float32."""
+    from fused_pref.ops.triton import sequences
+
+    return sequences.expand(values, cu_seqlens, total)
+
+
+@expand_op.register_fake
+def _(values, cu_seqlens, total):  # type: ignore[no-untyped-def]
+    return values.new_empty(total, dtype=torch.float32)

@@ -1,0 +1,271 @@
+"""Objectives of single sequences: BCO. See :mod:`fused_pref.losses.pair` for what they are functions of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_pref import validate
+from fused_pref.keywords import BCOKeywords, choices
+from fused_pref.losses.numbers import narrow, ratio, saturate, split
+from fused_pref.losses.pair import gather, logistic_loss
+from fused_pref.losses.reward_shift import RewardShift, ShiftState
+from fused_pref.losses.scores import Scores, logits_means
+
+BCO_REDUCTIONS = choices(BCOKeywords, "reduction")
+
+
+@dataclass(frozen=True)
+class BCOSpec:
+    """Validated hyperparameters of the BCO objective."""
+
+    beta: float
+    reduction: str
+
+    @classmethod
+    def bco(cls, keywords: Mapping[str, Any]) -> "BCOSpec":
+        """From BCO's keywords."""
+        validate.tensor_or_none("sample_weight", keywords["sample_weight"], "(S,)")
+        return cls(
+            beta=validate.positive("beta", keywords["beta"]),
+            reduction=validate.choice("reduction", keywords["reduction"], BCO_REDUCTIONS),
+        )
+
+
+class BCOTerms(NamedTuple):
+    """The BCO objective over S sequences, float64."""
+
+    loss: Tensor  # 0-d
+    slope: Tensor  # (S,) ∂loss/∂sums
+
+
+def bco_objective(
+    rewards: Tensor,
+    desirable: Tensor,
+    delta: Tensor | float,
+    spec: BCOSpec,
+    *,
+    sample_weight: Tensor | None = None,
+    sequence_normalizer: float | Tensor | None = None,
+    class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
+) -> BCOTerms:
+    """BCO from rewards β(logps − ref_logps): −logσ(r − δ) for desirable, −logσ(−(r − δ)) for undesirable sequences.
+
+    Args:
+        rewards: (S,) float64.
+        desirable: (S,) bool.
+        delta: the reward shift, 0-d float64 or a number.
+        spec: the hyperparameters.
+        sample_weight: (S,) float64 factors on the losses.
+        sequence_normalizer: replaces S in ``reduction="mean"``.
+        class_normalizer: replaces the class counts in ``reduction="class_mean"``.
+    """
+    sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
+    losses, slopes = logistic_loss(sign * (rewards - delta), 0.0)
+    slope = spec.beta * sign * slopes
+    if sample_weight is not None:
+        losses, slope = losses * sample_weight, slope * sample_weight
+    if spec.reduction == "mean":
+        count = max(rewards.shape[0], 1) if sequence_normalizer is None else sequence_normalizer
+        return BCOTerms(ratio(losses.sum(), count), ratio(slope, count))
+    positives, negatives = class_normalizer or (desirable.sum(), (~desirable).sum())
+    loss = ratio(losses.where(desirable, 0).sum(), positives) + ratio(losses.where(~desirable, 0).sum(), negatives)
+    return BCOTerms(loss, torch.where(desirable, ratio(slope, positives), ratio(slope, negatives)))
+
+
+class BCOResult(NamedTuple):
+    """The BCO objective, in the dtype of the results but for the float64 slope and int64 counts."""
+
+    loss: Tensor
+    delta: Tensor
+    chosen_logits_mean: Tensor
+    rejected_logits_mean: Tensor
+    chosen_count: Tensor
+    rejected_count: Tensor
+    logps: Tensor  # (S,)
+    rewards: Tensor  # (S,)
+    slope: Tensor  # (S,) ∂loss/∂sums
+
+
+@dataclass(frozen=True)
+class BCOObjective:
+    """BCO with its tensors: a value that is evaluated on a batch, or once on each group of its sequences.
+
+    Attributes:
+        spec: the hyperparameters.
+        desirable: (S,) bool.
+        ref_logps: (S,).
+        delta: the reward shift.
+        sample_weight: (S,) factors, or None.
+        normalizers: ``sequence_normalizer`` and ``class_normalizer``.
+    """
+
+    spec: BCOSpec
+    desirable: Tensor
+    ref_logps: Tensor
+    delta: RewardShift | Tensor | float
+    sample_weight: Tensor | None
+    normalizers: Mapping[str, Any]
+
+    @property
+    def unit(self) -> int:
+        """Sequences after which their slopes are known: one, or 0 if not before the batch has moved δ."""
+        return 0 if isinstance(self.delta, RewardShift) and self.delta.moving() else 1
+
+    @property
+    def current_delta(self) -> Tensor | float:
+        """δ before this batch."""
+        return self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
+
+    def for_parts(self, counts: Tensor) -> "BCOObjective":
+        """The same with the δ of now, whose parts are normalised by the whole batch; counts (S,) of scored tokens."""
+        normalizers = dict(self.normalizers)
+        if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:
+            normalizers["sequence_normalizer"] = counts.shape[0]
+        if self.spec.reduction == "class_mean" and normalizers["class_normalizer"] is None:
+            normalizers["class_normalizer"] = (self.desirable.sum(), (~self.desirable).sum())
+        return replace(self, delta=self.current_delta, normalizers=normalizers)
+
+    def part(self, members: tuple[slice, ...]) -> "BCOObjective":
+        """Of these runs of sequences, from :meth:`for_parts`."""
+        return replace(
+            self,
+            desirable=gather(self.desirable, members),
+            ref_logps=gather(self.ref_logps, members),
+            sample_weight=None if self.sample_weight is None else gather(self.sample_weight, members),
+        )
+
+    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> BCOResult:
+        """Loss, slope and all that is reported, from the same code; results in ``dtype``.
+
+        A :class:`RewardShift` is updated here, as the last thing that can fail.
+        """
+        if backend == "triton" and not (isinstance(self.delta, RewardShift) and self.delta.collective):
+            return self._evaluate_triton(scores)
+        rewards = self.spec.beta * (scores.sums - self.ref_logps.double())
+        state: ShiftState | None = None
+        used = self.delta
+        if isinstance(self.delta, RewardShift):
+            used, state = self.delta.peek(rewards, self.desirable)
+        used = torch.as_tensor(used, dtype=torch.float64, device=rewards.device)
+        weight = None if self.sample_weight is None else self.sample_weight.double()
+        terms = bco_objective(rewards, self.desirable, used, self.spec, sample_weight=weight, **self.normalizers)
+        reported = (terms.loss, used, *logits_means(scores, self.desirable), scores.sums, rewards)
+        loss, shift, chosen, rejected, logps, rewards = (narrow(result, dtype) for result in reported)
+        counts = self.desirable.sum(), (~self.desirable).sum()
+        result = BCOResult(loss, shift, chosen, rejected, *counts, logps, rewards, saturate(terms.slope, dtype))
+        if isinstance(self.delta, RewardShift):
+            self.delta.commit(state)
+        return result
+
+    def joined(self, parts: list[BCOResult], scores: Scores, dtype: torch.dtype) -> BCOResult:
+        """The results of all groups as those of the batch, whose scores give the means of the logits."""
+        if len(parts) == 1 and scores.totals is None:
+            return parts[0]
+
+        def in_order(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        chosen_mean, rejected_mean = (narrow(mean, dtype) for mean in logits_means(scores, self.desirable))
+        return BCOResult(
+            narrow(torch.stack([part.loss for part in parts]).double().sum(), dtype),
+            parts[0].delta,
+            chosen_mean,
+            rejected_mean,
+            self.desirable.sum(),
+            (~self.desirable).sum(),
+            in_order("logps"),
+            in_order("rewards"),
+            in_order("slope"),
+        )
+
+    def gather_statistics(self, sums: Tensor) -> None:
+        """Let a RewardShift that moves with its step know the batch, from the sums (S,) of its completions."""
+        if isinstance(self.delta, RewardShift) and self.delta.updating():
+            _, state = self.delta.peek(self.spec.beta * (sums - self.ref_logps.double()), self.desirable)
+            self.delta.commit(state)
+
+    def _evaluate_triton(self, scores: Scores) -> BCOResult:
+        delta, normalizers = self.delta, self.normalizers
+        means = None if scores.totals is None else "all"
+        known = (scores.sums, scores.counts) if scores.totals is None else (scores.totals, scores.positions)
+        kind, update, decay = "fixed", None, 0.0
+        state: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
+        if isinstance(delta, RewardShift):
+            kind, decay = delta.kind, delta.decay
+            update = delta.update if delta.updating() else None
+            state = (delta.mean, delta.count, delta.pending_sum, delta.pending_count)
+            delta = delta.value
+        positive, negative = normalizers["class_normalizer"] or (None, None)
+        loss, scalars, numbers, logps, rewards, slope = bco_objective_op(
+            scores.sums,
+            *known,
+            self.desirable,
+            self.ref_logps,
+            self.sample_weight,
+            *split(delta),
+            *state,
+            *split(normalizers["sequence_normalizer"]),
+            *split(positive),
+            *split(negative),
+            means,
+            self.spec.reduction,
+            self.spec.beta,
+            kind,
+            update,
+            decay,
+        )
+        shift, chosen_mean, rejected_mean = scalars.unbind()
+        chosen_count, rejected_count = numbers.unbind()
+        both = chosen_mean, rejected_mean
+        return BCOResult(loss, shift, *both, chosen_count, rejected_count, logps, rewards, slope)
+
+
+STATE = ("shift_mean", "shift_count", "pending_sum", "pending_count")
+
+
+@torch.library.custom_op("fused_pref::bco_objective", mutates_args=STATE)
+def bco_objective_op(
+    sums: Tensor,
+    totals: Tensor,
+    positions: Tensor,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    sample_weight: Tensor | None,
+    delta_number: float | None,
+    delta_tensor: Tensor | None,
+    shift_mean: Tensor | None,
+    shift_count: Tensor | None,
+    pending_sum: Tensor | None,
+    pending_count: Tensor | None,
+    sequence_number: float | None,
+    sequence_tensor: Tensor | None,
+    positive_number: float | None,
+    positive_tensor: Tensor | None,
+    negative_number: float | None,
+    negative_tensor: Tensor | None,
+    logits_mean: str | None,
+    reduction: str,
+    beta: float,
+    kind: str,
+    update: str | None,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates the state."""
+    from fused_pref.ops.triton import objective
+
+    return objective.bco_objective(
+        sums, totals, positions, desirable, ref_logps, sample_weight, delta_number, delta_tensor,
+        shift_mean, shift_count, pending_sum, pending_count, sequence_number, sequence_tensor,
+        positive_number, positive_tensor, negative_number, negative_tensor,
+        logits_mean, reduction, beta, kind, update, decay,
+    )  # fmt: skip
+
+
+@bco_objective_op.register_fake
+def _(sums, *arguments):  # type: ignore[no-untyped-def]
+    loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
+    numbers = sums.new_empty(2, dtype=torch.int64)
+    return loss, scalars, numbers, logps, torch.empty_like(logps), torch.empty_like(sums)
