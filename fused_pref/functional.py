@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_pref import validate
-from fused_pref.batch import Batch, LinearBatch, LogitsBatch
-from fused_pref.head.agreement import across_ranks
+from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs
+from fused_pref.head.vocab_parallel import across_ranks
 from fused_pref.keywords import (
     BCOLinearKeywords,
     BCOLogitsKeywords,
@@ -48,7 +48,7 @@ def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeyword
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    return _token_logps(LogitsBatch.of(logits, labels, keywords, means=False))
+    return _token_logps(LogitsInputs.of(logits, labels, keywords, means=False))
 
 
 @accepts(SequenceLogitsKeywords)
@@ -66,7 +66,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
         ValueError, TypeError: a malformed argument.
     """
     average = validate.flag("average", keywords["average"])
-    return _sequence_logps(LogitsBatch.of(logits, labels, keywords, means=False), average)
+    return _sequence_logps(LogitsInputs.of(logits, labels, keywords, means=False), average)
 
 
 @accepts(CPOLogitsKeywords)
@@ -95,7 +95,7 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
         ValueError, TypeError: a malformed argument.
     """
     spec = PairSpec.cpo(keywords)
-    return _pair_loss(LogitsBatch.of(logits, labels, keywords, pairs=True), spec, keywords)
+    return _pair_loss(LogitsInputs.of(logits, labels, keywords, pairs=True), spec, keywords)
 
 
 @accepts(DPOLogitsKeywords)
@@ -117,7 +117,7 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
         ValueError, TypeError: a malformed argument.
     """
     spec = PairSpec.dpo(keywords)
-    return _pair_loss(LogitsBatch.of(logits, labels, keywords, pairs=True), spec, keywords, ref_logps)
+    return _pair_loss(LogitsInputs.of(logits, labels, keywords, pairs=True), spec, keywords, ref_logps)
 
 
 @accepts(BCOLogitsKeywords)
@@ -143,7 +143,7 @@ def bco_loss(
         ValueError, TypeError: a malformed argument.
     """
     spec = BCOSpec.bco(keywords)
-    return _bco_loss(LogitsBatch.of(logits, labels, keywords), spec, keywords, desirable, ref_logps)
+    return _bco_loss(LogitsInputs.of(logits, labels, keywords), spec, keywords, desirable, ref_logps)
 
 
 @accepts(LinearKeywords)
@@ -162,7 +162,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keyword
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    return _token_logps(LinearBatch.of(hidden, weight, labels, keywords, means=False))
+    return _token_logps(LinearInputs.of(hidden, weight, labels, keywords, means=False))
 
 
 @accepts(SequenceLinearKeywords)
@@ -184,7 +184,7 @@ def linear_sequence_logps(
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
     average = validate.flag("average", keywords["average"])
-    return _sequence_logps(LinearBatch.of(hidden, weight, labels, keywords, means=False), average)
+    return _sequence_logps(LinearInputs.of(hidden, weight, labels, keywords, means=False), average)
 
 
 @accepts(CPOLinearKeywords)
@@ -210,7 +210,7 @@ def linear_cpo_loss(
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
     spec = PairSpec.cpo(keywords)
-    return _pair_loss(LinearBatch.of(hidden, weight, labels, keywords, pairs=True), spec, keywords)
+    return _pair_loss(LinearInputs.of(hidden, weight, labels, keywords, pairs=True), spec, keywords)
 
 
 @accepts(DPOLinearKeywords)
@@ -234,7 +234,7 @@ def linear_dpo_loss(
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
     spec = PairSpec.dpo(keywords)
-    return _pair_loss(LinearBatch.of(hidden, weight, labels, keywords, pairs=True), spec, keywords, ref_logps)
+    return _pair_loss(LinearInputs.of(hidden, weight, labels, keywords, pairs=True), spec, keywords, ref_logps)
 
 
 @accepts(BCOLinearKeywords)
@@ -250,7 +250,7 @@ def linear_bco_loss(
     """:func:`bco_loss` from hidden states and the head's weight, in the memory of the gradients.
 
     Three products where δ is known beforehand: a number, a tensor, or a :class:`RewardShift` with ``update="step"``;
-    three to four where this batch moves it.
+    three to four where this inputs moves it.
 
     Args:
         hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; sequences in any order; it and the weight as of
@@ -267,32 +267,32 @@ def linear_bco_loss(
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
     spec = BCOSpec.bco(keywords)
-    return _bco_loss(LinearBatch.of(hidden, weight, labels, keywords), spec, keywords, desirable, ref_logps)
+    return _bco_loss(LinearInputs.of(hidden, weight, labels, keywords), spec, keywords, desirable, ref_logps)
 
 
-def _token_logps(batch: Batch) -> Tensor:
-    logp, _ = batch.tokens()
+def _token_logps(inputs: Inputs) -> Tensor:
+    logp, _ = inputs.tokens()
     validate.values("the log-prob of each token", logp, torch.isfinite, "finite")
-    return logp[:, :-1] if batch.spec.shift and batch.cu_seqlens is None else logp
+    return logp[:, :-1] if inputs.spec.shift and inputs.cu_seqlens is None else logp
 
 
-def _sequence_logps(batch: Batch, average: bool) -> Tensor:
-    scores = batch.scores()
-    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(batch.dtype)
+def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
+    scores = inputs.scores()
+    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(inputs.dtype)
 
 
-def _ref_logps(batch: Batch, value: Any) -> Tensor:
-    value = batch.per_sequence("ref_logps", value)
+def _ref_logps(inputs: Inputs, value: Any) -> Tensor:
+    value = inputs.per_sequence("ref_logps", value)
     validate.values("ref_logps", value, torch.isfinite, "finite")
     return value
 
 
-def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Any = None) -> PairOutput:
+def _pair_loss(inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Any = None) -> PairOutput:
     normalizers = pair_normalizers(keywords)
-    ref_logps = _ref_logps(batch, ref_logps) if spec.reference else None
+    ref_logps = _ref_logps(inputs, ref_logps) if spec.reference else None
     objective = PairObjective(spec, ref_logps, *normalizers)
-    result, loss, dropped_mass = batch.evaluate(objective)
-    pairs, means = batch.sequences // 2, batch.spec.logits_mean is not None
+    result, loss, dropped_mass = inputs.evaluate(objective)
+    pairs, means = inputs.sequences // 2, inputs.spec.logits_mean is not None
     return PairOutput(
         loss=loss,
         nll_loss=result.nll_loss,
@@ -306,18 +306,18 @@ def _pair_loss(batch: Batch, spec: PairSpec, keywords: Mapping[str, Any], ref_lo
     )
 
 
-def _bco_loss(batch: Batch, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Any, ref_logps: Any) -> BCOOutput:
-    desirable = batch.per_sequence("desirable", desirable, (torch.bool,))
-    ref_logps = _ref_logps(batch, ref_logps)
+def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Any, ref_logps: Any) -> BCOOutput:
+    desirable = inputs.per_sequence("desirable", desirable, (torch.bool,))
+    ref_logps = _ref_logps(inputs, ref_logps)
     sample_weight = keywords["sample_weight"]
     if sample_weight is not None:
-        sample_weight = batch.per_sequence("sample_weight", sample_weight)
+        sample_weight = inputs.per_sequence("sample_weight", sample_weight)
         validate.values("sample_weight", sample_weight, lambda weight: weight.isfinite() & (weight >= 0), ">= 0")
     normalizers = bco_normalizers(keywords)
-    delta = reward_shift(keywords, batch.labels.device)
+    delta = reward_shift(keywords, inputs.labels.device)
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
-    result, loss, dropped_mass = batch.evaluate(objective)
-    means = batch.spec.logits_mean is not None
+    result, loss, dropped_mass = inputs.evaluate(objective)
+    means = inputs.spec.logits_mean is not None
     return BCOOutput(
         loss=loss,
         delta=result.delta,

@@ -80,7 +80,7 @@ def test_fullgraph_packed_and_inplace(device: str) -> None:
 
 
 def test_custom_ops_are_well_formed() -> None:
-    from fused_pref.head.logits_ops import token_logps_bwd, token_logps_bwd_, token_logps_fwd
+    from fused_pref.head.custom_ops import token_logps_bwd, token_logps_bwd_, token_logps_fwd
 
     batch = make_batch(2, 3, 7)
     constants = ("torch", True, -100, "tanh", 1 / 3, 3.0)

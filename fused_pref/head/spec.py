@@ -7,7 +7,7 @@ from typing import Any
 from typing_extensions import Self
 
 from fused_pref import validate
-from fused_pref.head.agreement import Agreement
+from fused_pref.head.vocab_parallel import Agreement
 from fused_pref.keywords import TokenKeywords, choices, defaults
 from fused_pref.ops.interface import Transform
 from fused_pref.ranks import group_of

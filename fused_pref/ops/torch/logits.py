@@ -29,7 +29,7 @@ def token_logps_fwd(
     logits_mean: str | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.head.logits_ops.token_logps_fwd`; ``dtype`` is that of the token math."""
+    """See :func:`fused_pref.head.custom_ops.token_logps_fwd`; ``dtype`` is that of the token math."""
     source, labels = Rows(logits), targets.flatten()
     scored = labels != ignore_index
     logp = torch.zeros(labels.shape, dtype=dtype, device=logits.device)

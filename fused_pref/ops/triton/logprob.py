@@ -191,7 +191,7 @@ def token_logps_fwd(
     ignore_index: int,
     transform: Transform,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.head.logits_ops.token_logps_fwd`. One launch, and one to combine where rows are split."""
+    """See :func:`fused_pref.head.custom_ops.token_logps_fwd`. One launch, and one to combine where rows are split."""
     rows, columns, device = labels.numel(), logits.shape[-1], logits.device
     logp = torch.empty(labels.shape, dtype=torch.float32, device=device)
     statistics = torch.empty((3, *labels.shape), dtype=torch.float32, device=device)

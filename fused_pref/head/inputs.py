@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_pref import backend, validate
-from fused_pref.head import linear_ops
-from fused_pref.head.agreement import Agreement
+from fused_pref.head import custom_ops
+from fused_pref.head.autograd import KnownGradientsFunction, LinearTokenLogpsFunction, TokenLogpsFunction
 from fused_pref.head.call import HeadCall, operand_dtype, wanted_gradients
-from fused_pref.head.functions import KnownGradientsFunction, LinearTokenLogpsFunction
-from fused_pref.head.logits import TokenLogpsFunction
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.head.plans.problem import Plan
 from fused_pref.head.plans.rows import ValidRows
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
+from fused_pref.head.vocab_parallel import Agreement
 from fused_pref.losses.encoding import Objective, encode
 from fused_pref.losses.scores import Scores, sequence_scores
 from fused_pref.ops.interface import accumulator_dtype
@@ -60,7 +59,7 @@ class KnownSlopeFunction(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Batch(ABC):
+class Inputs(ABC):
     """What every call has; ``sequences`` is S, ``dtype`` that of the results."""
 
     labels: Tensor
@@ -111,7 +110,7 @@ class Batch(ABC):
 
 
 @dataclass(frozen=True)
-class LogitsBatch(Batch):
+class LogitsInputs(Inputs):
     """Arguments of a call on logits, (S, T, V) or (N_total, V)."""
 
     spec: LogitsSpec
@@ -120,7 +119,7 @@ class LogitsBatch(Batch):
     @classmethod
     def of(
         cls, logits: Tensor, labels: Tensor, keywords: Mapping[str, Any], *, pairs: bool = False, means: bool = True
-    ) -> "LogitsBatch":
+    ) -> "LogitsInputs":
         """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
         spec = LogitsSpec.of(keywords)
         logits = _positions("logits", logits, "V", keywords)
@@ -132,12 +131,12 @@ class LogitsBatch(Batch):
         return cls(labels, cu_seqlens, spec, sequences, accumulator_dtype(logits.dtype), logits)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """See :class:`Batch`."""
+        """See :class:`Inputs`."""
         return TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
-class LinearBatch(Batch):
+class LinearInputs(Inputs):
     """Arguments of a call on hidden states, (S, T, D) or (N_total, D), and a head's weight (V, D) and bias (V,)."""
 
     spec: LinearSpec
@@ -155,7 +154,7 @@ class LinearBatch(Batch):
         *,
         pairs: bool = False,
         means: bool = True,
-    ) -> "LinearBatch":
+    ) -> "LinearInputs":
         """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
         spec = LinearSpec.of(keywords)
         hidden, weight, bias = local_head(hidden, weight, keywords["bias"])
@@ -199,18 +198,18 @@ class LinearBatch(Batch):
         return HeadCall(self.spec, operand_dtype(self.hidden), wanted, unit, self.shard)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """See :class:`Batch`."""
+        """See :class:`Inputs`."""
         call = self.call(None)
         if torch.compiler.is_compiling():
             batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
-            return linear_ops.CompiledTokenLogpsFunction.apply(*batch, linear_ops.encode(call))  # type: ignore[return-value]
+            return custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call))  # type: ignore[return-value]
         rows = call.rows(self.labels, self.cu_seqlens)
         head = call.head(self.hidden, self.weight, self.bias)
         logp, means, _ = self._score(call, head, rows, call.plan(head, rows))
         return logp, means
 
     def evaluate(self, objective: Objective) -> Evaluated:
-        """See :class:`Batch`; where a unit's slopes do not wait for others, the head may form gradients at once."""
+        """See :class:`Inputs`; where a unit's slopes do not wait for others, the head may form gradients at once."""
         # Where sequences are spread over ranks, their slopes are known once all of them have been summed.
         local = objective if self.spec.cp_group is None else None
         call, tensors = self.call(local), (self.hidden, self.weight, self.bias)
@@ -245,9 +244,9 @@ class LinearBatch(Batch):
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
         detached = [None if tensor is None else tensor.detach() for tensor in batch]
         constants, tensors = encode(objective)
-        logp, means, *parts = linear_ops.linear_known_gradients(*detached, tensors, constants, linear_ops.encode(call))
+        logp, means, *parts = custom_ops.linear_known_gradients(*detached, tensors, constants, custom_ops.encode(call))
         result = objective.evaluate(self._sums(logp, means), self.spec.backend, self.dtype)
-        return Evaluated(result, self._attached(result.loss, linear_ops.wanted_only(tuple(parts))))
+        return Evaluated(result, self._attached(result.loss, custom_ops.wanted_only(tuple(parts))))
 
 
 def _positions(name: str, value: Any, size: str, keywords: Mapping[str, Any]) -> Tensor:
