@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from fused_pref import files
-from fused_pref.backend import architecture
 from fused_pref.cli.usage import UsageError
+from fused_pref.ops.backend import architecture
 
 ROOT = Path(__file__).resolve().parent.parent
 # The profiler announces on standard error that it starts and stops.

@@ -250,7 +250,7 @@ def linear_bco_loss(
     """:func:`bco_loss` from hidden states and the head's weight, in the memory of the gradients.
 
     Three products where δ is known beforehand: a number, a tensor, or a :class:`RewardShift` with ``update="step"``;
-    three to four where this inputs moves it.
+    three to four where this batch moves it.
 
     Args:
         hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; sequences in any order; it and the weight as of

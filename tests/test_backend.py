@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fused_pref import backend as backends
+from fused_pref.ops import backend as backends
 from fused_pref.ops.devices import GPUS
 from fused_pref.ops.triton import configs
 

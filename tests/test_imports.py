@@ -1,4 +1,4 @@
-"""The house as CONTRIBUTING.md draws it: what imports what, what an import costs, how long files and functions are."""
+"""The module map of CONTRIBUTING.md: what imports what, what an import costs, how long files and functions are."""
 
 import ast
 import functools
@@ -23,7 +23,7 @@ LONG = {
 @functools.cache
 def layers() -> dict[str, int]:
     """Module → layer, from the table of the page."""
-    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The house")[1]
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Module map")[1]
     found, layer = {}, 0
     for number, module in re.findall(r"^\| (?:\*\*(\d+) \w+\*\*|`([\w.]+)`) \|", page, re.MULTILINE):
         layer = int(number or layer)
@@ -38,11 +38,11 @@ def modules() -> dict[str, Path]:
     return {".".join(parts).removesuffix(".__init__"): path for path, parts in paths.items()}
 
 
-def imports(path: Path, *, top: bool = False) -> Iterator[str]:
-    """Modules that are imported, inside functions too unless ``top``; what only a type checker sees does not count."""
+def imports(path: Path, *, top: bool = False, typing: bool = True) -> Iterator[str]:
+    """Modules that are imported, inside functions too unless ``top``, and with ``typing`` for type checkers."""
 
     def walk(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if not typing and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
         if top and isinstance(node, ast.FunctionDef):
             return
@@ -60,9 +60,10 @@ def imports(path: Path, *, top: bool = False) -> Iterator[str]:
     return walk(ast.parse(path.read_text(encoding="utf-8")))
 
 
-def graph() -> dict[str, set[str]]:
+def graph(**options: bool) -> dict[str, set[str]]:
     known = modules()
-    return {module: {name for name in imports(path) if name in known} - {module} for module, path in known.items()}
+    found = {module: {name for name in imports(path, **options) if name in known} for module, path in known.items()}
+    return {module: others - {module} for module, others in found.items()}
 
 
 def test_the_map_has_every_module() -> None:
@@ -70,12 +71,18 @@ def test_the_map_has_every_module() -> None:
 
 
 def test_imports_go_down() -> None:
-    up = [(a, b) for a, others in graph().items() for b in others if layers()[b] > layers()[a]]
+    up = [(a, b) for a, others in graph(typing=False).items() for b in others if layers()[b] > layers()[a]]
     assert up == []
 
 
 def test_imports_make_no_circle() -> None:
     assert list(graphlib.TopologicalSorter(graph()).static_order())
+
+
+def test_no_two_folders_import_each_other() -> None:
+    folder = {module: path.parent.relative_to(ROOT).as_posix() for module, path in modules().items()}
+    pairs = {(folder[a], folder[b]) for a, others in graph().items() for b in others if folder[a] != folder[b]}
+    assert {pair for pair in pairs if pair[::-1] in pairs and "fused_pref" not in pair} == set()
 
 
 def test_kernels_are_imported_inside_functions() -> None:
@@ -84,7 +91,7 @@ def test_kernels_are_imported_inside_functions() -> None:
         (module, name)
         for module, path in modules().items()
         if not module.startswith("fused_pref.ops.triton.") and module != "fused_pref.ops.triton"
-        for name in imports(path, top=True)
+        for name in imports(path, top=True, typing=False)
         if name.startswith(("fused_pref.ops.triton", "triton"))
     ]
     assert found == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fused_pref import backend
+from fused_pref.ops import backend
 
 # Presets of a GPU, what matters most first; where there is none, small ones.
 PRESETS = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_pref as fp
-from fused_pref import backend
+from fused_pref.ops import backend
 
 # Bounds of docs/numerics.md: values, and gradients beyond what rounding them to the dtype costs.
 VALUE_BOUND, GRADIENT_BOUND = 2e-5, 5e-5

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.backend import triton_obstacle
 from fused_pref.cli.peers import PEERS, ours, ours_of_logits
 from fused_pref.cli.usage import UsageError
 from fused_pref.head.plans import planner
 from fused_pref.head.plans.problem import Plan
+from fused_pref.ops.backend import triton_obstacle
 from fused_pref.testing import problems
 from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Parity, compare
 from fused_pref.testing.problems import LOGITS, WORKS, Loss, Problem, Sizes

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_pref.backend import DEVICES
+from fused_pref.ops.backend import DEVICES
 
 # The part of a device's memory that a call may take.
 PART = 16

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.backend import architecture
 from fused_pref.head.advice import advising, warn_of
 from fused_pref.head.budget import budget_of
 from fused_pref.head.plans.grouped import Grouped
@@ -23,6 +22,7 @@ from fused_pref.losses.encoding import Objective
 from fused_pref.losses.numbers import saturate
 from fused_pref.losses.pair import gather
 from fused_pref.losses.scores import Scores, mean_sums
+from fused_pref.ops.backend import architecture
 from fused_pref.ops.blocks import Rows, block_rows, ranges
 from fused_pref.ops.devices import device_of
 from fused_pref.ops.interface import LOGIT_SUM

@@ -1,8 +1,9 @@
 """Custom ops, opaque to ``torch.compile``: token log-probs of logits by either backend, and the linear head.
 
-Ops of logits take ``logits`` ((S, T, V) or (N_total, V), any strides), ``labels`` ((S, T) or (N_total,)), ``cu_seqlens``
-((S+1,) or None), and the constants of :class:`fused_pref.head.spec.LogitsSpec`. In those of the head the number of scored
-tokens stays inside; a schema has no dataclasses, so constants travel as text; gradients not wanted are empty tensors.
+Ops of logits take ``logits`` ((S, T, V) or (N_total, V), any strides), ``labels`` ((S, T) or (N_total,)),
+``cu_seqlens`` ((S+1,) or None), and the constants of :class:`fused_pref.head.spec.LogitsSpec`. Ops of the linear head
+keep the number of scored tokens inside. A schema has no dataclasses: constants travel as text. Gradients that are not
+wanted are empty tensors.
 """
 
 from dataclasses import replace

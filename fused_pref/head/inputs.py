@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_pref import backend, validate
+from fused_pref import validate
 from fused_pref.head import custom_ops
 from fused_pref.head.autograd import KnownGradientsFunction, LinearTokenLogpsFunction, TokenLogpsFunction
 from fused_pref.head.call import HeadCall, operand_dtype, wanted_gradients
@@ -23,6 +23,7 @@ from fused_pref.head.spec import LinearSpec, LogitsSpec, TokenSpec
 from fused_pref.head.vocab_parallel import Agreement
 from fused_pref.losses.encoding import Objective, encode
 from fused_pref.losses.scores import Scores, sequence_scores
+from fused_pref.ops import backend
 from fused_pref.ops.interface import accumulator_dtype
 from fused_pref.ranks import local_head, sum_over_ranks
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import fused_pref.ops.triton
-from fused_pref import backend
 from fused_pref.cli.usage import UsageError
+from fused_pref.ops import backend
 from fused_pref.ops.devices import GPUS
 
 TARGETS = ",".join(GPUS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from fused_pref.backend import architecture
+from fused_pref.ops.backend import architecture
 
 
 @dataclass(frozen=True)
