@@ -50,8 +50,13 @@ def kernel_device(device: str) -> str:
     return device
 
 
+# Of a test with more cases than this on a CPU, one in FEW is not slow.
+MANY, FEW = 24, 4
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The Triton backend has no float64."""
+    """The Triton backend has no float64; most cases of a test with many of them are slow."""
     kept, dropped = [], []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -59,3 +64,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (dropped if impossible else kept).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in cases.values():
+        for number, item in enumerate(group):
+            if len(group) > MANY and number % FEW:
+                item.add_marker(pytest.mark.slow)

@@ -56,11 +56,12 @@ def losses(device: str, dtype: torch.dtype, columns: int) -> Iterator[Step]:
 
 def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
     """What passes over logits chunks and rows of products."""
-    from fused_pref.ops.interface import TargetRows, Transform
+    from fused_pref.head.spec import transform_of
+    from fused_pref.ops.interface import TargetRows
     from fused_pref.ops.torch.chunk import new_statistics
     from fused_pref.ops.triton import chunk, scale
 
-    softcap = Transform.of({"softcap": 5.0})
+    softcap = transform_of({"softcap": 5.0})
     logits, targets = torch.randn(N, columns, device=device), torch.randint(0, columns, (N,), device=device)
     narrow, statistics = logits.view(dtype)[:, :columns], new_statistics(N, logits, torch.float32)
     factor, q = torch.rand(2, N, device=device)
@@ -79,6 +80,7 @@ def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Ite
 
 def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
     """What multiplies: the fused linear head and the products of selected rows."""
+    from fused_pref.head.spec import transform_of
     from fused_pref.ops.blocks import padded
     from fused_pref.ops.interface import Operands, Transform
     from fused_pref.ops.torch.chunk import new_statistics
@@ -90,7 +92,7 @@ def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> I
     weight[-1] = 10.0
     targets = torch.randint(0, columns, (N,), device=device)
     indices, count = torch.randperm(2 * N, device=device)[:N], torch.tensor(N - 3, dtype=torch.int32, device=device)
-    transform, plain = Transform.of({"softcap": 5.0}), Transform()
+    transform, plain = transform_of({"softcap": 5.0}), Transform()
     statistics, factor = new_statistics(N, hidden, torch.float32), torch.rand(2 * N, device=device)
     wide = torch.empty(N, padded(columns), dtype=dtype, device=device)
     q, sums = torch.rand(N, columns, device=device).to(dtype), torch.zeros(2 * N, D, device=device)

@@ -53,6 +53,7 @@ def test_what_enters_a_product_is_cast(
             assert_gradient(mine, other.double(), 2**-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cast", HALVES)
 def test_the_same_in_groups_and_in_slices(cast: torch.dtype, device: str, backend: str) -> None:
     """Under a small budget partial products are added up."""

@@ -28,6 +28,7 @@ def suite(name: str, *options: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_suite_of_logits_runs() -> None:
     out = suite("bench_logits")
     absent = [found.name for found in implementations("cpu") if found.obstacle("cpu")]
@@ -38,11 +39,13 @@ def test_suite_of_logits_runs() -> None:
     assert all(f"{name} is absent: " in out for name in absent)
 
 
+@pytest.mark.slow
 def test_suite_of_the_linear_head_runs() -> None:
     out = suite("bench_linear", "--features", "8", "--dtypes", "bfloat16")
     assert f"{len(bench_linear.OPERATIONS) * len(bench_linear.MODES)} passed" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -111,6 +111,7 @@ def raising(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     raise RuntimeError("not today\nnor tomorrow")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_absent_or_raises_is_shown() -> None:
     calls = 0
 
@@ -156,6 +157,7 @@ def test_workspace_is_beyond_inputs_and_gradients() -> None:
     assert 2 * logits <= row["workspace_bytes"] < 4 * logits
 
 
+@pytest.mark.slow
 def test_command_writes_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--shape", "4x6x8x33", "--masked", "0.25", "--works", "cpo", "logps", "--peers", "fused_pref", "eager"]
     assert main(["compare", *options, "cce", "--dtypes", "float32", "--rounds", "1", "--out", str(tmp_path)]) == 0
@@ -182,6 +184,7 @@ def test_time_that_is_over_leaves_tables_out(capsys: pytest.CaptureFixture[str])
     assert "2 tables left out: 1e-09 s are over" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_own_failure_is_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEERS, "fused_pref", Peer("fused_pref", by_position(wrong), own=True))
     assert main(["compare", "--shape", "2x6x8x33", "--works", "cpo", "--peers", "fused_pref", "--rounds", "1"]) == 1

@@ -29,6 +29,7 @@ def table(text: str) -> list[list[str]]:
     return [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if re.match(r"\| \d", line)]
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "--small", "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "memory.md").read_text()

@@ -31,6 +31,7 @@ def benchmarks(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN)
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path) -> None:
     process = benchmarks("report", "--device", "cpu", "--minutes", "2", "--out", str(tmp_path))
     out, err = process.communicate(timeout=240)
@@ -59,6 +60,7 @@ def test_skipping(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(rows[-1][4]) <= 2**-6
 
 
+@pytest.mark.slow
 def test_report_that_is_ended_keeps_what_is_done(tmp_path: Path) -> None:
     process = benchmarks("report", "--device", "cpu", "--sections", "environment", "compare", "--out", str(tmp_path))
     page, deadline = tmp_path / "report.md", time.monotonic() + 60
@@ -74,6 +76,7 @@ def test_report_that_is_ended_keeps_what_is_done(tmp_path: Path) -> None:
     assert "torch" in (tmp_path / "machine.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_or_takes_too_long(tmp_path: Path) -> None:
     made = report.Report(Context("cpu", tmp_path), time.monotonic() + 60)
     slow = sections.python("slow", "-c", "print('begun', flush=True); import time; time.sleep(60)")
@@ -150,6 +153,7 @@ def test_axes_of_scaling_vary_one_size(axis: str) -> None:
         }
 
 
+@pytest.mark.slow
 def test_predictions(tmp_path: Path) -> None:
     """Of one GPU: nothing spills, no prediction is below its floor, and what was measured stands beside it."""
     row = {

@@ -225,6 +225,7 @@ def test_under_compile() -> None:
     torch.testing.assert_close(found, fp.linear_cpo_loss(batch.hidden, batch.weight, batch.labels).loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_plan_for_the_smallest_default(world: int) -> None:
     """Their devices differ, that of rank 1 is the smallest. No rank raises, and their plans are the same."""

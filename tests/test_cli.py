@@ -80,11 +80,13 @@ def test_arguments_default_to_those_of_the_process(monkeypatch: pytest.MonkeyPat
     assert command_line.main() == 2
 
 
+@pytest.mark.slow
 def test_module_runs_and_exits_with_the_status() -> None:
     assert "doctor" in python("-m", "fused_pref", "--help").stdout
     assert "Traceback" not in python("-m", "fused_pref", "no", status=2).stderr
 
 
+@pytest.mark.slow
 def test_imports_are_light() -> None:
     """The library needs torch alone, and a command line imports only what its command needs."""
     high_pressure = "{'transformers', 'mistral_common', 'matplotlib', 'rich', 'sklearn', 'trl'}"

@@ -35,6 +35,7 @@ def losses(shift: fp.RewardShift) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["cpo", "dpo", "bco"])
@@ -60,6 +61,7 @@ def test_fullgraph(name: str, backend: str, device: str) -> None:
     torch.testing.assert_close(compiled_shift.mean, eager_shift.mean)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_fullgraph_packed_and_inplace(device: str) -> None:
     batch = make_batch(4, 6, 17, device=device)
@@ -93,6 +95,7 @@ def test_custom_ops_are_well_formed() -> None:
     torch.library.opcheck(token_logps_bwd_, arguments, test_utils=checks)
 
 
+@pytest.mark.slow
 def test_import_is_light() -> None:
     """Nothing heavy is imported, and the torch backend works where Triton is absent."""
     code = (

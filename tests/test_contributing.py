@@ -34,6 +34,7 @@ def test_there_are_three() -> None:
     assert [name for name, _ in RECIPES] == ["Add a loss type", "Add an architecture", "Add an epilogue"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), RECIPES, ids=[name for name, _ in RECIPES])
 def test_recipe(name: str, text: str, tmp_path: Path) -> None:
     if "kernels" in "".join(blocks(text, "bash")):

@@ -49,6 +49,7 @@ def test_alphapo_is_finite(loss_type: str, alpha: float, device: str, backend: s
     assert grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1e-14, -1e-14])
 def test_alphapo_tends_to_the_identity(alpha: float, device: str, backend: str) -> None:
     batch = make_batch(4, 6, 17, device=device)
@@ -59,6 +60,7 @@ def test_alphapo_tends_to_the_identity(alpha: float, device: str, backend: str) 
     assert_gradient(grad, limit_grad.double(), 1e-6)
 
 
+@pytest.mark.slow
 def test_alphapo_gradient_vanishes_beyond_the_clamp(device: str, backend: str) -> None:
     batch = make_batch(2, 60, 50, mask="none", scale=30.0, device=device)
     output, grad = run(fp.cpo_loss, batch.logits, batch.labels, alpha=1.0, cpo_alpha=0.0, backend=backend)
@@ -94,6 +96,7 @@ def test_sums_beyond_float32_saturate(name: str, far: str, loss_type: str, devic
     assert_gradient(grad, true_grad.double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["target", "other"])
 def test_non_finite_logits_show(bad: float, place: str, device: str, backend: str) -> None:

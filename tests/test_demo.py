@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from trl_models import tokenizer as small_tokenizer
 
 from fused_pref.__main__ import main
-from fused_pref.cli.demo import cli
+from fused_pref.cli.demo import command as cli
 from fused_pref.cli.demo.history import Check, History, Point
 from fused_pref.cli.demo.objectives import OBJECTIVES
 from fused_pref.cli.demo.quiet import quiet
@@ -56,6 +56,7 @@ def user(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return attempts
 
 
+@pytest.mark.slow
 def test_demo_runs_end_to_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -101,6 +102,7 @@ def test_demo_runs_end_to_end(
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_vocabulary")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_demo_stops_at_the_cap_and_says_so(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +114,7 @@ def test_demo_stops_at_the_cap_and_says_so(name: str, tmp_path: Path, capsys: py
     assert other not in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_vocabulary")
 def test_a_failed_check_fails_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -193,6 +196,7 @@ def test_extras_are_those_of_the_project() -> None:
     assert line.count('"') == 2 * len(cli.EXTRAS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_vocabulary")
 def test_large_held_out_sets_and_long_texts_are_cut_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -26,6 +26,7 @@ def test_shipped_records_are_many_and_varied() -> None:
         assert {line["flaw"] for line in part} == {line["flaw"] for line in lines}
 
 
+@pytest.mark.slow
 def test_shipped_records_are_clean() -> None:
     records = read_records(SHIPPED)
     assert len({record.prompt for record in records}) == len(records)

@@ -39,6 +39,7 @@ def one_thread() -> Iterator[None]:
 # Rows and batches.
 
 
+@pytest.mark.slow
 def test_rows_set_off_completions_and_cut_long_texts() -> None:
     tokenizer = load_tokenizer()
     assert len(tokenizer) == 131_072
@@ -86,6 +87,7 @@ def run_training(name: str, steps: int, deadline: float = math.inf, model: Any =
         return train(model or build(len(tokenizer), 0), tokenizer, ROWS, 0, watcher)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_learns_the_preference(name: str) -> None:
     model = build(66, 0)
@@ -127,11 +129,13 @@ def _logps(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return fp.reference.sequence_logps(logits, batch["labels"])
 
 
+@pytest.mark.slow
 def test_bco_starts_from_ties() -> None:
     first = run_training("bco", 1).points[0]
     assert (first.reward_accuracy, first.margin) == (0.5, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_stops_at_the_deadline(name: str) -> None:
     history = run_training(name, 50, deadline=time.monotonic() - 1)
@@ -140,6 +144,7 @@ def test_training_stops_at_the_deadline(name: str) -> None:
     assert [point.step for point in history.points] == [0, 1]
 
 
+@pytest.mark.slow
 def test_training_ends_before_a_deadline_between(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that moves on by 1 s whenever it is read, some steps fit, not all."""
     clock = itertools.count()

@@ -59,6 +59,7 @@ def numbers(run: dict[str, Any]) -> list[dict[str, float]]:
     return [{key: value for key, value in entry.items() if not key.endswith(untimed)} for entry in run["log"]]
 
 
+@pytest.mark.slow
 def test_ranks_agree(two_ranks: list[dict[str, Any]]) -> None:
     first, second = two_ranks
     for name in first:
@@ -74,6 +75,7 @@ def test_two_processes_log_what_trl_s_trainer_logs(two_ranks: list[dict[str, Any
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("exact", "cpo"), ("bco", "bco")])
 def test_exact_accumulation_on_two_ranks_is_one_process(
     two_ranks: list[dict[str, Any]], tmp_path: Path, name: str, kind: str
@@ -90,6 +92,7 @@ def test_exact_accumulation_on_two_ranks_is_one_process(
         assert ours["log"][1]["delta"] == pytest.approx(one["log"][1]["delta"], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_averages_of_microbatches_are_not_one_process(two_ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     one = _train("cpo", str(tmp_path), per_device_train_batch_size=8)
     different = (two_ranks[0]["cpo"]["parameters"] - one["parameters"]).norm()
@@ -143,6 +146,7 @@ def train_sharded(rank: int, world: int, wrap_head: bool, tied: bool) -> tuple[l
     return losses, torch.cat(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrap_head", "tied"), [(False, False), (True, False), (False, True)])
 def test_fsdp2_is_one_process(wrap_head: bool, tied: bool) -> None:
     losses, parameters = train_sharded(0, 1, wrap_head, tied)

@@ -104,6 +104,7 @@ def deterministic_memory() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "keywords"), CASES, ids=NAMES)
 def test_out_of_memory(source: str, keywords: dict[str, Any], backend: str) -> None:
     """Whichever allocation fails, inputs are as before, and δ too unless the forward succeeded; a second try gives what
@@ -112,6 +113,7 @@ def test_out_of_memory(source: str, keywords: dict[str, Any], backend: str) -> N
     fail_in_turn(source, keywords, backend, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "keywords"), CASES, ids=NAMES)
 def test_out_of_memory_in_float16(source: str, keywords: dict[str, Any]) -> None:
     """Its gradients wait in float32 for the upstream one, which is more memory to find in a backward."""
@@ -143,6 +145,7 @@ def fail_in_turn(source: str, keywords: dict[str, Any], backend: str, dtype: tor
         assert all(torch.equal(value, done[name]) for name, value in step.state().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_the_budget_that_an_error_names_fits(name: str) -> None:
     """Errors of the forward and of the backward say the plan, a smaller budget that is accepted, and the least."""
@@ -167,6 +170,7 @@ def test_the_budget_that_an_error_names_fits(name: str) -> None:
         make_step("linear", "torch", **{**keywords, "memory_budget": least - 1}).call()
 
 
+@pytest.mark.slow
 def test_no_smaller_budget() -> None:
     """At the least budget the advice is another."""
     with pytest.raises(ValueError, match="at least") as refused:
@@ -199,6 +203,7 @@ def test_memory_that_a_cpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "DefaultCPUAllocator" in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "keywords"), CASES, ids=NAMES)
 @pytest.mark.parametrize("end", ["raised", "backward fails", "backward", "twice"])
 def test_nothing_stays_in_memory(source: str, keywords: dict[str, Any], end: str, backend: str) -> None:

@@ -48,12 +48,14 @@ def losses(trainer: Any, name: str = "loss") -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+@pytest.mark.slow
 def test_the_trainer_is_made_from_two_lines(kind: str, tmp_path: Path) -> None:
     trainer = trained(kind, tmp_path)
     assert trainer.args.bf16
     assert len(losses(trainer)) == 2
 
 
+@pytest.mark.slow
 def test_a_tokenizer_like_that_of_gpt2_has_no_pad_token(kind: str, tmp_path: Path) -> None:
     """Padding is masked, so the token that pads does not matter."""
     alone, usual = (
@@ -75,6 +77,7 @@ def test_all_splits_are_given_instead_of_one(kind: str, tmp_path: Path) -> None:
         made(kind, tmp_path, DatasetDict({"train": KINDS[kind][2](4)}))
 
 
+@pytest.mark.slow
 def test_rows_come_from_a_file_of_json_lines(kind: str, tmp_path: Path) -> None:
     """Labels are numbers there, and there are columns that nobody asked for."""
     rows = [{**row, "id": number, "source": None} for number, row in enumerate(KINDS[kind][2](8))]
@@ -91,17 +94,20 @@ def test_rows_come_from_pandas(kind: str, tmp_path: Path) -> None:
     trained(kind, tmp_path, data)
 
 
+@pytest.mark.slow
 def test_rows_are_shuffled_filtered_and_joined(kind: str, tmp_path: Path) -> None:
     data = KINDS[kind][2](12)
     data = concatenate_datasets([data.shuffle(seed=0).select(range(6)), data.filter(lambda row: "w1" in row["prompt"])])
     trained(kind, tmp_path, data)
 
 
+@pytest.mark.slow
 def test_rows_are_in_torch_format(kind: str, tmp_path: Path) -> None:
     data = KINDS[kind][2](8)
     assert losses(trained(kind, tmp_path, data.with_format("torch"))) == losses(trained(kind, tmp_path, data))
 
 
+@pytest.mark.slow
 def test_rows_are_made_by_a_transform(tmp_path: Path) -> None:
     """As `set_transform` makes them from other columns, when they are read."""
     rows = unpaired(8)
@@ -121,6 +127,7 @@ def test_an_answer_is_empty_and_another_equals_its_rival(kind: str, tmp_path: Pa
     trained(kind, tmp_path, Dataset.from_list(rows))
 
 
+@pytest.mark.slow
 def test_some_prompts_are_longer_than_max_length(kind: str, tmp_path: Path) -> None:
     rows = KINDS[kind][2](8).to_list()
     rows[0]["prompt"] = rows[3]["prompt"] = "w1 " * 50
@@ -172,6 +179,7 @@ def test_the_saved_model_is_a_plain_one(kind: str, tmp_path: Path) -> None:
     assert made.shape[1] > 3
 
 
+@pytest.mark.slow
 def test_a_run_is_interrupted_and_resumed(kind: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = trained(kind, tmp_path / "a", **options)
@@ -187,6 +195,7 @@ def test_the_model_is_evaluated_before_and_after(kind: str, tmp_path: Path) -> N
     assert trainer.evaluate()["eval_loss"] != before
 
 
+@pytest.mark.slow
 def test_rows_are_tokenised_by_several_processes(kind: str, tmp_path: Path) -> None:
     assert losses(trained(kind, tmp_path, dataset_num_proc=2)) == losses(trained(kind, tmp_path))
 

@@ -15,6 +15,7 @@ import fused_pref as fp
 from fused_pref.head import call
 from fused_pref.head.plans import planner as plan
 from fused_pref.head.plans.problem import Problem
+from fused_pref.head.spec import transform_of
 from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.torch import chunk
@@ -166,6 +167,7 @@ def test_label_outside_the_vocabulary(
     assert output.chosen_logps[:2].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head"])
 def test_repeatable(name: str, dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +245,7 @@ def test_rows_are_copied_only_if_they_must(autocast: bool, kernel_device: str, m
     assert_values(logps, expected.double(), tolerance)
 
 
+@pytest.mark.slow
 def test_log_probs_leave_no_logits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the results the forward needs a small part of the logits' bytes."""
     if kernel_device != "cpu":
@@ -282,7 +285,7 @@ SHAPES = [(1, 1, 1), (1, 31, 2), (2, 257, 33), (17, 16, 67), (40, 8, 129), (33, 
 
 @pytest.mark.parametrize("processors", [1, 3, 50])
 @pytest.mark.parametrize("by_index", [False, True])
-@pytest.mark.parametrize("constants", [Transform(), Transform.of(TRANSFORMS[1]), Transform("linear", 2.0)], ids=str)
+@pytest.mark.parametrize("constants", [Transform(), transform_of(TRANSFORMS[1]), Transform("linear", 2.0)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_and_gradient(
     shape: tuple[int, int, int], constants: Transform, by_index: bool, processors: int, kernel_device: str,
@@ -322,7 +325,7 @@ def test_exponentials(
     shape: tuple[int, int, int], constants: dict[str, Any], dtype: torch.dtype, kernel_device: str, watch: Memory | None
 ) -> None:
     """Over their multiple they are Q; the targets' entries are exactly −1 without a softcap."""
-    transform = Transform.of(constants)
+    transform = transform_of(constants)
     head, targets, x = operands(*shape, dtype, kernel_device)
     rows, _, columns = shape
     truth, true_q = chunk.new_statistics(rows, x, torch.float64), x.clone()

@@ -12,6 +12,7 @@ from fused_pref.head import call
 from fused_pref.ops import blocks, devices
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("name", "wanted"),

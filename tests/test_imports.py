@@ -86,7 +86,7 @@ def test_no_two_folders_import_each_other() -> None:
 
 
 def test_kernels_are_imported_inside_functions() -> None:
-    """Outside of ``ops.triton`` and the command that compiles it, nothing imports Triton, or what imports it, on being imported."""
+    """Outside of ``ops.triton`` and the command that compiles it, importing a module imports no Triton."""
     found = [
         (module, name)
         for module, path in modules().items()

@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from enum import IntEnum
 
+import pytest
 import torch
 
 from fused_pref.head.plans.head import Head
@@ -268,6 +269,7 @@ def lowered(script: str) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_no_offset_is_a_product_in_32_bits() -> None:
     codes = {name: Code(text) for name, text in lowered(OURS).items()}
     assert all(code.offsets for code in codes.values())
@@ -275,6 +277,7 @@ def test_no_offset_is_a_product_in_32_bits() -> None:
     assert not found
 
 
+@pytest.mark.slow
 def test_wrong_kernels_are_noticed() -> None:
     """Products of the number of a program, and of a number from memory that is widened too late."""
     found = {name: len(Code(text).violations) for name, text in lowered(WRONG).items()}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from cases import OBJECTIVES, PAIRS, Case, Problem, Result, build, cases, evaluate, examples
 from hypothesis import assume, given
@@ -130,6 +131,7 @@ def order_of(number: int, case: Case) -> Tensor:
     return torch.randperm(number, generator=torch.Generator().manual_seed(case.seed + 3))
 
 
+@pytest.mark.slow
 @examples()
 @given(EITHER)
 def test_order_of_words(case: Case) -> None:
@@ -166,12 +168,14 @@ def test_order_of_sequences(case: Case) -> None:
     same(batch, first, second)
 
 
+@pytest.mark.slow
 @examples()
 @given(EITHER, st.integers(0, 5), st.sampled_from(["completion", None]))
 def test_padding_and_packing(case: Case, extra: int, means: str | None) -> None:
     padding_and_packing(case, extra, means)
 
 
+@pytest.mark.slow
 @examples(1 / 6)
 @given(KERNELS, st.integers(0, 5), st.sampled_from(["completion", None]))
 def test_padding_and_packing_of_kernels(case: Case, extra: int, means: str | None) -> None:

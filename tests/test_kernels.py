@@ -13,10 +13,10 @@ from harness import IGNORE, assert_gradient, assert_parity, assert_values, make_
 from probes import Memory, memory, small_blocks, small_reductions
 
 import fused_pref as fp
-from fused_pref.ops.interface import Transform
+from fused_pref.head.spec import transform_of
 from fused_pref.ops.triton import dlogits, logprob, sequences
 
-SOFTCAP = Transform.of({"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7})
+SOFTCAP = transform_of({"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7})
 INF, NAN = torch.inf, torch.nan
 
 
@@ -70,6 +70,7 @@ def test_memory_watch_notices(kernel_device: str, watch: Memory | None) -> None:
         sequences.expand(torch.ones(1, dtype=torch.float64, device=kernel_device), ends, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
 def test_unscored_rows_are_ignored(strided: bool, inplace: bool, split: int, kernel_device: str) -> None:
@@ -139,6 +140,7 @@ def test_split_rows(packed: bool, logits_mean: str | None, split: int, kernel_de
     assert_parity("cpo_loss", logits, labels, **keywords, softcap=6.0)
 
 
+@pytest.mark.slow
 def test_target_in_any_split(split: int, kernel_device: str) -> None:
     batch = make_batch(1, 14, 203, device=kernel_device, mask="none")
     batch.labels[0] = torch.arange(0, 203, 15)[:14]
@@ -179,6 +181,7 @@ def test_non_finite_entry_in_any_split_shows(place: int, bad: float, split: int,
 # Reductions in several blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_reductions_in_blocks(packed: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More sequences, and more tokens in each, than a reduction takes at a time."""
@@ -212,6 +215,7 @@ def test_sums_are_in_float64(packed: bool, kernel_device: str, monkeypatch: pyte
     assert counts.tolist() == positions.tolist() == [100, 100]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["running_mean", "ema"])
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_shift_in_kernel(kind: Any, update: Any, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:

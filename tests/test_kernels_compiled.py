@@ -63,6 +63,7 @@ def streaming(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["kernel"] in STREAMING and row["case"] not in NARROW]
 
 
+@pytest.mark.slow
 def test_rows_have_the_keys(rows: list[dict[str, Any]]) -> None:
     assert rows
     for row in rows:
@@ -71,11 +72,13 @@ def test_rows_have_the_keys(rows: list[dict[str, Any]]) -> None:
         assert row["num_warps"] > 0, row
 
 
+@pytest.mark.slow
 def test_rows_are_distinct(rows: list[dict[str, Any]]) -> None:
     names = [(row["kernel"], row["case"], row["config"], row["dtype"], row["target"]) for row in rows]
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compiled_on_every_target(rows: list[dict[str, Any]]) -> None:
     sources = Path(fused_pref.__file__).parent.rglob("kernels/**/*.py")
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
@@ -84,6 +87,7 @@ def test_every_kernel_is_compiled_on_every_target(rows: list[dict[str, Any]]) ->
     assert compiled == {(kernel, target) for kernel in kernels for target in GPUS}
 
 
+@pytest.mark.slow
 def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
     from fused_pref.ops.triton import configs
 
@@ -98,6 +102,7 @@ def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
                 ), (kernel, target, dtype, config)
 
 
+@pytest.mark.slow
 def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
     from fused_pref.ops.triton import configs
 
@@ -128,6 +133,7 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
     assert all(unaligned <= set(row["config"].split()) for row in odd)
 
 
+@pytest.mark.slow
 def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
     """16-bit products everywhere; exact ones of float32 on NVIDIA's only where they may be rounded."""
     kernels = {
@@ -140,6 +146,7 @@ def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
         assert (row["matrix_instructions"] > 0) != exact, row
 
 
+@pytest.mark.slow
 def test_weights_are_read_through_descriptors(rows: list[dict[str, Any]]) -> None:
     """On the architectures that have them, where rows are whole 16 bytes and in 16-bit dtypes."""
     for row in rows:
@@ -159,15 +166,18 @@ def rare(row: dict[str, Any]) -> bool:
     return again or (fused and row["dtype"] == "fp32") or row["case"] in RARE
 
 
+@pytest.mark.slow
 def test_defaults_do_not_spill(rows: list[dict[str, Any]]) -> None:
     assert [row for row in rows if (row["stack_bytes"] or row["spills"]) and not rare(row)] == []
 
 
+@pytest.mark.slow
 def test_rare_variants_spill_within_the_budget(rows: list[dict[str, Any]]) -> None:
     allowed = SPILLS.get(importlib.metadata.version("triton").rpartition(".")[0], 0)
     assert [row for row in rows if rare(row) and max(row["stack_bytes"], row["spills"]) > allowed] == []
 
 
+@pytest.mark.slow
 def test_streams_are_wide(rows: list[dict[str, Any]]) -> None:
     found = streaming(rows)
     assert {(row["kernel"], row["dtype"], row["target"]) for row in found} == {
@@ -178,12 +188,14 @@ def test_streams_are_wide(rows: list[dict[str, Any]]) -> None:
         assert (row["wide_stores"] > 0) == (row["kernel"] == "_token_logps_bwd_kernel"), row
 
 
+@pytest.mark.slow
 def test_each_logit_is_read_once(rows: list[dict[str, Any]]) -> None:
     for row in streaming(rows):
         assert row["read_per_entry"] == BYTES[row["dtype"]], row
         assert row["loads"] - row["wide_loads"] <= SCALARS, row
 
 
+@pytest.mark.slow
 def test_each_gradient_is_written_once(rows: list[dict[str, Any]]) -> None:
     for row in streaming(rows):
         backward = row["kernel"] == "_token_logps_bwd_kernel"
@@ -191,6 +203,7 @@ def test_each_gradient_is_written_once(rows: list[dict[str, Any]]) -> None:
         assert row["stores"] - row["wide_stores"] <= (0 if backward else SCALARS), row
 
 
+@pytest.mark.slow
 def test_table_names_every_row() -> None:
     done = command("--targets", "sm_90")
     assert done.returncode == 0, done.stderr
@@ -199,6 +212,7 @@ def test_table_names_every_row() -> None:
     assert all(line.startswith("_") and " sm_90 " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_spills_and_missing_cases_fail() -> None:
     """Thirty float64 of a thread do not fit into 32 registers, whatever the compiler."""
     before = (
@@ -213,6 +227,7 @@ def test_spills_and_missing_cases_fail() -> None:
     assert [row["stack_bytes"] > 0 for row in json.loads(done.stdout)] == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [

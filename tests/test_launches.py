@@ -153,6 +153,7 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
     assert all(poisoned(tensor) for tensors in launched.values() for tensor in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "packed", "split"),
     [("cpo", False, True), ("dpo", True, False), ("bco", True, True), ("bco_step", False, True)],

@@ -201,6 +201,7 @@ def test_hard_logits(kind: str, name: str, device: str, backend: str, monkeypatc
     assert kind != "peaked" or logps.mean() > -0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("objective", ["cpo", "bco", "bco-batch"])
 def test_non_finite_inputs_show(bad: float, objective: str, device: str, backend: str) -> None:
@@ -213,6 +214,7 @@ def test_non_finite_inputs_show(bad: float, objective: str, device: str, backend
         assert getattr(fp, name)(*tensors, bias=batch.bias, backend=backend, **own).loss.isnan(), part
 
 
+@pytest.mark.slow
 def test_unscored_positions_may_hold_anything(device: str, backend: str) -> None:
     for bound in (None, 100):
         batch = make_hidden(6, 7, 12, 29, device=device)
@@ -252,6 +254,7 @@ def test_label_outside_the_vocabulary(label: int, device: str, backend: str) -> 
         fp.linear_cpo_loss(batch.hidden, batch.weight, batch.labels, backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grouped", "vocab_major"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeatable(name: str, dtype: torch.dtype, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ def objectives(device: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("wanted", ["hwb", "h", ""])
 @pytest.mark.parametrize("name", ["cpo", "dpo", "bco", "bco-batch", "sequences"])
@@ -176,6 +177,7 @@ def eager(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(0.1 * (sums[:pairs] - sums[pairs:])).mean() + nll
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peaked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_as_exact_as_eager(dtype: torch.dtype, peaked: bool) -> None:
@@ -201,6 +203,7 @@ def test_halves_are_as_exact_as_eager(dtype: torch.dtype, peaked: bool) -> None:
     assert (medians[0] <= 1.05 * medians[1] + 1e-6).all(), medians
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_a_fraction_of_eager(dtype: torch.dtype) -> None:
     """Gradients included, at most 0.3 of what eager allocates; frozen heads at most 0.1."""

@@ -144,6 +144,7 @@ def test_awkward_shapes(shape: tuple[int, int, int], shift: bool, device: str, b
     assert_parity("token_logps", batch.logits, batch.labels, shift=shift, backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_vocabulary(dtype: torch.dtype, device: str, backend: str) -> None:
     batch = make_batch(2, 4, 151_937, dtype=dtype, mask="none", device=device)

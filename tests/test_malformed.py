@@ -265,6 +265,7 @@ def refusals() -> int:
     return len(rows)
 
 
+@pytest.mark.slow
 def test_optimised_python_refuses_the_same() -> None:
     program = "import test_malformed; print(__debug__, test_malformed.refusals())"
     tests = Path(__file__).parent

@@ -14,6 +14,7 @@ import fused_pref as fp
 from fused_pref.head.plans.shard import Shard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,6 +80,7 @@ def test_gradients_left_partial_are_parts_of_the_sum() -> None:
     assert (first - whole).norm() > 0.1 * whole.norm()
 
 
+@pytest.mark.slow
 def test_two_by_two_ranks() -> None:
     ranks = run_ranks(4, two_by_two)
     exact = evaluate("cpo", torch.float64, slice(None))
@@ -150,6 +152,7 @@ def test_rows_that_are_alike() -> None:
     assert [found["rows_that_are_alike"] for found in on_ranks(2)] == pytest.approx([exact.loss.item()] * 2, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_the_others() -> None:
     started = time.monotonic()
     first, second = run_ranks(2, raise_on_one, seconds=5.0)

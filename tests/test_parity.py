@@ -28,6 +28,7 @@ def test_no_peer_is_more_exact(work: str, dtype: str) -> None:
         assert [line for line in lines if not line.ok] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["cpo", "frozen", "logps"])
 def test_kernels_are_as_exact(work: str) -> None:
     for logits in ("random", "peaked", "large"):

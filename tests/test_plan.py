@@ -43,6 +43,7 @@ problems = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(problems, st.lists(st.integers(0, 2**36), min_size=2, max_size=6))
 def test_budgets(sizes: Problem, budgets: list[int]) -> None:

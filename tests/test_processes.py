@@ -39,6 +39,7 @@ class Scored(Dataset):
         return tuple(value.detach() for value in output if value is not None), hidden.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_loader_workers(start: str) -> None:
     """A loss runs in workers, whether they are copies of this process or were sent everything."""
@@ -101,6 +102,7 @@ def test_threads() -> None:
         assert unchecked.result()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_a_killed_run_resumes(update: str, tmp_path: Path) -> None:
     """Killed in a backward and resumed from the last checkpoint: weight, δ and counts are those of a run in one go."""

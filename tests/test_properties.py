@@ -37,12 +37,14 @@ def test_linear(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.slow
 @examples(1 / 3)
 @given(cases(linear=False, largest=9, dtypes=(torch.float32,), backend="triton"))
 def test_kernels_of_logits(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.slow
 @examples(1 / 3)
 @given(cases(linear=True, largest=9, dtypes=(torch.float32,), backend="triton"))
 def test_kernels_of_the_head(case: Case) -> None:

@@ -36,6 +36,7 @@ def watch(kernel_device: str) -> Iterator[Memory]:
         yield watched
 
 
+@pytest.mark.slow
 def test_programs_share_nothing_that_is_written(watch: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch, 8, 40)
     small_reductions(monkeypatch, 4)
@@ -98,6 +99,7 @@ def test_accesses_of_different_widths_are_compared(watch: Memory) -> None:
         watch.end("some_kernel")
 
 
+@pytest.mark.slow
 def test_sanitize_needs_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -24,6 +24,7 @@ def runs() -> list[Digests]:
     return [json.loads(output), *own]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("backend", SIZES)
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -17,6 +17,7 @@ from torch import Tensor
 from wrong_kernels import narrow_kernel
 
 from fused_pref.cli.kernels import cases
+from fused_pref.head.spec import transform_of
 from fused_pref.ops.devices import GPUS
 from fused_pref.ops.interface import Operands, TargetRows, Transform
 from fused_pref.ops.torch.chunk import new_statistics
@@ -24,7 +25,7 @@ from fused_pref.ops.triton import chunk, configs, dlogits, linear, logprob, obje
 
 # Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
 FAR, FAR_TILE, FAR_WEIGHT = 2**30 + 16, 2**26 + 16, 2**27 + 16
-SOFTCAP = Transform.of({"softcap": 5.0})
+SOFTCAP = transform_of({"softcap": 5.0})
 
 
 @pytest.fixture
@@ -139,6 +140,7 @@ def test_add_target_rows(by_columns: bool) -> None:
     assert torch.equal(near, there[rows])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("pointers", [False, True], ids=["descriptors", "pointers"])
 @pytest.mark.parametrize("by_index", [False, True])
@@ -167,6 +169,7 @@ def test_linear(by_index: bool, pointers: bool) -> None:
     assert all(map(torch.equal, near, found))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("host")
 def test_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of rows that are computed again."""
@@ -312,6 +315,7 @@ def test_one_long_sequence(packed: bool, device: str) -> None:
     assert_parity("bco_loss", logits, labels, flag, ref, beta=1e-5, **keywords)
 
 
+@pytest.mark.slow
 def test_reductions_in_kernels(kernel_device: str) -> None:
     """One sequence of 100,000 tokens, and 100,000 sequences in one program."""
     count = 100_000

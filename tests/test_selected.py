@@ -95,6 +95,7 @@ def test_gradient(
         assert len(watch.within(some, watch.written)) - before == number * columns
 
 
+@pytest.mark.slow
 def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_skipping_no_mass_is_exact(
     assert 8 <= narrow[0].columns <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["hwb", "hw", "h", "w", "b"])
 @pytest.mark.parametrize("bound", [None, 40])
 def test_wanted_gradients(wanted: str, bound: int | None, device: str, backend: str) -> None:
@@ -151,6 +152,7 @@ def test_rows_with_nan_need_every_tile() -> None:
     assert skipping.dropped(mass, torch.tensor([25, 25]), 10, 0.5)[0].tolist() == [[False, True]] * 2 + [[True, True]]
 
 
+@pytest.mark.slow
 def test_words_of_no_probability_are_left_out_at_no_cost(device: str, backend: str) -> None:
     """Masked words at skip_mass = 0, and a target that takes all: exact all the same."""
     batch = spiky(device, mask="none")
@@ -184,6 +186,7 @@ def test_packed(bound: int | None, device: str, backend: str) -> None:
     assert ours.dropped_mass.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [None, 40])
 def test_unscored_positions_may_hold_anything(bound: int | None, device: str, backend: str) -> None:
     batch = spiky(device)
@@ -196,6 +199,7 @@ def test_unscored_positions_may_hold_anything(bound: int | None, device: str, ba
     assert all(torch.equal(one, other) for one, other in zip(clean, dirty, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
 def test_non_finite_inputs_are_not_skipped(part: str, bad: float, device: str, backend: str) -> None:
@@ -220,6 +224,7 @@ def test_label_outside_the_vocabulary(label: int, device: str, backend: str) -> 
     assert all(grad.isnan().any() for grad in grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["hw", "h", "w"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeats_to_the_bit(wanted: str, dtype: torch.dtype, device: str, backend: str) -> None:
@@ -239,6 +244,7 @@ def test_repeats_to_the_bit(wanted: str, dtype: torch.dtype, device: str, backen
         assert torch.equal(fourfold, first * -4)
 
 
+@pytest.mark.slow
 def test_autocast(device: str, backend: str) -> None:
     batch = spiky(device)
     with torch.autocast(device, torch.bfloat16):
@@ -250,6 +256,7 @@ def test_autocast(device: str, backend: str) -> None:
         assert_gradient(mine, other, 3e-2)
 
 
+@pytest.mark.slow
 def test_float16_with_a_gradient_scaler(device: str, backend: str) -> None:
     """Gradients around 1e-9, which float16 would lose."""
     batch, factor = spiky(device, dtype=torch.float16, mask="none"), 1e-4 * 2.0**16
@@ -304,6 +311,7 @@ def test_outputs_travel() -> None:
     assert torch.utils._pytree.tree_map(lambda x: x, output).loss is output.loss
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("objective", ["linear_cpo_loss", "linear_bco_loss", "linear_token_logps"])
 def test_compiled_graphs_skip_nothing(objective: str) -> None:

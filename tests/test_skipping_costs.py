@@ -8,6 +8,7 @@ import fused_pref as fp
 from benchmarks.skipping import peaked, products
 
 
+@pytest.mark.slow
 def test_products_on_peaked_logits() -> None:
     """At most 0.6 of the three bare products, on the distribution that benchmarks/skipping.py describes."""
     hidden, weight, labels = peaked(256, 128, 32768)
@@ -46,6 +47,7 @@ def test_explanation() -> None:
         fp.explain("llama-3-8b", skip_mass=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_predicted_peak(dtype: torch.dtype) -> None:
     """What the planner allows for is enough where nothing can be skipped, and not a third more than that."""

@@ -81,6 +81,7 @@ def eager_logps(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return fp.reference.sequence_logps(logits, labels)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_trl_1_13(tmp_path: Path) -> None:
     """Step by step on identical batches, with gradients, δ and the logged metrics."""
     trainer = made(
@@ -120,6 +121,7 @@ def test_losses_are_those_of_trl_1_13(tmp_path: Path) -> None:
     assert abs(want[-1]["delta"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_loss_falls_and_the_metrics_are_logged(tmp_path: Path, setup: str) -> None:
     trainer = made(tmp_path, max_steps=12, setup=setup, delta_kind="ema")
     trainer.train()
@@ -136,6 +138,7 @@ def test_loss_falls_and_the_metrics_are_logged(tmp_path: Path, setup: str) -> No
     assert not any(name.startswith("count") or name.endswith("_sum") for name in entry)
 
 
+@pytest.mark.slow
 def test_delta_moves_once_a_step(tmp_path: Path) -> None:
     """With "step" it is constant over the microbatches of a step; with "forward" it is not."""
     seen: dict[str, list[float]] = {"step": [], "forward": []}
@@ -154,6 +157,7 @@ def test_delta_moves_once_a_step(tmp_path: Path) -> None:
     assert len(set(forwards[2:])) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", ["step", "forward"])
 def test_resuming_goes_on_bit_for_bit(tmp_path: Path, setup: str, update: str) -> None:
     options = {
@@ -180,6 +184,7 @@ def test_resuming_goes_on_bit_for_bit(tmp_path: Path, setup: str, update: str) -
     assert not any(name.endswith((".pkl", ".joblib")) for name in saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reward_shift.safetensors", "density_ratio.safetensors"])
 def test_a_checkpoint_without_a_file_of_ours_is_refused(tmp_path: Path, name: str) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "options": {"embedding_func": embedded}}
@@ -189,6 +194,7 @@ def test_a_checkpoint_without_a_file_of_ours_is_refused(tmp_path: Path, name: st
         made(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_references_agree(tmp_path: Path, setup: str) -> None:
     """A deep copy, a model given, and precomputed log-probs: the same run."""
     copied = made(tmp_path, setup=setup)
@@ -204,6 +210,7 @@ def test_references_agree(tmp_path: Path, setup: str) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_disabled_for_the_reference(tmp_path: Path, setup: str) -> None:
     trainer = made(tmp_path, options={"peft_config": LORA}, learning_rate=0.1, max_steps=6, setup=setup)
     assert trainer.ref_model is None
@@ -216,6 +223,7 @@ def test_an_adapter_is_disabled_for_the_reference(tmp_path: Path, setup: str) ->
     assert losses(trainer)[-1] < 0.68
 
 
+@pytest.mark.slow
 def test_paired_and_conversational_data(tmp_path: Path, setup: str) -> None:
     trainer = made(tmp_path, data=pairs(8), setup=setup)
     assert len(trainer.train_dataset) == 16
@@ -233,6 +241,7 @@ def test_paired_and_conversational_data(tmp_path: Path, setup: str) -> None:
     assert len(losses(trainer)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [True, False])
 def test_a_missing_class(tmp_path: Path, setup: str, label: bool) -> None:
     data = Dataset.from_list([{**row, "label": label} for row in unpaired(8)])
@@ -254,6 +263,7 @@ def test_shuffled_sampling(tmp_path: Path) -> None:
     assert sorted(first()) == sorted(in_order)
 
 
+@pytest.mark.slow
 def test_exact_accumulation_is_one_big_batch(tmp_path: Path, setup: str) -> None:
     small = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 5}
     options = {"max_steps": 2, "delta_kind": "fixed", "delta_value": 0.3, "learning_rate": 0.0, "setup": setup}
@@ -269,6 +279,7 @@ def test_exact_accumulation_is_one_big_batch(tmp_path: Path, setup: str) -> None
     assert losses(exact)[0] == pytest.approx(losses(big)[0], rel=CLOSE[setup])
 
 
+@pytest.mark.slow
 def test_class_weights(tmp_path: Path, setup: str) -> None:
     """Losses of a class are multiplied; at the start each is log 2."""
     trainer = made(
@@ -278,6 +289,7 @@ def test_class_weights(tmp_path: Path, setup: str) -> None:
     assert losses(trainer)[0] == pytest.approx(0.6931472 * (3 * 2.0 + 0.5) / 4, rel=CLOSE[setup])
 
 
+@pytest.mark.slow
 def test_evaluation(tmp_path: Path, setup: str) -> None:
     """δ stays as it is, and `compute_metrics` gets rewards and labels."""
     seen = []
@@ -299,6 +311,7 @@ def test_evaluation(tmp_path: Path, setup: str) -> None:
     assert logged["eval_rewards/rejected"] == pytest.approx(rewards[~members].mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_mixture_of_experts(tmp_path: Path, setup: str) -> None:
     trainer = made(tmp_path, model=mixtral(), max_steps=1, setup=setup)
     trainer.train()
@@ -315,6 +328,7 @@ def embedded(prompts: list[str]) -> torch.Tensor:
     return torch.tensor([[len(text.split()), float(text.split()[0][1:]) / 10] for text in prompts])
 
 
+@pytest.mark.slow
 def test_prompts_are_weighed(tmp_path: Path, setup: str) -> None:
     trainer = made(tmp_path, options={"embedding_func": embedded}, train_sampling_strategy="sequential", setup=setup)
     rows = unpaired()
@@ -327,6 +341,7 @@ def test_prompts_are_weighed(tmp_path: Path, setup: str) -> None:
     assert losses(trainer)[0] == pytest.approx(0.6931472 * want[:4].mean().item(), rel=CLOSE[setup])
 
 
+@pytest.mark.slow
 def test_the_prompts_fitted_are_drawn_by_the_seed(tmp_path: Path) -> None:
     def fitted(seed: int) -> torch.Tensor:
         options = {"embedding_func": embedded}

@@ -85,6 +85,7 @@ def _flat(model: Any) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -107,6 +108,7 @@ def test_run_is_that_of_trl(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert ours.head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [mixtral, t5, bart])
 def test_models(tmp_path: Path, make: Any) -> None:
     changes = {"max_completion_length": 8} if make in (t5, bart) else {}
@@ -115,6 +117,7 @@ def test_models(tmp_path: Path, make: Any) -> None:
     assert_same_run(ours, stock, tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_lora(tmp_path: Path) -> None:
     options = {"peft_config": LORA}
     ours, stock = (
@@ -145,6 +148,7 @@ def assert_same_numbers(ours: Any, stock: Any) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=relative, abs=absolute), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, mixtral, t5], ids=["llama", "mixtral", "t5"])
 def test_bf16_autocast(tmp_path: Path, make: Any) -> None:
     options = {"setup": "defaults", "optim": "adamw_torch", "learning_rate": 1e-5}
@@ -177,6 +181,7 @@ def reader() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"learning_rate": 1e-3}], ids=str)
 def test_the_defaults_of_both_give_the_same_numbers_on_english(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Every field of the configuration that computes something is at its default, bf16 and AdamW included; again with
@@ -199,6 +204,7 @@ def test_the_defaults_of_both_give_the_same_numbers_on_english(tmp_path: Path, c
     assert first - last > (1.0 if changes else 0.0)
 
 
+@pytest.mark.slow
 def test_no_logits_are_made(tmp_path: Path, setup: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no", setup=setup)
     monkeypatch.setattr(torch.nn.functional, "linear", _without_vocabulary(torch.nn.functional.linear))
@@ -220,6 +226,7 @@ def _without_vocabulary(linear: Any) -> Any:
     return checked
 
 
+@pytest.mark.slow
 def test_generation_is_unchanged(tmp_path: Path, setup: str) -> None:
     trainer = trained(CPOTrainer, tmp_path, max_steps=1, eval_strategy="no", setup=setup)
     fresh = llama()
@@ -229,6 +236,7 @@ def test_generation_is_unchanged(tmp_path: Path, setup: str) -> None:
     assert torch.equal(trainer.model.eval().generate(prompt, **options), fresh.eval().generate(prompt, **options))
 
 
+@pytest.mark.slow
 def test_exact_accumulation_is_one_big_batch(tmp_path: Path, setup: str) -> None:
     """The gradient of microbatches of different lengths is that of all of them at once; TRL's is not."""
     big, exact, means = (
@@ -259,6 +267,7 @@ def test_exact_accumulation_comes_from_the_configuration_too(tmp_path: Path) -> 
     assert not CPOTrainer(model=llama(), args=config(tmp_path, eval_strategy="no"), **arguments).exact_accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpo_loss", "get_batch_logps", "concatenated_forward"])
 def test_a_subclass_with_its_own_loss_gets_trl_s_path(tmp_path: Path, name: str) -> None:
     calls = []
@@ -281,6 +290,7 @@ def test_a_subclass_with_its_own_loss_gets_trl_s_path(tmp_path: Path, name: str)
     assert ours.state.log_history[0]["loss"] == pytest.approx(stock.state.log_history[0]["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_several_datasets_are_evaluated(tmp_path: Path) -> None:
     """A ``DatasetDict``: the only dictionary that TRL's trainer can map."""
     parts = DatasetDict({"short": pairs(4), "long": pairs(6)})
@@ -290,6 +300,7 @@ def test_several_datasets_are_evaluated(tmp_path: Path) -> None:
     assert {"eval_short_loss", "eval_long_loss"} <= logged
 
 
+@pytest.mark.slow
 def test_evaluation_with_compute_metrics_reads_the_logits_means(tmp_path: Path, setup: str) -> None:
     seen = []
     options = {"compute_metrics": lambda result: seen.append(result.predictions) or {"seen": 1.0}}
@@ -301,6 +312,7 @@ def test_evaluation_with_compute_metrics_reads_the_logits_means(tmp_path: Path, 
     assert math.isfinite(logged["eval_loss"])
 
 
+@pytest.mark.slow
 def test_a_conversation_is_templated(tmp_path: Path, setup: str) -> None:
     question = {"role": "user", "content": "w1 w2"}
     answers = [{"chosen": "w3", "rejected": "w4 w5"}, {"chosen": "w6 w7", "rejected": "w8"}]
@@ -317,6 +329,7 @@ def test_a_conversation_is_templated(tmp_path: Path, setup: str) -> None:
     assert trainer.state.log_history[0]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_step_is_at_most_half_of_trl_s(tmp_path: Path) -> None:
     """With a vocabulary of 131,072; gradients counted, parameters not."""
     peaks = []

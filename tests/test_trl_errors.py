@@ -96,6 +96,7 @@ def test_malformed_labels(tmp_path: Path) -> None:
     assert_refused(match, KINDS["bco"], tmp_path, train_dataset=data)
 
 
+@pytest.mark.slow
 def test_malformed_rows_of_a_large_dataset_are_found_without_reading_it(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +336,7 @@ def test_the_version_of_trl(monkeypatch: pytest.MonkeyPatch, installed: str | No
         fused_pref.trl.DPOTrainer  # noqa: B018
 
 
+@pytest.mark.slow
 def test_importing_the_library_imports_no_trainer() -> None:
     program = (
         "import sys, fused_pref, fused_pref.models; sys.exit('transformers' in sys.modules or 'trl' in sys.modules)"

@@ -73,6 +73,7 @@ def run(kind: type, args: Any, data: Any, **given: Any) -> Any:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PAIRS, "texts beside a conversation"])
 def test_cpo(tmp_path: Path, name: str) -> None:
     data = Dataset.from_list([PAIRS.get(name, TEXTS_BESIDE_A_CONVERSATION)] * 4)
@@ -108,6 +109,7 @@ def stock_kto(folder: Path, data: Any) -> Any:
     return run(KTOTrainer, args, data, ref_model=llama())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SINGLES, *PAIRS])
 def test_bco(tmp_path: Path, name: str) -> None:
     if name in SINGLES:
@@ -142,6 +144,7 @@ LABELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
 @pytest.mark.parametrize("name", LABELS)
 def test_labels(tmp_path: Path, name: str, setup: str) -> None:
@@ -227,6 +230,7 @@ def test_embeddings(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(weights, torch.tensor(list(want)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
 def test_a_stream_is_evaluated_with_weights(tmp_path: Path, setup: str) -> None:
     args = BCOConfig(str(tmp_path), **{**SETUPS[setup], "max_steps": 1, "per_device_eval_batch_size": 3})

@@ -139,6 +139,7 @@ def left(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, **moved, "position_ids": (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": True}], ids=str)
 @pytest.mark.parametrize("setup", SETUPS)
 def test_positions_of_a_collator(tmp_path: Path, setup: str, changes: dict[str, Any]) -> None:
@@ -206,6 +207,7 @@ def pictured(rows: int = 8) -> Dataset:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
 def test_pictures(tmp_path: Path, setup: str) -> None:
     """Log-probs and logits of the first batch are those of TRL's KTO, which builds the same batch."""

@@ -203,6 +203,7 @@ def test_not_while_a_graph_is_captured(timed: list[Any], monkeypatch: pytest.Mon
     assert not timed
 
 
+@pytest.mark.slow
 def test_importing_reads_and_writes_nothing(folder: Path) -> None:
     folder.mkdir()
     (folder / "tune.json").write_text("not ours")
@@ -244,6 +245,7 @@ def test_logits_step(inplace: bool, kernel_device: str, monkeypatch: pytest.Monk
     assert recorder.names.count("_token_logps_bwd_kernel") == (1 if inplace else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few", "poison")
 @pytest.mark.parametrize(
     ("plan", "kernels"),
