@@ -10,8 +10,7 @@ import pytest
 from pages import PAGES, ROOT
 
 import fused_pref as fp
-from fused_pref import testing, trl
-from fused_pref.models import preference as models
+from fused_pref import models, testing, trl
 
 CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)

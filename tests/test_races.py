@@ -22,7 +22,7 @@ import fused_pref
 from fused_pref.ops.triton import chunk, configs, linear
 
 ROOT = Path(__file__).parents[1]
-SOURCES = list(Path(fused_pref.__file__).parent.glob("kernels/*.py"))
+SOURCES = list(Path(fused_pref.__file__).parent.glob("ops/triton/*.py"))
 # One program walks all sequences.
 ALONE = {"_pair_objective_kernel", "_bco_objective_kernel"}
 PLANES = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel", "_add_target_rows_kernel"}
@@ -40,7 +40,7 @@ def watch(kernel_device: str) -> Iterator[Memory]:
 def test_programs_share_nothing_that_is_written(watch: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch, 8, 40)
     small_reductions(monkeypatch, 4)
-    monkeypatch.setattr(configs, "PICKED_BIAS", configs.Config(16, 1))
+    monkeypatch.setattr(configs, "SELECTED_BIAS", configs.Config(16, 1))
     monkeypatch.setattr(linear, "PROBE", 16)
     for _, call in steps("cpu", 20, 16, 32):
         call()

@@ -359,7 +359,7 @@ def test_bad_thresholds(value: Any, error: type[Exception], text: str) -> None:
 
 def test_where_sizes_cannot_be_left_to_the_device_nothing_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = spiky("cpu")
-    monkeypatch.setattr(skipping, "can_skip", lambda head: False)
+    monkeypatch.setattr(call, "can_skip", lambda head: False)
     output = fp.linear_cpo_loss(batch.hidden.requires_grad_(), batch.weight, batch.labels, skip_mass=0.4)
     assert not output.dropped_mass.any()
 

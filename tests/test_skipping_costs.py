@@ -38,7 +38,7 @@ def test_least_budget_is_enough() -> None:
 def test_explanation() -> None:
     text = str(fp.explain("llama-3-8b", device="sm_90", skip_mass=2**-9))
     assert "plan skipping, fused," in text
-    assert "mass of each of 8192 x 32 tiles of 4096 words" in text
+    assert "mass of each of 8192 x 32 tiles of 4096 tokens" in text
     assert "1.00NDV if none needs any" in text
     assert "plan skipping on cpu" in str(fp.explain("llama-3-8b", device="cpu", skip_mass=0.0, gradients=["hidden"]))
     for other in ({"device": "xpu"}, {"gradients": []}, {"skip_mass": None}, {"device": "sm_90", "dtype": "float64"}):

@@ -150,14 +150,6 @@ class HeadCall:
     ) -> tuple[Tensor, Tensor, Gradients, Any]:
         """Log-probs, means of z, gradients and result of an objective, evaluated once on each group of its units."""
         spec, dtype, whole = self.spec, head.accumulator, objective.for_parts(rows.counts)
-        unscored = self.unscored_logit_sums(head, rows, labels)
-        # Without an activation the means do not wait for the logits.
-        means = (
-            None
-            if self.wants_logit_sums
-            else self.means(head, rows, labels, labels.new_zeros(labels.shape, dtype=dtype))
-        )
-        known = (None, None) if means is None else mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
         results, sums = [], []
 
         def slope(members: tuple[slice, ...] | None, own: Tensor) -> Tensor:
@@ -172,19 +164,29 @@ class HeadCall:
             results.append(part.evaluate(scores, spec.backend, dtype))
             return saturate(results[-1].slope, torch.float32)
 
-        logp, totals, gradients = plan.run(
-            head, rows, slope, self.wanted, paired=self.unit == 2, logit_sum=self.wants_logit_sums
-        )
-        if rows.overflow is not None:
-            logp.masked_fill_(rows.overflow, torch.nan)
-        if means is None:
-            means = self.means(head, rows, labels, totals.view(labels.shape), unscored)
-            known = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
-        elif len(results) == 1:
-            known = (None, None)  # the result has them
-        result = objective.joined(results, Scores(torch.cat(sums), rows.counts, *known), dtype)
-        # The last thing that can fail.
-        objective.gather_statistics(torch.cat(sums))
+        with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
+            unscored = self.unscored_logit_sums(head, rows, labels)
+            # Of a single group all is known when it is evaluated, unless an activation hides the means.
+            early = not self.wants_logit_sums and self.shard is None and len(plan.bounds) <= 2
+            nothing = head.hidden.new_zeros(labels.shape, dtype=dtype)
+            means = self.means(head, rows, labels, nothing) if early else None
+            known = (
+                (None, None) if means is None else mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+            )
+            logp, totals, gradients = plan.run(
+                head, rows, slope, self.wanted, paired=self.unit == 2, logit_sum=self.wants_logit_sums
+            )
+            if rows.overflow is not None:
+                logp.masked_fill_(rows.overflow, torch.nan)
+            if means is None:
+                means = self.means(head, rows, labels, totals.view(labels.shape), unscored)
+                known = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+            else:
+                known = (None, None)  # the result has them
+        scores = Scores(torch.cat(sums), rows.counts, *known)
+        result = objective.joined(results, scores, dtype)
+        # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
+        objective.gather_statistics(scores.sums)
         return logp.view(labels.shape), means, gradients, result
 
     def means(

@@ -224,7 +224,7 @@ class LinearInputs(Inputs):
             if dropped is None and self.spec.skip_mass is not None:
                 dropped = torch.zeros_like(means)
             return self._evaluated(objective, self._sums(logp, means), dropped)
-        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False), call.advising(head, rows):
+        with call.advising(head, rows):
             _, means, gradients, result = call.evaluate(head, rows, plan, self.labels, self.cu_seqlens, objective)
         dropped = None if self.spec.skip_mass is None else torch.zeros_like(means)
         return Evaluated(result, self._attached(result.loss, gradients), dropped)
