@@ -1,4 +1,4 @@
-"""How much workspace a call of the linear head may take that says no ``memory_budget``."""
+"""The workspace of a linear head whose call gives no ``memory_budget``."""
 
 import functools
 

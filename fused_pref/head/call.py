@@ -29,7 +29,7 @@ from fused_pref.ops.interface import LOGIT_SUM
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> frozenset[str]:
-    """Which gradients a backward will ask for; asked before ``apply``, inside which every mode says no."""
+    """Which gradients a backward will need; call it before ``Function.apply``, inside which gradients are disabled."""
     if not torch.is_grad_enabled():
         return frozenset()
     tensors = zip(GRADIENTS, (hidden, weight, bias), strict=True)
@@ -128,11 +128,11 @@ class HeadCall:
 
     @property
     def wants_logit_sums(self) -> bool:
-        """Whether Σ z must be taken from the logits: only a curve hides it."""
+        """Whether Σ z must be summed over the logits: without an activation it follows from mean(W)."""
         return self.spec.logits_mean is not None and self.spec.transform.nonlinear
 
     def score(self, head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
-        """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what is left for later."""
+        """Log-probs (N,) by any plan but ``grouped``, means as :meth:`means` gives them, and what the forward gave."""
         unscored = self.unscored_logit_sums(head, rows, labels)
         forward = plan.forward(head, rows, logit_sum=self.wants_logit_sums)
         logp, _ = head.finish(forward.statistics, rows.targets)

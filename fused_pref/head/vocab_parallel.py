@@ -20,7 +20,7 @@ from fused_pref import validate
 from fused_pref.head.budget import budget_of
 from fused_pref.ranks import gathered, head_group
 
-# In place of its number of rows, what a rank sends whose arguments are refused.
+# What a rank sends, instead of its number of rows, when its arguments are malformed.
 REFUSED = -1
 # Odd numbers that spread their factors over 64 bits, as multiplicative hashes use them.
 SPREAD = (-7046029254386353131, -4658895280553007687)
@@ -132,7 +132,7 @@ def _shared(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checksum(values: Tensor) -> Tensor:
-    """A number that other values, or another order, would hardly give, for each row of (..., n); int64 (...,)."""
+    """A checksum of the values and their order, for each row of (..., n); int64 (...,)."""
     bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize])
     mixed = torch.arange(values.shape[-1], device=values.device) * SPREAD[0] + bits
     mixed = mixed * SPREAD[1]

@@ -37,7 +37,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations and constants a device takes; an unknown one takes those of an elder."""
+    """The architecture whose configurations and costs a device uses; an unknown one uses those of an older one."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:

@@ -173,7 +173,7 @@ class RowOps(Protocol):
     def add_target_rows(self, dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
         """Add factor_n h_n to the row of ``dw`` that is row n's target; those of one target are summed, rounded once.
 
-        A target's part of dW outweighs the rest: by itself it is not rounded before it is added.
+        A target's part of dW is larger than the rest of its row. Summed apart, it is rounded once.
 
         Args:
             dw: (v, D), updated.

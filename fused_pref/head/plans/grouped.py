@@ -129,11 +129,11 @@ class _GroupSums:
             if target_q is not None:
                 head.kernels.add_target_rows(self.dw, h, -factor * target_q, group.targets)
         if self.dh is not None:
-            left = torch.empty(h.shape, dtype=product_dtype(h), device=h.device)
+            product = torch.empty(h.shape, dtype=product_dtype(h), device=h.device)
             if target_q is None:
                 target_q = torch_chunk.take_targets(q, group.targets, 0)
-            add_product(left, q, head.w, fresh=True)
-            head.scatter_hidden(self.dh, group, left, -factor, target_q)
+            add_product(product, q, head.w, fresh=True)
+            head.scatter_hidden(self.dh, group, product, -factor, target_q)
         self.fresh = False
 
     def gradients(self) -> Gradients:

@@ -186,7 +186,7 @@ class Head:
     def scatter_hidden(
         self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None
     ) -> None:
-        """Rows of ``sums``, with their targets', times ``factor`` to their places of ``dh``, contiguous and else 0."""
+        """Write rows of ``sums``, with their target rows, times ``factor`` to their rows of ``dh``, which is zero elsewhere."""
         target_rows = None if target_q is None else TargetRows(rows.targets, target_q, self.w)
         self.kernels.scatter_rows(dh.view(-1, dh.shape[-1]), sums, factor, rows.indices, target_rows)
 
@@ -222,7 +222,7 @@ class Sums(NamedTuple):
         return cls(dw, db, torch.empty(rows.number, width, dtype=kind, device=device) if "hidden" in wanted else None)
 
     def gradients(self, head: Head, rows: ValidRows, factor: Tensor, target_q: Tensor | None) -> Gradients:
-        """The gradients, once all tiles are in; ``target_q`` as for :meth:`Head.place`."""
+        """The gradients, once all tiles are in; ``target_q`` as for :meth:`Head.scatter_hidden`."""
         dh = None
         if self.hidden is not None:
             dh = head.new_hidden_gradient()

@@ -132,7 +132,7 @@ class Problem:
         moved = rows * columns * self.itemsize if written else 0
         seconds = rows * columns * self.device.epilogue + moved / self.device.bandwidth
         if self.itemsize > 2:
-            # Exact products of float32 need small tiles: a quarter of the vendor's speed.
+            # Exact products of float32 need small tiles: a quarter of cuBLAS's speed.
             seconds += 3 * self.product_seconds(rows, columns, ("logits",))
         return seconds
 

@@ -15,7 +15,7 @@ class ValidRows:
     """The rows to project, in the order of their positions.
 
     Attributes:
-        places: (N,) int64 positions in the flattened labels; None where every position is scored.
+        indices: (N,) int64 positions in the flattened labels; None where every position is scored.
         targets: (N,) labels.
         counts: (S,) int64 rows of each sequence.
         host_counts: the same on the host; empty under ``max_valid_tokens``, which asks the device nothing.
@@ -62,7 +62,7 @@ class ValidRows:
         return values[sequence].masked_fill_(self.padding, 0)
 
     def scatter_(self, flat: Tensor, values: Tensor) -> None:
-        """Write rows (N,) at their places of all positions (P,), each of which is written once; padding is 0."""
+        """Write rows (N,) at their indices among all positions (P,), each of which is written once; padding is 0."""
         if self.padding is not None:
             values = values.masked_fill(self.padding, 0)
         if self.indices is None:

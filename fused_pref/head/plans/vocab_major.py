@@ -42,7 +42,7 @@ class VocabMajor(Plan):
             partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
             late = max(p.partial * row if hidden else 0, partial + p.transposed(p.tokens, columns))
             backward = (row * p.scaled_itemsize if weight else 0) + sums + late
-            # A slice that is kept, and one that is computed again.
+            # A slice that is saved, and one that is computed again.
             seconds = p.product_seconds(p.tokens, columns, ("logits", *gradients)) + p.chunk_seconds(p.tokens, columns)
             twice = p.product_seconds(p.tokens, columns, ("logits", "logits", *gradients))
             if fused:

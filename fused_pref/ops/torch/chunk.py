@@ -50,7 +50,7 @@ def update_statistics(
     for z, x, row_max, sum_exp, sums, there, place, without, out_block in _blocks(logits, new.dtype, *rows):
         transform.apply_(z.copy_(x))
         if logit_sum:
-            torch.sum(z, 1, out=sums)  # asked for with a curve only
+            torch.sum(z, 1, out=sums)  # asked for with an activation only
         if not at_once:
             _set_entries(z, place, without)
         torch.amax(z, 1, out=row_max).clamp_(min=least)
@@ -86,7 +86,7 @@ def gradient(
 def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
     """Set the targets' entries of Q to 0 and give what they were, (n,); 0 where the target is in another chunk.
 
-    They are most of what a row weighs: added to a product of the rest by themselves, they are not rounded with it.
+    They are the largest entries of a row. Added to the product of the rest separately, they are not rounded with it.
     """
     here, column = _local(targets, first, q.shape[1])
     found = q.gather(1, column[:, None])[:, 0]
@@ -162,7 +162,7 @@ def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
 def _normalise(
     out: Tensor, x: Tensor, z: Tensor, sum_exp: Tensor, here: Tensor, column: Tensor, transform: Transform
 ) -> None:
-    """Write z/others; with a curve Q at once, times its slope at the raw x.
+    """Write z/sum_exp; with an activation Q at once, times its slope at the raw x.
 
     ``others`` is at least 1, or 0 with all of z.
     """

@@ -1,4 +1,4 @@
-"""The matrix products of the head by the vendor's library, in the dtypes and the memory that a device allows.
+"""GEMMs of the head (cuBLAS, oneDNN), in the dtypes and the memory that a device allows.
 
 A device with ``mixed`` products gives float32 results of 16-bit entries. Elsewhere a 16-bit product comes out rounded
 once; where several of them are summed, partial results are added in float32.

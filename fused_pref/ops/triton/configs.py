@@ -55,7 +55,7 @@ class Defaults:
             time, and holds few enough entries that several programs share a processor.
         statistics: of fused products of 16-bit entries that leave statistics or Q; the widest tile that does not spill.
         exponentials: of those that leave both.
-        heavy: of those that need registers for more: a curve, a bias, columns whose end falls within an access.
+        high_pressure: of those whose epilogue needs more registers: an activation, a bias, an unaligned end of columns.
         selected: of products of selected rows, by pointers.
         exact: of all products of float32.
     """

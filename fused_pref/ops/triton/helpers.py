@@ -31,13 +31,13 @@ def log1p(x):
 
 @triton.jit
 def transform(x, inner, outer, TRANSFORM: tl.constexpr):
-    """z of a logit x: outer · f(inner · x), f the curve of this name; x itself for "identity"."""
+    """z of a logit x: outer · f(inner · x), f the activation of this name; x itself for "identity"."""
     if TRANSFORM == "identity":
         return x
     elif TRANSFORM == "linear":
         return inner * x
     else:
-        tl.static_assert(TRANSFORM == "tanh", "unknown curve")
+        tl.static_assert(TRANSFORM == "tanh", "unknown activation")
         return outer * tanh(inner * x)
 
 
@@ -58,7 +58,7 @@ def transform_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
     elif TRANSFORM == "linear":
         return dz * inner
     else:
-        tl.static_assert(TRANSFORM == "tanh", "unknown curve")
+        tl.static_assert(TRANSFORM == "tanh", "unknown activation")
         u = exp(-2.0 * tl.abs(inner * x))
         r = 1.0 / (1.0 + u)
         return dz * (outer * inner) * (4.0 * u * (r * r))

@@ -34,7 +34,7 @@ from fused_pref.ops.triton.gemm import (
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
 from fused_pref.ops.triton.logprob import factors
 
-# Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they are kept: far enough
+# Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they may rise: far enough
 # for any trained model, near enough that float32 sums and bfloat16 entries hold them.
 PROBE, REACH = 1024, 40.0
 
@@ -75,7 +75,7 @@ def _linear_statistics_kernel(
     partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z
     pivots,  # [N] or None: the exponentials are exp(z − pivot)
     before,  # [N] or None: pivots of an earlier pass, which a block of rows repeats only if one of its own has risen
-    out,  # [N, width] or None: receives the exponentials, −1 at the targets, times the curve's slope; 0 beyond v
+    out,  # [N, width] or None: receives the exponentials, −1 at the targets, times the activation's slope; 0 beyond v
     rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns,
     width, out_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
@@ -254,7 +254,7 @@ def exponentials(
 
     Args:
         out: (N, V) or wider, of a dtype with the range of float32; receives Q times the result. Rows of whole 32
-            bytes are written faster: what is beyond V becomes 0 (or finite, with a curve).
+            bytes are written faster: what is beyond V becomes 0 (or finite, with an activation).
         operands: the whole vocabulary.
         statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
         targets: (N,) labels of the rows.

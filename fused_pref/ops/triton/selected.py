@@ -18,7 +18,7 @@ from fused_pref.ops.triton.gemm import constants, tile_order
 # Counts are entries of one tensor: where they lie must not make code of its own.
 @triton.jit(do_not_specialize_on_alignment=["count"])
 def _selected_weight_kernel(
-    q,  # [N, v], row i is that of the i-th of the places
+    q,  # [N, v], row i belongs to the i-th of the indices
     hidden,  # [N_total, D]
     indices,  # [N] int64 rows of hidden, the selected ones first
     count,  # 0-d int, how many are selected
@@ -121,7 +121,7 @@ def weight_product(
         out: a slice of dW, of any float dtype.
         q: (N, v) of the dtype of ``hidden``; what is beyond the selected rows is not read.
         hidden: (N_total, D).
-        places: (N,) int64 rows of ``hidden``.
+        indices: (N,) int64 rows of ``hidden``.
         count: 0-d, how many of them are selected.
         scale: None for 1.
     """
