@@ -186,7 +186,7 @@ class Head:
     def scatter_hidden(
         self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None
     ) -> None:
-        """Write rows of ``sums``, with their target rows, times ``factor`` to their rows of ``dh``, which is zero elsewhere."""
+        """Write rows of ``sums``, with their target rows, times ``factor`` to their rows of ``dh``, else zero."""
         target_rows = None if target_q is None else TargetRows(rows.targets, target_q, self.w)
         self.kernels.scatter_rows(dh.view(-1, dh.shape[-1]), sums, factor, rows.indices, target_rows)
 
