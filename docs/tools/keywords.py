@@ -1,7 +1,7 @@
 """Griffe extension: docstrings as the reference shows them.
 
 A function with ``**keywords: Unpack[Table]`` gets the keywords of the table, with types, defaults and meanings, as
-``takes`` gives them to ``help()``; and roles (``:func:`cpo_loss```) become links to what the reference documents.
+``accepts`` gives them to ``help()``; and roles (``:func:`cpo_loss```) become links to what the reference documents.
 """
 
 import inspect
