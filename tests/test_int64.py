@@ -223,9 +223,8 @@ codes = {}
 """
 OURS = """
 import torch
-from fused_pref.ops.torch.chunk import Label
-from fused_pref.ops.interface import Transform
-from fused_pref.ops.triton import dlogits, logprob, sequences, chunk
+from fused_pref.ops.interface import TargetRows, Transform
+from fused_pref.ops.triton import chunk, dlogits, logprob, sequences
 from fused_pref.cli.kernels.cases import CASES, meta
 
 for case in CASES:
@@ -236,7 +235,7 @@ for case in CASES:
 n, v, d = 8192, 4096, 2048
 labels, ends = meta(n, 2, dtype=torch.int64)[:, 0], meta(9, dtype=torch.int32)
 logits, logp, rest = meta(v, n).T, meta(n), (True, -100, Transform())
-label = Label(labels, logp, meta(d, v).T)
+target_rows = TargetRows(labels, logp, meta(d, v).T)
 for given in (ends, None):
     own, z = (labels, logits) if given is not None else (labels.view(2, -1), logits.view(2, n // 2, v))
     mine = logp.view(own.shape)
@@ -245,7 +244,7 @@ for given in (ends, None):
     lower(f"strides, {given is None}", lambda: sequences.sequence_scores(mine, mine, own, given, "all", True, -100))
 into = {"logit_sum": True, "out": meta(n, v)}
 lower("strides", lambda: chunk.update_statistics(meta(4, n), meta(n, v), labels, 0, Transform(), **into))
-lower("strides", lambda: chunk.scatter_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), label))
+lower("strides", lambda: chunk.scatter_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), target_rows))
 lower("strides", lambda: chunk.add_target_rows(meta(v, d), meta(d, n).T, logp, labels))
 """
 WRONG = """

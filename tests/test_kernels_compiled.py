@@ -80,7 +80,7 @@ def test_rows_are_distinct(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_every_kernel_is_compiled_on_every_target(rows: list[dict[str, Any]]) -> None:
-    sources = Path(fused_pref.__file__).parent.rglob("kernels/**/*.py")
+    sources = Path(fused_pref.__file__).parent.rglob("ops/triton/*.py")
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
     assert kernels >= STREAMING
     compiled = {(row["kernel"], row["target"]) for row in rows}
@@ -216,7 +216,7 @@ def test_table_names_every_row() -> None:
 def test_spills_and_missing_cases_fail() -> None:
     """Thirty float64 of a thread do not fit into 32 registers, whatever the compiler."""
     before = (
-        "from fused_pref.ops.triton import cases, configs;"
+        "from fused_pref.cli.kernels import cases; from fused_pref.ops.triton import configs;"
         "configs.Config.options = property(lambda self: {'num_warps': self.num_warps, 'maxnreg': 32});"
         "cases.CASES[:] = [case for case in cases.CASES if case.name == 'simpo, alpha'];"
     )

@@ -21,7 +21,7 @@ from fused_pref.head.spec import transform_of
 from fused_pref.ops.devices import GPUS
 from fused_pref.ops.interface import Operands, TargetRows, Transform
 from fused_pref.ops.torch.chunk import new_statistics
-from fused_pref.ops.triton import chunk, configs, dlogits, linear, logprob, objective, scale, selected, sequences
+from fused_pref.ops.triton import chunk, configs, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
 # Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
 FAR, FAR_TILE, FAR_WEIGHT = 2**30 + 16, 2**26 + 16, 2**27 + 16
@@ -163,7 +163,7 @@ def test_linear(by_index: bool, pointers: bool) -> None:
     away = (tall(hidden, rows), rows) if by_index else (far(hidden, FAR_TILE + pointers, 1), None)
     operands = Operands(away[0], far(weight, between, 1), None, away[1])
     found = step(operands, far(fresh, FAR, 1), far(out, FAR_TILE, 1))
-    given = operands.arguments(configs.INTERPRETER_TILE)
+    given = gemm.arguments(operands, configs.INTERPRETER_TILE)
     assert given["WEIGHT_DESCRIPTOR"] != pointers
     assert given["HIDDEN_DESCRIPTOR"] == (not pointers and not by_index)
     assert all(map(torch.equal, near, found))

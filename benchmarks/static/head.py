@@ -53,7 +53,7 @@ def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator
         launches = compile.record(
             partial(launcher, torch.bfloat16, features=features, vocabulary=vocabulary), target, gpu.processors
         )
-        launch = next(x for x in launches if "label" not in x.kernel.__name__ and _is_main(x, vocabulary))
+        launch = next(x for x in launches if "target" not in x.kernel.__name__ and _is_main(x, vocabulary))
         compiled = compile.compile_launch(launch, target)
         used, code, sizes = compile.resources(launch, compiled, target), code_of(launch, compiled), launch.constants
         tile_rows, tile_columns = sizes["ROWS"], sizes["COLUMNS"]
