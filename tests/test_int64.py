@@ -38,7 +38,7 @@ BOUNDED = {
     # Number of a split times its width: a column.
     (Kind.INDEX, "%split_columns"),
     # Rows of a tile times what lies between rows of a chunk or of the weight: see test_offsets_in_a_tile_fit.
-    (Kind.BLOCK, "%sink_stride"),
+    (Kind.BLOCK, "%out_stride"),
     (Kind.BLOCK, "%weight_stride"),
 }
 
