@@ -226,8 +226,26 @@ def test_positions_that_are_given_are_used() -> None:
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     want = scored(model, packed).loss
     torch.testing.assert_close(scored(model, {**packed, "position_ids": positions}).loss, want)
+    seen: list[torch.Tensor] = []
+    model.model.register_forward_pre_hook(lambda _, args, given: seen.append(given["position_ids"]), with_kwargs=True)
     torch.testing.assert_close(scored(model, {**packed, "position_ids": positions + 3}).loss, want)
-    assert scored(model, {**packed, "position_ids": positions * 2}).loss.item() != pytest.approx(want.item(), abs=1e-4)
+    assert torch.equal(seen[-1], positions + 3)
+
+
+@pytest.mark.parametrize("which", ["never", "first", "within"])
+def test_positions_of_other_sequences_are_refused(which: str) -> None:
+    """A model sees by them where a sequence begins: the loss would be that of other sequences."""
+    model, packed = llama(), rows()[0]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    ends = torch.tensor(LENGTHS).cumsum(0)
+    if which == "never":
+        positions = torch.arange(len(positions))
+    elif which == "first":
+        positions[ends[0] : ends[1]] += LENGTHS[0]
+    else:
+        positions[1] += 1
+    with pytest.raises(ValueError, match="position_ids must rise by one within each sequence"):
+        scored(model, {**packed, "position_ids": positions[None]})
 
 
 def test_empty_sequences_and_labels_as_a_row() -> None:
@@ -250,7 +268,7 @@ def test_masks_beside_packed_sequences() -> None:
     want, ones = scored(model, packed).loss, torch.ones_like(packed["input_ids"])
     for mask in (ones, ones.bool(), None):
         torch.testing.assert_close(scored(model, {**packed, "attention_mask": mask}).loss, want)
-    with pytest.raises(ValueError, match="attention_mask must be left out with cu_seqlens"):
+    with pytest.raises(ValueError, match="attention_mask must be left out with cu_seqlens, all ones"):
         scored(model, {**packed, "attention_mask": ones.index_fill(1, torch.tensor([3]), 0)})
     blocks = torch.block_diag(*(torch.ones(length, length).tril() for length in LENGTHS)).bool()[None, None]
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]

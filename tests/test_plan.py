@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_pref as fp
-from fused_pref.head.plans.planner import candidates, choose
+from fused_pref.head.plans.planner import candidates, choose, usable_budget
 from fused_pref.head.plans.problem import Plan, Problem
 from fused_pref.ops.devices import CPU, GPU
 from fused_pref.validate import describe
@@ -48,8 +48,8 @@ problems = st.builds(
 @given(problems, st.lists(st.integers(0, 2**36), min_size=2, max_size=6))
 def test_budgets(sizes: Problem, budgets: list[int]) -> None:
     """What is chosen fits; the error's least budget is enough and one byte less is not; more budget costs no time."""
-    least = min(plan.workspace for plan in candidates(sizes))
-    with pytest.raises(ValueError, match=rf"memory_budget must be at least {least} bytes"):
+    least, usable = min(plan.workspace for plan in candidates(sizes)), usable_budget(sizes)
+    with pytest.raises(ValueError, match=rf"memory_budget must be at least {least} bytes .* \({usable} for less than"):
         choose(problem(**{**vars(sizes), "budget": least - 1}))
     seconds = []
     for budget in sorted({least, *(least + extra for extra in budgets)}):

@@ -83,7 +83,8 @@ def with_positions(model: Any, inputs: Mapping[str, Any], labels: Tensor, cu_seq
     if isinstance(mask, Tensor) and mask.dim() == 4:
         return inputs  # of the user's own making
     if isinstance(mask, Tensor) and not bool((mask == 1).all()):
-        raise ValueError("attention_mask must be left out with cu_seqlens: packed sequences have no padding; got zeros")
+        expected = "left out with cu_seqlens, all ones, or a mask of 4 dimensions: packed sequences have no padding"
+        raise validate.fail("attention_mask", expected, mask)
     inputs.pop("attention_mask", None)
     if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(
@@ -93,9 +94,26 @@ def with_positions(model: Any, inputs: Mapping[str, Any], labels: Tensor, cu_seq
     if getattr(model, "_packs", None) != model.config._attn_implementation:
         check_packing(model)
         model._packs = model.config._attn_implementation
-    if inputs.get("position_ids") is None:
+    positions = inputs.get("position_ids")
+    if positions is None:
         inputs["position_ids"] = _positions(cu_seqlens, total)
+    elif isinstance(positions, Tensor) and tuple(positions.shape) == (1, total) and validate.readable(positions):
+        _check_positions(positions[0], cu_seqlens)
     return inputs
+
+
+def _check_positions(positions: Tensor, cu_seqlens: Tensor) -> None:
+    """Positions (N_total,) tell a model where a sequence begins: there, and only there, they do not rise by one."""
+    begins = torch.zeros(positions.numel() + 1, dtype=torch.bool, device=positions.device)
+    begins[cu_seqlens.long()] = True
+    rises = positions.diff() == 1
+    wrong = (rises == begins[1:-1]).nonzero()
+    if wrong.numel():
+        at = int(wrong[0]) + 1
+        raise ValueError(
+            "position_ids must rise by one within each sequence of cu_seqlens and start anew in the next; got "
+            f"{positions[at - 1].item()} and {positions[at].item()} at {at - 1} and {at}"
+        )
 
 
 def _positions(cu_seqlens: Tensor, total: int) -> Tensor:

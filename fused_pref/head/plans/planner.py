@@ -35,8 +35,9 @@ def choose(problem: Problem) -> Plan:
     least = least_budget(problem)
     if least > problem.budget and problem.promised:
         raise ValueError(
-            f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, "
-            f"D={problem.hidden}, V={problem.vocabulary}; got {problem.budget}"
+            f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, D={problem.hidden}, "
+            f"V={problem.vocabulary} ({usable_budget(problem)} for less than twice the time of the fastest plan); got "
+            f"{problem.budget}"
         )
     allowed = problem.budget if problem.promised else max(problem.budget, least + least // 4)
     fitting = [plan for plan in candidates(problem) if plan.workspace <= allowed]
@@ -70,6 +71,13 @@ def plan_of(problem: Problem) -> Plan:
 def least_budget(problem: Problem) -> int:
     """Bytes below which no plan fits."""
     return max(_unscored_least(problem), min(plan.workspace for plan in candidates(problem)))
+
+
+def usable_budget(problem: Problem) -> int:
+    """Bytes from which on a call takes less than twice the time of the fastest plan: the least is far slower."""
+    plans = list(candidates(problem))
+    fastest = min(plan.seconds for plan in plans)
+    return max(_unscored_least(problem), min(plan.workspace for plan in plans if plan.seconds <= 2 * fastest))
 
 
 def _unscored_least(problem: Problem) -> int:
