@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -35,8 +36,8 @@ def _rank(
     rank: int, world: int, port: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...], seconds: float
 ) -> None:
     torch.set_num_threads(1)
-    indices = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in indices.items()}, MASTER_ADDR="127.0.0.1")
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     try:
         result: Any = work(rank, *arguments)
@@ -48,3 +49,7 @@ def _rank(
     if not isinstance(result, Raised):
         dist.barrier()
         dist.destroy_process_group()
+        # Not by the interpreter's end, where a thread that PyTorch has left behind now and then aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
