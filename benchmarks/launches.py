@@ -45,9 +45,9 @@ def without_gpu(step: Callable[[], object]) -> int:
 
 @contextmanager
 def _counting() -> Iterator[Operations]:
-    from fused_pref.head import budget, call
-    from fused_pref.ops import blocks as row_blocks
+    from fused_pref.head import budget, engine
     from fused_pref.ops import devices
+    from fused_pref.ops.torch import chunk
     from fused_pref.ops.triton import logprob
 
     operations = Operations()
@@ -57,8 +57,8 @@ def _counting() -> Iterator[Operations]:
 
     kind = type(logprob._token_logps_fwd_kernel)
     gpu = devices.GPUS["sm_90"]
-    planned = mock.patch.object(call, "device_of", return_value=gpu)
+    planned = mock.patch.object(engine, "device_at", return_value=gpu)
     memory = mock.patch.object(budget, "memory_of", return_value=gpu.memory)
-    blocks = mock.patch.object(row_blocks, "CPU_BLOCK", row_blocks.DEVICE_BLOCK)
+    blocks = mock.patch.object(chunk, "CPU_BLOCK", chunk.DEVICE_BLOCK)
     with planned, memory, blocks, mock.patch.object(kind, "run", run), operations:
         yield operations

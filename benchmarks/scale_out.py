@@ -17,7 +17,7 @@ DEVICE = GPUS["sm_90"]
 NODE, INSIDE, BETWEEN = 8, 4.5e11, 5.0e10
 MIB = 2**20
 # Bytes of what ranks exchange, and how many a rank gets of every other one in the forward: of a token what
-# `head.parallel` merges, and what `head.call.linear_means` adds up, the mean row of the weight and the mean bias.
+# `head.parallel` merges, and what `head.engine.linear_means` adds up, the mean row of the weight and the mean bias.
 FLOAT, STATISTICS, MEANS = 4, 3, HIDDEN + 1
 
 

@@ -7,8 +7,9 @@ import torch
 
 from fused_pref import validate
 from fused_pref.head.budget import PART, default_budget, memory_of
+from fused_pref.head.plans.head import GRADIENTS
 from fused_pref.head.plans.planner import choose, least_budget
-from fused_pref.head.plans.problem import GRADIENTS, Plan, Problem
+from fused_pref.head.plans.problem import Plan, Problem
 from fused_pref.ops import backend
 from fused_pref.ops.devices import CPU, GPUS, Device, device_of
 

@@ -4,8 +4,9 @@ Keywords are described in :mod:`fused_pref.keywords` and shown by ``help()`` of 
 raises ``ValueError`` or ``TypeError`` before anything is computed or changed.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from typing_extensions import Unpack
 
 from fused_pref import validate
 from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs
-from fused_pref.head.vocab_parallel import across_ranks
+from fused_pref.head.vocab_parallel import agreed
 from fused_pref.keywords import (
     BCOLinearKeywords,
     BCOLogitsKeywords,
@@ -31,6 +32,21 @@ from fused_pref.losses.pair import PairObjective, PairSpec
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.unpaired import BCOObjective, BCOSpec
 from fused_pref.outputs import BCOOutput, PairOutput
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _on_all_ranks(function: Function) -> Function:
+    """Let the ranks of a vocab-parallel head call the function together; others call it as it is."""
+
+    @functools.wraps(function)
+    def call(hidden: Any, weight: Any, labels: Any, *others: Any, **keywords: Any) -> Any:
+        tensors = (hidden, weight, labels, *others)
+        if keywords["tp_group"] is None and type(weight).__name__ != "DTensor":
+            return function(*tensors, **keywords)
+        return agreed(function, tensors, keywords)
+
+    return cast(Function, call)
 
 
 @accepts(LogitsKeywords)
@@ -147,7 +163,7 @@ def bco_loss(
 
 
 @accepts(LinearKeywords)
-@across_ranks
+@_on_all_ranks
 def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[LinearKeywords]) -> Tensor:
     """:func:`token_logps` of the logits hidden · weightᵀ + bias, which are never made.
 
@@ -166,7 +182,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keyword
 
 
 @accepts(SequenceLinearKeywords)
-@across_ranks
+@_on_all_ranks
 def linear_sequence_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
 ) -> Tensor:
@@ -188,7 +204,7 @@ def linear_sequence_logps(
 
 
 @accepts(CPOLinearKeywords)
-@across_ranks
+@_on_all_ranks
 def linear_cpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
 ) -> PairOutput:
@@ -214,7 +230,7 @@ def linear_cpo_loss(
 
 
 @accepts(DPOLinearKeywords)
-@across_ranks
+@_on_all_ranks
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
 ) -> PairOutput:
@@ -238,7 +254,7 @@ def linear_dpo_loss(
 
 
 @accepts(BCOLinearKeywords)
-@across_ranks
+@_on_all_ranks
 def linear_bco_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -281,19 +297,13 @@ def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
     return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(inputs.dtype)
 
 
-def _ref_logps(inputs: Inputs, value: Any) -> Tensor:
-    value = inputs.per_sequence("ref_logps", value)
-    validate.values("ref_logps", value, torch.isfinite, "finite")
-    return value
-
-
 def _pair_loss(inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Any = None) -> PairOutput:
     normalizers = pair_normalizers(keywords)
-    ref_logps = _ref_logps(inputs, ref_logps) if spec.reference else None
+    ref_logps = inputs.per_sequence("ref_logps", ref_logps) if spec.reference else None
     objective = PairObjective(spec, ref_logps, *normalizers)
     result, loss, dropped_mass = inputs.evaluate(objective)
     pairs, means = inputs.sequences // 2, inputs.spec.logits_mean is not None
-    return PairOutput(
+    output = PairOutput(
         loss=loss,
         nll_loss=result.nll_loss,
         chosen_logps=result.logps[:pairs],
@@ -302,23 +312,24 @@ def _pair_loss(inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_
         rejected_rewards=result.rewards[pairs:],
         chosen_logits_mean=result.chosen_logits_mean if means else None,
         rejected_logits_mean=result.rejected_logits_mean if means else None,
-        dropped_mass=dropped_mass,
     )
+    output.dropped_mass = dropped_mass
+    return output
 
 
 def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Any, ref_logps: Any) -> BCOOutput:
     desirable = inputs.per_sequence("desirable", desirable, (torch.bool,))
-    ref_logps = _ref_logps(inputs, ref_logps)
+    ref_logps = inputs.per_sequence("ref_logps", ref_logps)
     sample_weight = keywords["sample_weight"]
     if sample_weight is not None:
-        sample_weight = inputs.per_sequence("sample_weight", sample_weight)
-        validate.values("sample_weight", sample_weight, lambda weight: weight.isfinite() & (weight >= 0), ">= 0")
+        validate.tensor_or_none("sample_weight", sample_weight, "(S,)")
+        sample_weight = inputs.per_sequence("sample_weight", sample_weight, good=_weighs, expected=">= 0")
     normalizers = bco_normalizers(keywords)
     delta = reward_shift(keywords, inputs.labels.device)
     objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
     result, loss, dropped_mass = inputs.evaluate(objective)
     means = inputs.spec.logits_mean is not None
-    return BCOOutput(
+    output = BCOOutput(
         loss=loss,
         delta=result.delta,
         logps=result.logps,
@@ -327,9 +338,13 @@ def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desira
         rejected_logits_mean=result.rejected_logits_mean if means else None,
         chosen_count=result.chosen_count,
         rejected_count=result.rejected_count,
-        desirable=desirable,
-        dropped_mass=dropped_mass,
     )
+    output.desirable, output.dropped_mass = desirable, dropped_mass
+    return output
+
+
+def _weighs(sample_weight: Tensor) -> Tensor:
+    return sample_weight.isfinite() & (sample_weight >= 0)
 
 
 def reward_shift(keywords: Mapping[str, Any], device: torch.device | None = None) -> RewardShift | float | Tensor:
@@ -341,7 +356,7 @@ def reward_shift(keywords: Mapping[str, Any], device: torch.device | None = None
             raise ValueError(f"delta must be {place}; got one on {delta.mean.device}")
         return delta
     if isinstance(delta, Tensor):
-        if validate.dense("delta", delta).dim() != 0 or not delta.is_floating_point():
+        if validate.tensor("delta", delta, "()", None, ()).dim() != 0 or not delta.is_floating_point():
             raise validate.fail("delta", "a RewardShift, a finite number or a 0-d floating tensor", delta)
         validate.values("delta", delta, torch.isfinite, "finite")
         return delta.detach()
@@ -350,9 +365,10 @@ def reward_shift(keywords: Mapping[str, Any], device: torch.device | None = None
 
 def pair_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None, float | Tensor | None]:
     """``pair_normalizer`` and ``token_normalizer``."""
+    pairs, tokens = keywords["pair_normalizer"], keywords["token_normalizer"]
     return (
-        validate.normalizer("pair_normalizer", keywords["pair_normalizer"]),
-        validate.normalizer("token_normalizer", keywords["token_normalizer"], zero=True),
+        None if pairs is None else validate.normalizer("pair_normalizer", pairs),
+        None if tokens is None else validate.normalizer("token_normalizer", tokens, zero=True),
     )
 
 
@@ -370,7 +386,6 @@ def bco_normalizers(keywords: Mapping[str, Any]) -> dict[str, Any]:
         if classes[0] is None or classes[1] is None:
             raise validate.fail("class_normalizer", "a pair (n+, n-) of numbers or 0-d tensors", classes, TypeError)
         classes = tuple(validate.normalizer("class_normalizer", count, zero=True) for count in classes)
-    return {
-        "sequence_normalizer": validate.normalizer("sequence_normalizer", sequences),
-        "class_normalizer": classes,
-    }
+    if sequences is not None:
+        sequences = validate.normalizer("sequence_normalizer", sequences)
+    return {"sequence_normalizer": sequences, "class_normalizer": classes}

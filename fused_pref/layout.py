@@ -1,14 +1,18 @@
-"""Padded and packed batches: which position scores which label, and sums per sequence.
+"""Padded and packed batches: which position scores which label, sums per sequence, and the rows that score a label.
 
-Padded tensors are (S, T), packed ones (N_total,) with ``cu_seqlens`` (S+1,). Nothing here reads the device.
+Padded tensors are (S, T), packed ones (N_total,) with ``cu_seqlens`` (S+1,). Only :func:`valid_rows` reads the device.
 """
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fused_pref.spec import Spec
 
 
 def targets_of(labels: Tensor, cu_seqlens: Tensor | None, *, shift: bool, ignore_index: int) -> Tensor:
@@ -22,13 +26,6 @@ def targets_of(labels: Tensor, cu_seqlens: Tensor | None, *, shift: bool, ignore
     ends = torch.zeros(total + 1, dtype=torch.bool, device=labels.device)
     ends = ends.index_fill(0, cu_seqlens.long().clamp(0, total), True)
     return F.pad(labels[1:], (0, 1), value=ignore_index).masked_fill(ends[1:], ignore_index)
-
-
-def lengths_of(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Positions of each sequence, (S,) int64."""
-    if cu_seqlens is None:
-        return torch.full((labels.shape[0],), labels.shape[1], device=labels.device)
-    return cu_seqlens.diff().long()
 
 
 def sequence_sums(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -58,3 +55,105 @@ class PackedSumFunction(torch.autograd.Function):
         (total,) = ctx.tokens_shape
         expand = torch.repeat_interleave(grads[0], cu_seqlens.diff().long(), output_size=total)
         return expand.to(ctx.tokens_dtype), None
+
+
+@dataclass(frozen=True)
+class ValidRows:
+    """The rows to project, in the order of their positions.
+
+    Attributes:
+        indices: (N,) int64 positions in the flattened labels; None where every position is scored.
+        targets: (N,) labels.
+        counts: (S,) int64 rows of each sequence.
+        host_counts: the same on the host; empty under ``max_valid_tokens``, which asks the device nothing.
+        padding: (N,) bool, rows beyond the valid ones; None where there is none.
+        overflow: 0-d bool, whether there are more valid rows than ``max_valid_tokens``; None where there is no bound.
+    """
+
+    indices: Tensor | None
+    targets: Tensor
+    counts: Tensor
+    host_counts: tuple[int, ...] = ()
+    padding: Tensor | None = None
+    overflow: Tensor | None = None
+
+    def part(self, members: tuple[slice, ...]) -> "ValidRows":
+        """The rows of these runs of sequences, one run after the other."""
+        ends = [0, *itertools.accumulate(self.host_counts)]
+        runs = [slice(ends[run.start], ends[run.stop]) for run in members]
+        counts = torch.cat([self.counts[run] for run in members])
+        if self.indices is None:
+            indices = torch.cat([torch.arange(run.start, run.stop, device=self.targets.device) for run in runs])
+        else:
+            indices = torch.cat([self.indices[run] for run in runs])
+        host_counts = tuple(count for run in members for count in self.host_counts[run])
+        return ValidRows(indices, torch.cat([self.targets[run] for run in runs]), counts, host_counts)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Float64 sum of each sequence's rows, (N,) → (S,)."""
+        return sequence_sums(values, F.pad(self.counts.cumsum(0), (1, 0)))
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Each sequence's value at its rows, (S,) → (N,); 0 at padding."""
+        if self.padding is None:
+            return torch.repeat_interleave(values, self.counts, output_size=len(self.targets))
+        if values.shape[0] == 0:
+            return values.new_zeros(len(self.targets))
+        row = torch.arange(len(self.targets), device=values.device)
+        sequence = torch.searchsorted(self.counts.cumsum(0), row, right=True).clamp_(max=values.shape[0] - 1)
+        return values[sequence].masked_fill_(self.padding, 0)
+
+    def scatter_(self, flat: Tensor, values: Tensor) -> None:
+        """Write rows (N,) at their indices among all positions (P,), each of which is written once; padding is 0."""
+        if self.padding is not None:
+            values = values.masked_fill(self.padding, 0)
+        if self.indices is None:
+            flat.copy_(values)
+        else:
+            flat.index_copy_(0, self.indices, values)
+
+    def scatter(self, values: Tensor, labels: Tensor) -> Tensor:
+        """(N,) → the shape of the labels, 0 where nothing is scored; NaN everywhere if the rows overflow."""
+        flat = values.new_zeros(labels.numel())
+        self.scatter_(flat, values)
+        if self.overflow is not None:
+            flat.masked_fill_(self.overflow, torch.nan)
+        return flat.view(labels.shape)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The shape of the labels → (N,)."""
+        return values.flatten() if self.indices is None else values.flatten().index_select(0, self.indices)
+
+
+def valid_rows(labels: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int = 0) -> ValidRows:
+    """Find them; targets are counted from the vocabulary's column ``first``.
+
+    Without ``max_valid_tokens`` the host waits once for the number of rows of each sequence.
+
+    Raises:
+        ValueError: on a CPU, more rows than ``max_valid_tokens``.
+    """
+    targets = targets_of(labels, cu_seqlens, shift=spec.shift, ignore_index=spec.ignore_index)
+    scored, most = targets != spec.ignore_index, spec.max_valid_tokens
+    counts = sequence_sums(scored, cu_seqlens).long()
+    flat, total = targets.flatten().contiguous(), targets.numel()
+    if first:
+        flat = flat - first
+    if most is None:
+        # The one host synchronisation of a head call: the sizes of the products.
+        host_counts = tuple(counts.tolist())
+        number = sum(host_counts)
+        if number == total:
+            return ValidRows(None, flat, counts, host_counts)
+        indices = torch.nonzero_static(scored.flatten(), size=number)[:, 0]
+        return ValidRows(indices, flat.index_select(0, indices), counts, host_counts)
+    bound = min(most, total)
+    number = counts.sum()
+    if labels.device.type == "cpu" and number > bound:
+        raise ValueError(f"max_valid_tokens must be at least N = {int(number)}; got {most}")
+    indices = torch.nonzero_static(scored.flatten(), size=bound, fill_value=-1)[:, 0]
+    padding = indices < 0
+    # Where there is padding there is a position that scores nothing: the padding points at it.
+    spare = scored.flatten().to(torch.uint8).argmin() if total else indices.new_zeros(())
+    indices = torch.where(padding, spare, indices)
+    return ValidRows(indices, flat.index_select(0, indices), counts, (), padding, number > bound)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fused_pref import functional, validate
-from fused_pref.head.spec import LinearSpec, LogitsSpec
+from fused_pref.head.inputs import per_call
 from fused_pref.keywords import (
     BCOLinearKeywords,
     BCOLogitsKeywords,
@@ -21,6 +21,7 @@ from fused_pref.losses.pair import PairSpec
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.unpaired import BCOSpec
 from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.spec import linear_spec, logits_spec
 
 Normalizer = float | Tensor | None
 
@@ -38,7 +39,7 @@ class ObjectiveModule(nn.Module):
 
     def __init__(self, keywords: Mapping[str, Any], *checks: Callable[[Mapping[str, Any]], Any]) -> None:
         super().__init__()
-        for check in checks:
+        for check in (*checks, per_call):
             check(keywords)
         self.keywords = dict(keywords)
 
@@ -84,7 +85,7 @@ class CPOLoss(ObjectiveModule):
 
     @accepts(CPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[CPOLogitsKeywords]) -> None:
-        super().__init__(keywords, PairSpec.cpo, LogitsSpec.of, functional.pair_normalizers)
+        super().__init__(keywords, PairSpec.cpo, logits_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -116,7 +117,7 @@ class DPOLoss(ObjectiveModule):
 
     @accepts(DPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[DPOLogitsKeywords]) -> None:
-        super().__init__(keywords, PairSpec.dpo, LogitsSpec.of, functional.pair_normalizers)
+        super().__init__(keywords, PairSpec.dpo, logits_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -150,7 +151,7 @@ class BCOLoss(ShiftModule):
 
     @accepts(BCOLogitsKeywords)
     def __init__(self, **keywords: Unpack[BCOLogitsKeywords]) -> None:
-        super().__init__(keywords, BCOSpec.bco, LogitsSpec.of)
+        super().__init__(keywords, BCOSpec.bco, logits_spec)
 
     def forward(
         self,
@@ -188,7 +189,7 @@ class LinearCPOLoss(ObjectiveModule):
 
     @accepts(CPOLinearKeywords)
     def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
-        super().__init__(keywords, PairSpec.cpo, LinearSpec.of, functional.pair_normalizers)
+        super().__init__(keywords, PairSpec.cpo, linear_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -224,7 +225,7 @@ class LinearDPOLoss(ObjectiveModule):
 
     @accepts(DPOLinearKeywords)
     def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
-        super().__init__(keywords, PairSpec.dpo, LinearSpec.of, functional.pair_normalizers)
+        super().__init__(keywords, PairSpec.dpo, linear_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -262,7 +263,7 @@ class LinearBCOLoss(ShiftModule):
 
     @accepts(BCOLinearKeywords)
     def __init__(self, **keywords: Unpack[BCOLinearKeywords]) -> None:
-        super().__init__(keywords, BCOSpec.bco, LinearSpec.of)
+        super().__init__(keywords, BCOSpec.bco, linear_spec)
 
     def forward(
         self,

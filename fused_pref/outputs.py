@@ -16,7 +16,10 @@ class _Beside:
 
 
 def _rebuilt(kind: Any, items: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
-    return kind(*items, **attributes)
+    output = kind(*items)
+    for name, value in attributes.items():
+        setattr(output, name, value)
+    return output
 
 
 class _PairFields(NamedTuple):
@@ -44,12 +47,6 @@ class PairOutput(_Beside, _PairFields):
     """
 
     dropped_mass: Tensor | None = None
-
-    def __new__(cls, *fields: Any, dropped_mass: Tensor | None = None, **named: Any) -> "PairOutput":
-        """The tuple's items, and the certificate of what was skipped beside them."""
-        self = super().__new__(cls, *fields, **named)
-        self.dropped_mass = dropped_mass
-        return self
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised."""
@@ -98,12 +95,6 @@ class BCOOutput(_Beside, _BCOFields):
 
     desirable: Tensor
     dropped_mass: Tensor | None = None
-
-    def __new__(cls, *fields: Any, desirable: Tensor, dropped_mass: Tensor | None = None, **named: Any) -> "BCOOutput":
-        """The tuple's items, and the classes and the certificate of what was skipped beside them."""
-        self = super().__new__(cls, *fields, **named)
-        self.desirable, self.dropped_mass = desirable, dropped_mass
-        return self
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised.

@@ -104,5 +104,5 @@ def local_head(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
 
 
 def _is_dtensor(value: Any) -> bool:
-    # By name: importing DTensor takes longer than the rest of the library.
+    """By name: importing DTensor takes longer than the rest of the library."""
     return type(value).__name__ == "DTensor"

@@ -177,9 +177,17 @@ def bco_loss(
         loss = _ratio(losses[desirable].sum(), positives) + _ratio(losses[~desirable].sum(), negatives)
 
     dtype, cover = tokens.logp.dtype, keywords["logits_mean"]
-    values = (_cast(value, dtype) for value in (loss, delta, tokens.sums.detach(), rewards.detach()))
-    means = (_logits_mean(tokens, desirable, cover), _logits_mean(tokens, ~desirable, cover))
-    output = BCOOutput(*values, *means, desirable.sum(), (~desirable).sum(), desirable=desirable)
+    output = BCOOutput(
+        _cast(loss, dtype),
+        _cast(delta, dtype),
+        _cast(tokens.sums.detach(), dtype),
+        _cast(rewards.detach(), dtype),
+        _logits_mean(tokens, desirable, cover),
+        _logits_mean(tokens, ~desirable, cover),
+        desirable.sum(),
+        (~desirable).sum(),
+    )
+    output.desirable = desirable
     if learned:
         shift.commit(state)
     return output

@@ -2,19 +2,22 @@
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import math
 import numbers
+import operator
 import os
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+Result = TypeVar("Result")
 LEAST, LARGEST = -(2**63), 2**63 - 1
 
 # Characters of what came.
@@ -51,6 +54,34 @@ def checking() -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether reading values of this tensor is free (on the CPU, not while compiling) or asked for."""
     return checking() or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def remembered(*names: str) -> Callable[[Callable[[Mapping[str, Any]], Result]], Callable[[Mapping[str, Any]], Result]]:
+    """Decorate a function of keywords that looks at these alone: a set of values is validated once.
+
+    The result must not be changed by whoever gets it. Of malformed values nothing is remembered.
+    """
+    values_of = operator.itemgetter(*names)
+
+    def decorate(function: Callable[[Mapping[str, Any]], Result]) -> Callable[[Mapping[str, Any]], Result]:
+        @functools.lru_cache(maxsize=256, typed=True)
+        def known(*values: Any) -> Result:
+            return function(dict(zip(names, values, strict=True)))
+
+        @functools.wraps(function)
+        def call(keywords: Mapping[str, Any]) -> Result:
+            if torch.compiler.is_compiling():
+                return function(keywords)
+            values = values_of(keywords)
+            try:
+                hash(values)
+            except TypeError:  # malformed: the function says which
+                return function(keywords)
+            return known(*values)
+
+        return call
+
+    return decorate
 
 
 def describe(value: Any) -> str:
@@ -157,8 +188,20 @@ def available(name: str, value: Any) -> None:
         raise fail(name, "a device that holds values", value)
 
 
-def dense(name: str, value: Tensor) -> Tensor:
-    """A plain tensor that holds its values one by one."""
+def tensor(
+    name: str,
+    value: Any,
+    symbol: str,
+    shape: tuple[int, ...] | None,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> Tensor:
+    """A plain tensor of this shape (None: any), one of these dtypes (none: any), on this device (None: any).
+
+    It holds its values one by one. ``symbol`` is the shape in the symbols of the documentation, as ``"(S, T)"``.
+    """
+    if not isinstance(value, Tensor):
+        raise fail(name, _kind_of(symbol, dtypes), value, TypeError)
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a plain tensor; got a DTensor: call .full_tensor() to gather it, inside FSDP run the head "
@@ -172,33 +215,17 @@ def dense(name: str, value: Tensor) -> Tensor:
         raise TypeError(f"{name} must be dense; got layout {value.layout}: call .to_dense() first")
     if value.is_meta:
         raise fail(name, "on a device that holds values", value)
-    return value
-
-
-def tensor(
-    name: str,
-    value: Any,
-    symbol: str,
-    shape: tuple[int, ...] | None,
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device | None = None,
-) -> Tensor:
-    """A dense tensor of this shape (None: any), one of these dtypes, on this device (None: any).
-
-    ``symbol`` is the shape in the symbols of the documentation, as ``"(S, T)"``.
-    """
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    expected = f"a {kinds} tensor {symbol}"
-    if not isinstance(value, Tensor):
-        raise fail(name, expected, value, TypeError)
-    dense(name, value)
-    if value.dtype not in dtypes:
-        raise fail(name, expected, value, TypeError)
-    if shape is not None and tuple(value.shape) != shape:
+    if dtypes and value.dtype not in dtypes:
+        raise fail(name, _kind_of(symbol, dtypes), value, TypeError)
+    if shape is not None and value.shape != shape:
         raise fail(name, symbol if symbol == str(shape) else f"{symbol} = {shape}", value)
     if device is not None and value.device != device:
         raise fail(name, f"on {device} like the other tensors", value)
     return value
+
+
+def _kind_of(symbol: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    return f"a {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} tensor {symbol}"
 
 
 def tensor_or_none(name: str, value: Any, symbol: str) -> None:
@@ -248,7 +275,7 @@ def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor |
         return None
     expected = f"a finite number or 0-d tensor {'>=' if zero else '>'} 0"
     if isinstance(value, Tensor):
-        if dense(name, value).dim() != 0 or value.dtype is torch.bool or value.is_complex():
+        if tensor(name, value, "()", None, ()).dim() != 0 or value.dtype is torch.bool or value.is_complex():
             raise fail(name, expected, value)
         if not readable(value):
             return value.detach()

@@ -61,19 +61,19 @@ def on_ranks(world: int) -> list[dict[str, Any]]:
 
 
 def note_plans(rank: int) -> dict[str, Any]:
-    from fused_pref.head.call import HeadCall
+    from fused_pref.head import inputs
 
     plans: dict[str, Any] = {}
-    choose = HeadCall.plan
+    plan_of = inputs.plan_of
     for name in ("cpo in groups", "bco in slices", "frozen head", "no gradient"):
 
-        def noted(self: HeadCall, *args: Any, name: str = name) -> Any:
-            plans[name] = choose(self, *args)
+        def noted(problem: Any, name: str = name) -> Any:
+            plans[name] = plan_of(problem)
             return plans[name]
 
-        HeadCall.plan = noted
+        inputs.plan_of = noted
         evaluate(name, torch.float32, parts_of(3)[rank], tp_group=dist.group.WORLD)
-    HeadCall.plan = choose
+    inputs.plan_of = plan_of
     return plans
 
 

@@ -56,10 +56,10 @@ def losses(device: str, dtype: torch.dtype, columns: int) -> Iterator[Step]:
 
 def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
     """What passes over logits chunks and rows of products."""
-    from fused_pref.head.spec import transform_of
     from fused_pref.ops.interface import TargetRows
     from fused_pref.ops.torch.chunk import new_statistics
     from fused_pref.ops.triton import chunk, scale
+    from fused_pref.spec import transform_of
 
     softcap = transform_of({"softcap": 5.0})
     logits, targets = torch.randn(N, columns, device=device), torch.randint(0, columns, (N,), device=device)
@@ -80,11 +80,10 @@ def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Ite
 
 def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
     """What multiplies: the fused linear head and the products of selected rows."""
-    from fused_pref.head.spec import transform_of
-    from fused_pref.ops.blocks import padded
     from fused_pref.ops.interface import Operands, Transform
-    from fused_pref.ops.torch.chunk import new_statistics
+    from fused_pref.ops.torch.chunk import new_statistics, padded
     from fused_pref.ops.triton import linear, selected
+    from fused_pref.spec import transform_of
 
     hidden = torch.rand(2 * N, D, device=device).to(dtype)
     weight, bias = torch.randn(columns, D, device=device).to(dtype), torch.randn(columns, device=device).to(dtype)

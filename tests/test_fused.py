@@ -12,14 +12,14 @@ from probes import Memory, memory
 from test_linear import only, parity
 
 import fused_pref as fp
-from fused_pref.head import call
+from fused_pref.head import engine
 from fused_pref.head.plans import planner as plan
 from fused_pref.head.plans.problem import Problem
-from fused_pref.head.spec import transform_of
 from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.torch import chunk
 from fused_pref.ops.triton import configs, gemm, linear
+from fused_pref.spec import transform_of
 
 TRANSFORMS = [{}, {"softcap": 3.0, "logit_scale": -1.7, "temperature": 0.6}]
 PLANS = [
@@ -65,7 +65,7 @@ def test_plans(
     batch = make_hidden(6, 7, depth, 70, dtype=dtype, device=kernel_device, bias=True, mask="empty")
     batch.wanted = wanted
     # Slices narrow enough that some can be kept.
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16))
+    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16))
     with only(monkeypatch, name, small=small, fused=True) as taken:
         parity(objective, batch, device=kernel_device, backend="triton", **keywords)
     assert taken[0].fused
@@ -297,7 +297,7 @@ def test_statistics_and_gradient(
     rows, _, columns = shape
     truth = chunk.new_statistics(rows, x, torch.float64)
     chunk.update_statistics(truth, x.clone(), targets, 0, constants, logit_sum=False)
-    means = constants.apply_(x.clone()).mean(1)
+    means = chunk.transform_(x.clone(), constants).mean(1)
     for cut in {columns, columns // 2 + 1}:
         statistics = chunk.new_statistics(rows, head.hidden, torch.float32)
         for part in (slice(0, cut), slice(cut, columns)):

@@ -8,8 +8,9 @@ from probes import launches
 from test_linear import only
 
 import fused_pref as fp
-from fused_pref.head import call
-from fused_pref.ops import blocks, devices
+from fused_pref.head import engine
+from fused_pref.ops import devices
+from fused_pref.ops.torch import chunk
 
 
 @pytest.mark.slow
@@ -22,7 +23,7 @@ def test_a_bound_on_the_rows_spares_every_wait(
     name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two numbers of rows that elementwise work goes through in one block, with slices of the same width."""
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     found = []
     for sequences in (2, 6):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device, bias=True)
@@ -48,9 +49,9 @@ def test_elementwise_work_is_not_launched_block_by_block(
     name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hidden states of one and of several blocks of elementwise work: kernels take them in one launch."""
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     for block in ("CPU_BLOCK", "DEVICE_BLOCK"):
-        monkeypatch.setattr(blocks, block, 20 * 16)
+        monkeypatch.setattr(chunk, block, 20 * 16)
     found = []
     for sequences in (2, 12):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device)

@@ -16,9 +16,10 @@ from enum import IntEnum
 import pytest
 import torch
 
-from fused_pref.head.plans.head import Head
+from fused_pref.head.plans.head import Head, HeadCall
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
+from fused_pref.spec import Spec
 
 
 class Kind(IntEnum):
@@ -288,7 +289,8 @@ def test_offsets_in_a_tile_fit() -> None:
 
     def fusible(columns: int, stride: int) -> bool:
         weight = torch.empty_strided((columns, 1), (stride, 1), device="meta")
-        return Head(torch.empty(1, 1), weight, None, torch.float32, Transform(), -100, "triton").fusible
+        spec = Spec("triton", True, -100, Transform(), None)
+        return Head(HeadCall(spec, torch.float32, frozenset()), torch.empty(1, 1), weight, None).fusible
 
     assert fusible(2**22 - 1, 2**22 - 1)
     assert not fusible(2**22, 1)

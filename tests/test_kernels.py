@@ -13,8 +13,8 @@ from harness import IGNORE, assert_gradient, assert_parity, assert_values, make_
 from probes import Memory, memory, small_blocks, small_reductions
 
 import fused_pref as fp
-from fused_pref.head.spec import transform_of
 from fused_pref.ops.triton import dlogits, logprob, sequences
+from fused_pref.spec import transform_of
 
 SOFTCAP = transform_of({"softcap": 4.0, "logit_scale": 1.3, "temperature": 0.7})
 INF, NAN = torch.inf, torch.nan

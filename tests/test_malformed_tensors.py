@@ -184,7 +184,7 @@ PACKED: list[Row] = [
 SWAPPED: list[tuple[str, tuple[str, str], type[Exception], str]] = [
     ("logits", ("logits", "labels"), TypeError, "logits must be a float32 .*; got a int64 tensor"),
     ("linear", ("hidden", "weight"), ValueError, r"hidden must be \(S, T, D\).*; got a float32 tensor .* \(11, 6\)"),
-    ("linear", ("weight", "labels"), TypeError, r"weight must be a float32 .*; got a int64 tensor .* \(4, 5\)"),
+    ("linear", ("weight", "labels"), TypeError, r"labels must be a int64 .*; got a float32 tensor .* \(11, 6\)"),
     ("linear", ("hidden", "labels"), TypeError, "hidden must be a float32 .*; got a int64 tensor"),
     ("bco", ("desirable", "ref_logps"), TypeError, "desirable must be a bool .*; got a float32 tensor"),
     ("bco", ("labels", "desirable"), TypeError, "labels must be a int64 .*; got a bool tensor"),

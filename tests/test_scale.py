@@ -17,11 +17,11 @@ from torch import Tensor
 from wrong_kernels import narrow_kernel
 
 from fused_pref.cli.kernels import cases
-from fused_pref.head.spec import transform_of
 from fused_pref.ops.devices import GPUS
 from fused_pref.ops.interface import Operands, TargetRows, Transform
 from fused_pref.ops.torch.chunk import new_statistics
 from fused_pref.ops.triton import chunk, configs, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
+from fused_pref.spec import transform_of
 
 # Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
 FAR, FAR_TILE, FAR_WEIGHT = 2**30 + 16, 2**26 + 16, 2**27 + 16

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fused_pref.ops import blocks
 from fused_pref.ops.interface import TargetRows
 from fused_pref.ops.torch import chunk
 
@@ -68,7 +67,7 @@ def test_add_target_rows(
     module = chunk
     if backend == "triton":
         from fused_pref.ops.triton import chunk as module
-    monkeypatch.setattr(blocks, "CPU_BLOCK", 4 * 40)
+    monkeypatch.setattr(chunk, "CPU_BLOCK", 4 * 40)
     generator = torch.Generator().manual_seed(0)
     rows, columns, features = 30, 6, 40
     before = torch.randn(columns, features, generator=generator).to(torch.float32 if wide else dtype)

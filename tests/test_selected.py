@@ -11,13 +11,14 @@ from harness import make_hidden, reference_logps
 from probes import Memory, launches, memory
 from torch import Tensor
 
-from fused_pref.head import call
-from fused_pref.head.call import HeadCall
-from fused_pref.head.spec import LinearSpec
+from fused_pref.head import engine
+from fused_pref.head.plans.head import Head, HeadCall
 from fused_pref.keywords import LinearKeywords, table
+from fused_pref.layout import valid_rows
 from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import gemm, linear, selected
+from fused_pref.spec import linear_spec
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # N, D and v, and how many of the N rows are selected.
@@ -100,21 +101,22 @@ def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four for each tile, three without a bias; what elementwise work goes through is one block here."""
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     keywords = {name: keyword.default for name, (_, keyword) in table(LinearKeywords).items()}
-    spec = replace(LinearSpec.of({**keywords, "skip_mass": 0.3, "max_valid_tokens": 50}), backend="triton")
+    asked = {**keywords, "skip_mass": 0.3, "max_valid_tokens": 50, "logits_mean": None}
+    spec = replace(linear_spec(asked), backend="triton")
     request = HeadCall(spec, torch.float32, frozenset({"hidden", "weight", "bias"}))
     found = []
     for sequences in (2, 6):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device, bias=True)
-        head, rows = request.head(batch.hidden, batch.weight, batch.bias), request.rows(batch.labels, None)
-        chosen = request.plan(head, rows)
+        head, rows = Head(request, batch.hidden, batch.weight, batch.bias), valid_rows(batch.labels, None, spec)
+        chosen = engine.plan_of(engine.problem_of(head, rows))
         assert chosen.name == "skipping"
         assert chosen.fused
-        upstream = reference_logps(rows.number, kernel_device)
+        upstream = reference_logps(len(rows.targets), kernel_device)
         with launches() as recorder:
-            forward = chosen.forward(head, rows, logit_sum=False)
-            chosen.backward(head, rows, forward.saved, (), upstream, request.wanted)
+            forward = chosen.forward(head, rows)
+            chosen.backward(head, rows, forward.saved, (), upstream)
         tiles = -(-70 // chosen.columns)
         kernels = Counter(name for name in recorder.names if name.endswith("_kernel"))
         each = (

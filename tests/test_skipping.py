@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_pref as fp
-from fused_pref.head import call
+from fused_pref.head import engine
 from fused_pref.head.plans import planner as plan
 from fused_pref.head.plans import skipping
-from fused_pref.head.spec import LinearSpec
 from fused_pref.keywords import LinearKeywords, table
 from fused_pref.ops import devices
+from fused_pref.ops.torch.chunk import transform_
+from fused_pref.spec import linear_spec
 from fused_pref.validate import describe
 
 TRANSFORMS = [{}, {"softcap": 30.0, "logit_scale": -1.3, "temperature": 0.7}]
@@ -35,7 +36,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plan.Plan]]:
         taken.append(plan.choose(problem))
         return taken[-1]
 
-    monkeypatch.setattr(call, "device_of", lambda *kind: replace(devices.CPU, columns=16, epilogue=0.0))
+    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     with plan.planning(choose):
         yield taken
 
@@ -79,8 +80,8 @@ def exact(batch: Hidden, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, list
     """(a, softmax, gradients) of CPO in float64: ∂loss/∂logp (S, T), 0 where not scored."""
     wide = Hidden(batch.hidden.double(), batch.weight.double(), batch.bias.double(), batch.labels)
     _, grads = run_linear(fp.reference.linear_cpo_loss, wide, **keywords)
-    transform = LinearSpec.of({**DEFAULTS, **keywords}).transform
-    z = transform.apply_(wide.hidden @ wide.weight.t() + wide.bias)
+    transform = linear_spec({**DEFAULTS, **keywords}).transform
+    z = transform_(wide.hidden @ wide.weight.t() + wide.bias, transform)
     probability = z.softmax(-1)
     logp = z.log_softmax(-1)[:, :-1].gather(2, batch.labels[:, 1:].clamp(min=0)[..., None])[..., 0]
     logp = logp.where(batch.labels[:, 1:] != IGNORE, 0).requires_grad_()
@@ -359,7 +360,7 @@ def test_bad_thresholds(value: Any, error: type[Exception], text: str) -> None:
 
 def test_where_sizes_cannot_be_left_to_the_device_nothing_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = spiky("cpu")
-    monkeypatch.setattr(call, "can_skip", lambda head: False)
+    monkeypatch.setattr(engine, "can_skip", lambda head: False)
     output = fp.linear_cpo_loss(batch.hidden.requires_grad_(), batch.weight, batch.labels, skip_mass=0.4)
     assert not output.dropped_mass.any()
 

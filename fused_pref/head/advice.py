@@ -1,8 +1,7 @@
 """What to say when memory runs out in a call of the linear head, or its default budget is too small."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,21 +13,17 @@ from fused_pref.head.plans.problem import Plan, Problem
 _said: set[str] = set()
 
 
-@contextmanager
-def advising(problem: Callable[[], Problem]) -> Iterator[None]:
-    """Add to an error of too little memory which smaller ``memory_budget`` there is.
+def advise(error: RuntimeError, problem: Callable[[], Problem]) -> None:
+    """If memory has run out in a call, raise the error with the smaller ``memory_budget`` that there is; else nothing.
 
     Args:
+        error: what came, whose message stands first.
         problem: what the planner sees; asked for only then.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: what came, its message first.
+        torch.OutOfMemoryError, RuntimeError: as the error.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if not ran_out(error):
-            raise
+    if ran_out(error):
         kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
         raise kind(f"{error}\n{advice(problem())}") from error
 

@@ -4,15 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fused_pref.head.call import HeadCall
-from fused_pref.head.custom_ops import token_logps_bwd, token_logps_bwd_, token_logps_fwd
-from fused_pref.head.plans.head import Gradients
+from fused_pref.head.advice import advise
+from fused_pref.head.custom_ops import token_logps_bwd, token_logps_fwd
+from fused_pref.head.engine import problem_of, score
+from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.head.plans.problem import Plan
-from fused_pref.head.plans.rows import ValidRows
 from fused_pref.head.plans.shard import Shard
-from fused_pref.head.spec import LogitsSpec
-from fused_pref.ops.blocks import block_entries, ranges
+from fused_pref.layout import ValidRows
+from fused_pref.ops.torch.chunk import block_rows, ranges
+from fused_pref.spec import Spec
 
 
 class TokenLogpsFunction(torch.autograd.Function):
@@ -20,12 +22,14 @@ class TokenLogpsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: LogitsSpec
+        ctx: Any, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: Spec
     ) -> tuple[Tensor, Tensor]:
         """See :func:`fused_pref.head.custom_ops.token_logps_fwd`."""
-        logp, statistics, means = token_logps_fwd(logits, labels, cu_seqlens, spec.logits_mean, *spec.constants)
+        t = spec.transform
+        constants = (spec.backend, spec.shift, spec.ignore_index, t.activation, t.inner, t.outer)
+        logp, statistics, means = token_logps_fwd(logits, labels, cu_seqlens, spec.logits_mean, *constants)
         ctx.save_for_backward(logits, labels, cu_seqlens, statistics)
-        ctx.spec, ctx.overwritten = spec, False
+        ctx.constants, ctx.inplace, ctx.overwritten = constants, spec.inplace_backward, False
         ctx.mark_non_differentiable(means)
         if not torch.compiler.is_compiling():
             # Else zeros would be filled in as the gradient of the means. Dynamo lacks this, and drops them itself.
@@ -35,20 +39,19 @@ class TokenLogpsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """See :func:`fused_pref.head.custom_ops.token_logps_bwd`."""
-        spec: LogitsSpec = ctx.spec
         if grads[0] is None:
             return None, None, None, None
         if ctx.overwritten:
             raise RuntimeError("inplace_backward=True: the logits were overwritten by their gradient; backward once")
         logits, *batch = ctx.saved_tensors
-        if spec.inplace_backward and not torch.compiler.is_compiling():
-            ctx.overwritten = True
+        inplace = ctx.inplace and not torch.compiler.is_compiling()
+        with torch.no_grad():
             dlogits = logits.detach()
-            with torch.no_grad():
-                token_logps_bwd_(dlogits, *batch, grads[0], *spec.constants)
-        else:
-            with torch.no_grad():
-                dlogits = token_logps_bwd(logits, *batch, grads[0], *spec.constants)
+            if inplace:
+                ctx.overwritten = True
+            else:
+                dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            token_logps_bwd(dlogits, logits, *batch, grads[0], *ctx.constants)
         if torch.is_grad_enabled():
             dlogits = OnceDifferentiableFunction.apply(dlogits, logits)
         return dlogits, None, None, None
@@ -84,14 +87,18 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        head: Head,
         rows: ValidRows,
         plan: Plan,
-        call: HeadCall,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """By any plan but ``grouped``."""
-        ctx.call, ctx.rows, ctx.plan = call, rows, plan
-        with torch.autocast(hidden.device.type, enabled=False):
-            logp, means, forward = call.score(call.head(hidden, weight, bias), rows, plan, labels)
+        """By any plan but ``grouped``; ``head`` has the same tensors."""
+        ctx.call, ctx.rows, ctx.plan = head.call, rows, plan
+        try:
+            with torch.autocast(hidden.device.type, enabled=False):
+                logp, means, forward = score(head, rows, plan, labels)
+        except RuntimeError as error:
+            advise(error, lambda: problem_of(head, rows))
+            raise
         dropped = None if forward.dropped is None else rows.scatter(forward.dropped, labels)
         ctx.chunks = forward.chunks
         ctx.save_for_backward(hidden, weight, bias, *forward.saved)
@@ -101,14 +108,38 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """See :meth:`fused_pref.head.plans.problem.Plan.backward`."""
-        call, rows = ctx.call, ctx.rows
-        hidden, weight, bias, *saved = ctx.saved_tensors
+        rows, (hidden, weight, bias, *saved) = ctx.rows, ctx.saved_tensors
         # Used up: a second backward computes them again.
         chunks, ctx.chunks = ctx.chunks, ()
-        head, grad_logp = call.head(hidden, weight, bias), rows.gather(grads[0])
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), call.advising(head, rows):
-            gradients = ctx.plan.backward(head, rows, tuple(saved), chunks, grad_logp, call.wanted)
-        return (*_once(gradients, hidden, weight, bias), None, None, None, None)
+        head, grad_logp = Head(ctx.call, hidden, weight, bias), rows.gather(grads[0])
+        try:
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                gradients = ctx.plan.backward(head, rows, tuple(saved), chunks, grad_logp)
+        except RuntimeError as error:
+            advise(error, lambda: problem_of(head, rows))
+            raise
+        gradients = _once(gradients, hidden, weight, bias) if torch.is_grad_enabled() else gradients
+        return (*gradients, None, None, None, None)
+
+
+class KnownSlopeFunction(torch.autograd.Function):
+    """Attach a loss to the per-sequence sums it was computed from, by the slope that was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
+        """(S,), 0-d, (S,) → 0-d; ``loss`` itself, but for a compiler, which would not see that it is changed."""
+        ctx.save_for_backward(slope)
+        if torch.compiler.is_compiling():
+            return loss.clone()
+        ctx.mark_dirty(loss)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """0-d → (S,)."""
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None, None
 
 
 class KnownGradientsFunction(torch.autograd.Function):
@@ -138,26 +169,32 @@ class KnownGradientsFunction(torch.autograd.Function):
         """Scale the gradients, in place where they are not needed again."""
         hidden, weight, bias, *known = ctx.saved_tensors
         with torch.no_grad():
-            dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-            if ctx.shard is not None and known[0] is not None:
-                dtypes[0] = known[0].dtype  # rounded once, after the sum over the ranks
+            dh, dw, db = known
+            # Rounded once: with a shard after the sum over the ranks.
+            dtype = hidden.dtype if ctx.shard is None or dh is None else dh.dtype
             scaled = Gradients(
-                *(
-                    None if gradient is None or dtype is None else scale(gradient, grads[0], dtype, ctx.backend)
-                    for gradient, dtype in zip(known, dtypes, strict=True)
-                )
+                scale(dh, grads[0], dtype, ctx.backend),
+                scale(dw, grads[0], weight.dtype, ctx.backend),
+                None if bias is None else scale(db, grads[0], bias.dtype, ctx.backend),
             )
             if ctx.shard is not None and scaled.hidden is not None:
                 scaled = scaled._replace(hidden=ctx.shard.reduce(scaled.hidden).to(hidden.dtype))
-        return (*_once(scaled, hidden, weight, bias), None, None, None, None, None, None)
+        result = _once(scaled, hidden, weight, bias) if torch.is_grad_enabled() else scaled
+        return (*result, None, None, None, None, None, None)
 
 
-def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+# Whether a backward runs with ``retain_graph=True``; True where torch does not tell.
+keeps_graph = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def scale(gradient: Tensor | None, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
     """Gradient · upstream (0-d), multiplied in at least float32 and rounded once; in place where that can be."""
+    if gradient is None:
+        return None
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if torch.compiler.is_compiling():
         return (gradient.to(wide) * upstream.to(wide)).to(dtype)
-    own = gradient.dtype == dtype and not _keeps_graph()
+    own = gradient.dtype == dtype and not keeps_graph()
     if own and backend == "triton":
         from fused_pref.ops.triton.scale import scale_
 
@@ -166,21 +203,13 @@ def scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, backend: str) 
         return gradient
     result = gradient if own else torch.empty_like(gradient, dtype=dtype)
     source, out = gradient.view(-1), result.view(-1)
-    for part in ranges(source.numel(), block_entries(gradient.device)):
+    for part in ranges(source.numel(), block_rows(gradient.device)):
         out[part] = source[part].to(wide) * upstream.to(wide)
     return result
 
 
-def _keeps_graph() -> bool:
-    """Whether this backward runs with ``retain_graph=True``; True where torch does not tell."""
-    asked = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
-    return asked is None or asked()
-
-
 def _once(gradients: Gradients, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients; under ``create_graph=True`` tied to their tensors so that using them raises."""
-    if not torch.is_grad_enabled():
-        return gradients
+    """The gradients of a backward under ``create_graph=True``, tied to their tensors so that using them raises."""
     return tuple(
         gradient if gradient is None or tensor is None else OnceDifferentiableFunction.apply(gradient, tensor)
         for gradient, tensor in zip(gradients, tensors, strict=True)

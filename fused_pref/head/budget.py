@@ -3,7 +3,6 @@
 import functools
 
 import torch
-from torch import Tensor
 
 from fused_pref.ops.backend import DEVICES
 
@@ -13,15 +12,10 @@ PART = 16
 LEAST = 2**28
 
 
+@functools.cache
 def default_budget(memory: int | None, vocabulary: int, hidden: int, itemsize: int) -> int:
     """Bytes: 1/16 of the device's memory; if that is None, as many as dW has, at least 256 MiB."""
     return max(LEAST, vocabulary * hidden * itemsize) if memory is None else memory // PART
-
-
-def budget_of(weight: Tensor) -> int:
-    """The default budget of a head with this weight (V, D), on its device."""
-    vocabulary, hidden = weight.shape
-    return default_budget(memory_of(weight.device), vocabulary, hidden, weight.dtype.itemsize)
 
 
 @functools.cache

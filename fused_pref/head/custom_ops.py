@@ -1,29 +1,33 @@
 """Custom ops, opaque to ``torch.compile``: token log-probs of logits by either backend, and the linear head.
 
 Ops of logits take ``logits`` ((S, T, V) or (N_total, V), any strides), ``labels`` ((S, T) or (N_total,)),
-``cu_seqlens`` ((S+1,) or None), and the constants of :class:`fused_pref.head.spec.LogitsSpec`. Ops of the linear head
+``cu_seqlens`` ((S+1,) or None), and the constants of :class:`fused_pref.spec.Spec`. Ops of the linear head
 keep the number of scored tokens inside. A schema has no dataclasses: constants travel as text. Gradients that are not
 wanted are empty tensors.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_pref.head.call import HeadCall
+from fused_pref.head.advice import advise
+from fused_pref.head.engine import evaluate, plan_of, problem_of, score
 from fused_pref.head.plans.grouped import Grouped
-from fused_pref.head.plans.head import Gradients, late_dtype
-from fused_pref.head.plans.problem import GRADIENTS
-from fused_pref.head.spec import LinearSpec
-from fused_pref.layout import targets_of
+from fused_pref.head.plans.head import GRADIENTS, Gradients, Head, HeadCall, late_dtype
+from fused_pref.layout import ValidRows, targets_of, valid_rows
 from fused_pref.losses.encoding import decode as decode_objective
 from fused_pref.losses.encoding import from_text, to_text
-from fused_pref.losses.numbers import saturate
-from fused_pref.losses.scores import Scores
-from fused_pref.ops.interface import Transform, accumulator_dtype
-from fused_pref.ops.torch import logits as torch_logits
+from fused_pref.losses.scores import Scores, saturate
+from fused_pref.ops.interface import ACCUMULATOR, Transform
+from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.spec import Spec
+
+transform_of = lru_cache(Transform)
 
 
 @torch.library.custom_op("fused_pref::token_logps_fwd", mutates_args=())
@@ -43,77 +47,29 @@ def token_logps_fwd(
 
     Returns:
         logp, shape of ``labels``: 0 where nothing is scored, NaN for a label outside the vocabulary;
-        statistics (3, *labels.shape): row maximum of z, Σ exp(z − maximum), and the same sum without the target;
+        statistics (3, *labels.shape): what the gradient needs of each row, by the same backend;
         mean of z over the vocabulary, shape of ``labels``: 0 where ``logits_mean`` does not ask for it.
         Float32, float64 for float64 logits.
     """
-    transform = Transform(activation, inner, outer)
+    transform = transform_of(activation, inner, outer)
     if backend == "triton":
         from fused_pref.ops.triton import logprob
 
         return logprob.token_logps_fwd(logits, labels, cu_seqlens, logits_mean, shift, ignore_index, transform)
     targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-    dtype = accumulator_dtype(logits.dtype)
-    return torch_logits.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
+    dtype = ACCUMULATOR[logits.dtype]
+    return torch_chunk.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
 
 
 @token_logps_fwd.register_fake
 def _(logits, labels, cu_seqlens, logits_mean, *constants):  # type: ignore[no-untyped-def]
-    dtype = accumulator_dtype(logits.dtype)
+    dtype = ACCUMULATOR[logits.dtype]
     statistics = logits.new_empty((3, *labels.shape), dtype=dtype)
     return logits.new_empty(labels.shape, dtype=dtype), statistics, logits.new_empty(labels.shape, dtype=dtype)
 
 
-@torch.library.custom_op("fused_pref::token_logps_bwd", mutates_args=())
+@torch.library.custom_op("fused_pref::token_logps_bwd", mutates_args=("dlogits",))
 def token_logps_bwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    statistics: Tensor,
-    grad_logp: Tensor,
-    backend: str,
-    shift: bool,
-    ignore_index: int,
-    activation: str,
-    inner: float,
-    outer: float,
-) -> Tensor:
-    """Gradient of the logits, a_n (onehot − softmax) with a_n = ``grad_logp``, shaped like ``labels``.
-
-    Returns:
-        Contiguous, shape and dtype of ``logits``; rows that score nothing are 0.
-    """
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    transform = Transform(activation, inner, outer)
-    _gradient_into(dlogits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
-    return dlogits
-
-
-@token_logps_bwd.register_fake
-def _(logits, *arguments):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("fused_pref::token_logps_bwd_", mutates_args=("logits",))
-def token_logps_bwd_(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    statistics: Tensor,
-    grad_logp: Tensor,
-    backend: str,
-    shift: bool,
-    ignore_index: int,
-    activation: str,
-    inner: float,
-    outer: float,
-) -> None:
-    """As :func:`token_logps_bwd`, over the logits."""
-    transform = Transform(activation, inner, outer)
-    _gradient_into(logits, logits, labels, cu_seqlens, statistics, grad_logp, backend, shift, ignore_index, transform)
-
-
-def _gradient_into(
     dlogits: Tensor,
     logits: Tensor,
     labels: Tensor,
@@ -123,23 +79,31 @@ def _gradient_into(
     backend: str,
     shift: bool,
     ignore_index: int,
-    transform: Transform,
+    activation: str,
+    inner: float,
+    outer: float,
 ) -> None:
+    """Write the gradient of the logits, a_n (onehot − softmax) with a_n = ``grad_logp``, shaped like ``labels``.
+
+    ``dlogits`` may be the logits; rows that score nothing are 0.
+    """
+    transform = transform_of(activation, inner, outer)
     if backend == "triton":
         from fused_pref.ops.triton import dlogits as kernel
 
-        kernel.token_logps_bwd(
-            dlogits, logits, labels, cu_seqlens, statistics, grad_logp, shift, ignore_index, transform
-        )
+        batch = (logits, labels, cu_seqlens, statistics, grad_logp)
+        kernel.token_logps_bwd(dlogits, *batch, shift, ignore_index, transform)
     else:
         targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-        torch_logits.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
+        torch_chunk.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
 
 
 def encode(call: HeadCall) -> str:
     """A call as text, without ``skip_mass``: a graph skips nothing."""
     spec, wanted = call.spec, [name for name in GRADIENTS if name in call.wanted]
-    values = (*spec.constants, spec.logits_mean, spec.memory_budget, spec.max_valid_tokens, str(call.dtype), call.unit)
+    t = spec.transform
+    constants = (spec.backend, spec.shift, spec.ignore_index, t.activation, t.inner, t.outer)
+    values = (*constants, spec.logits_mean, spec.memory_budget, spec.max_valid_tokens, str(call.dtype), call.unit)
     return to_text((*values, *wanted))
 
 
@@ -149,7 +113,7 @@ def decode(text: str) -> HeadCall:
     backend, shift, ignore_index, *transform = values[:6]
     logits_mean, *sizes, dtype, unit = values[6:11]
     wanted = values[11:]
-    spec = LinearSpec(backend, shift, ignore_index, Transform(*transform), logits_mean, None, *sizes)
+    spec = Spec(backend, shift, ignore_index, Transform(*transform), logits_mean, False, *sizes)
     return HeadCall(spec, getattr(torch, dtype.removeprefix("torch.")), frozenset(wanted), unit)
 
 
@@ -159,10 +123,10 @@ def linear_token_logps_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
     request = decode(call)
-    head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
-    plan = replace(request.plan(head, rows), saved=0)
-    with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
-        logp, means, forward = request.score(head, rows, plan, labels)
+    head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
+    plan = replace(plan_of(problem_of(head, rows)), saved=0)
+    with _working(head, rows):
+        logp, means, forward = score(head, rows, plan, labels)
     if not request.wanted:
         saved = hidden.new_empty(0, dtype=head.accumulator)
     elif request.wanted == {"hidden"}:
@@ -177,7 +141,7 @@ def linear_token_logps_fwd(
 @linear_token_logps_fwd.register_fake
 def _(hidden, weight, bias, labels, cu_seqlens, call):  # type: ignore[no-untyped-def]
     request = decode(call)
-    dtype = accumulator_dtype(request.dtype)
+    dtype = ACCUMULATOR[request.dtype]
     logp = hidden.new_empty(labels.shape, dtype=dtype)
     shape = (4, labels.numel()) if request.wanted != {"hidden"} else (labels.numel(), hidden.shape[-1])
     return logp, torch.empty_like(logp), hidden.new_empty(shape if request.wanted else 0, dtype=dtype)
@@ -196,15 +160,15 @@ def linear_token_logps_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias."""
     request = decode(call)
-    head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
+    head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
     upstream = rows.gather(grad_logp)
-    with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
+    with _working(head, rows):
         if request.wanted == {"hidden"}:
             own = saved if rows.indices is None else saved.index_select(0, rows.indices)
         else:
             own = torch.stack([rows.gather(row) for row in saved])
-        plan = replace(request.plan(head, rows), saved=0)
-        return _filled(plan.backward(head, rows, (own,), (), upstream, request.wanted), hidden)
+        plan = replace(plan_of(problem_of(head, rows)), saved=0)
+        return _filled(plan.backward(head, rows, (own,), (), upstream), hidden)
 
 
 @linear_token_logps_bwd.register_fake
@@ -225,17 +189,19 @@ def linear_known_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, mean of z, gradients of the loss) of an objective whose coefficients are known unit by unit."""
     request, objective = decode(call), decode_objective(constants, tensors)
-    head, rows = request.head(hidden, weight, bias), request.rows(labels, cu_seqlens)
-    plan = request.plan(head, rows)
-    with torch.autocast(hidden.device.type, enabled=False), request.advising(head, rows):
+    head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
+    plan = plan_of(problem_of(head, rows))
+    with _working(head, rows):
         if isinstance(plan, Grouped):
-            logp, means, gradients, _ = request.evaluate(head, rows, plan, labels, cu_seqlens, objective)
+            logp, means, gradients, _ = evaluate(head, rows, plan, labels, cu_seqlens, objective)
             return logp, means, *_filled(gradients, hidden)
-        values, means, forward = request.score(head, rows, plan, labels)
+        values, means, forward = score(head, rows, plan, labels)
         whole = objective.for_parts(rows.counts)
-        slope = whole.evaluate(Scores(rows.sums(values), rows.counts, None, None), head.backend, head.accumulator).slope
+        slope = whole.evaluate(
+            Scores(rows.sums(values), rows.counts, None, None), request.spec.backend, head.accumulator
+        ).slope
         upstream = rows.expand(saturate(slope, torch.float32)).to(values.dtype)
-        gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream, request.wanted)
+        gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
     return rows.scatter(values, labels), means, *_filled(late, hidden)
 
@@ -243,7 +209,7 @@ def linear_known_gradients(
 @linear_known_gradients.register_fake
 def _(hidden, weight, bias, labels, cu_seqlens, tensors, constants, call):  # type: ignore[no-untyped-def]
     request = decode(call)
-    logp = hidden.new_empty(labels.shape, dtype=accumulator_dtype(request.dtype))
+    logp = hidden.new_empty(labels.shape, dtype=ACCUMULATOR[request.dtype])
     return logp, torch.empty_like(logp), *_fake_gradients(hidden, weight, bias, request, late=True)
 
 
@@ -272,6 +238,17 @@ class CompiledTokenLogpsFunction(torch.autograd.Function):
         """See :func:`linear_token_logps_bwd`."""
         gradients = linear_token_logps_bwd(*ctx.saved_tensors, grads[0], ctx.call)
         return (*wanted_only(gradients), None, None, None)
+
+
+@contextlib.contextmanager
+def _working(head: Head, rows: ValidRows) -> Iterator[None]:
+    """Without autocast, and with advice where memory runs out."""
+    try:
+        with torch.autocast(head.hidden.device.type, enabled=False):
+            yield
+    except RuntimeError as error:
+        advise(error, lambda: problem_of(head, rows))
+        raise
 
 
 def wanted_only(gradients: tuple[Tensor, ...]) -> Gradients:

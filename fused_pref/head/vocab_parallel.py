@@ -6,18 +6,18 @@ the ranks exchange more: then all of them raise the same error, or look once whe
 """
 
 import contextlib
-import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.head.budget import budget_of
+from fused_pref.head import budget as budgets
+from fused_pref.head.budget import default_budget
 from fused_pref.ranks import gathered, head_group
 
 # What a rank sends, instead of its number of rows, when its arguments are malformed.
@@ -30,7 +30,6 @@ OWN = ("backend", "tp_group", "cp_group")
 COPIED = 8
 # Entries of the weight that are looked at at a time.
 BLOCK = 2**20
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Heads whose rows have been compared, by this rank's part. Ranks need not agree on it: one that asks is joined by all.
 _compared: set[tuple[str, torch.Size, torch.dtype]] = set()
@@ -84,7 +83,8 @@ class Agreement:
         digest = int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=8).digest(), "big", signed=True)
         exact = {name: value for name, value in asked.items() if _is_exact(value)}
         sums = {name: checksum(value.flatten()).to(weight.device) for name, value in exact.items()}
-        numbers = torch.tensor([weight.shape[0], wants, budget_of(weight), digest, 0], device=weight.device)
+        budget = default_budget(budgets.memory_of(weight.device), *weight.shape, weight.dtype.itemsize)
+        numbers = torch.tensor([weight.shape[0], wants, budget, digest, 0], device=weight.device)
         numbers[4] = checksum(torch.stack(list(sums.values())))
         ranks = gathered(numbers, group).tolist()
         if any(rank[1] or rank[3:] != ranks[0][3:] for rank in ranks):
@@ -99,23 +99,19 @@ class Agreement:
         return tuple(rank[0] for rank in ranks), min(rank[2] for rank in ranks)
 
 
-def across_ranks(function: Function) -> Function:
-    """Decorate a function of (hidden, weight, labels, ...) and all keywords: an error on one rank reaches all.
+def agreed(function: Callable[..., Any], tensors: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    """Call a function of (hidden, weight, labels, ...) and all keywords on each rank: an error on one reaches all.
 
-    In place of the group, ``tp_group`` is then the :class:`Agreement` of this call.
+    In place of the group, ``tp_group`` is then the :class:`Agreement` of this call, None where no rank shares the head.
     """
+    hidden, weight, labels, *others = tensors
+    group = head_group(weight, keywords["tp_group"])
+    if group is None:
+        return function(*tensors, **{**keywords, "tp_group": None})
     names = list(inspect.signature(function).parameters)[3:-1]
-
-    @functools.wraps(function)
-    def call(hidden: Any, weight: Any, labels: Any, *others: Any, **keywords: Any) -> Any:
-        group = head_group(weight, keywords["tp_group"])
-        if group is None:
-            return function(hidden, weight, labels, *others, **keywords)
-        asked = {"the function": function.__name__, **dict(zip(names, others, strict=False)), **_shared(keywords)}
-        with Agreement(group, asked, hidden, weight, labels) as agreement:
-            return function(hidden, weight, labels, *others, **{**keywords, "tp_group": agreement})
-
-    return cast(Function, call)
+    asked = {"the function": function.__name__, **dict(zip(names, others, strict=False)), **_shared(keywords)}
+    with Agreement(group, asked, hidden, weight, labels) as agreement:
+        return function(*tensors, **{**keywords, "tp_group": agreement})
 
 
 def _shared(keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.keywords import CPOKeywords, DPOKeywords, choices
-from fused_pref.losses.numbers import narrow, ratio, saturate, split
-from fused_pref.losses.scores import Scores, logits_means
+from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
 from fused_pref.ops.interface import ALPHA_CLAMP
 
 CPO_LOSS_TYPES = choices(CPOKeywords, "loss_type")
 DPO_LOSS_TYPES = choices(DPOKeywords, "loss_type")
+# Loss types of log-probs averaged over the completion.
+AVERAGED = ("ipo", "simpo")
 NLL_REDUCTIONS = choices(CPOKeywords, "nll_reduction")
 
 
@@ -39,15 +39,10 @@ class PairSpec:
     nll_reduction: str = "token"
 
     @property
-    def average(self) -> bool:
-        """Whether log-probs enter as averages over the completion."""
-        return self.loss_type in ("ipo", "simpo")
-
-    @property
     def constants(self) -> tuple[bool, str, float, float, float, float, float, str]:
         """What the Triton objective takes, in its order."""
         return (
-            self.average,
+            self.loss_type in AVERAGED,
             self.loss_type,
             self.beta,
             self.label_smoothing,
@@ -57,14 +52,15 @@ class PairSpec:
             self.nll_reduction,
         )
 
-    @classmethod
-    def cpo(cls, keywords: Mapping[str, Any]) -> "PairSpec":
+    @staticmethod
+    @validate.remembered("loss_type", "beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha", "nll_reduction")
+    def cpo(keywords: Mapping[str, Any]) -> "PairSpec":
         """From CPO's keywords."""
         loss_type = validate.choice("loss_type", keywords["loss_type"], CPO_LOSS_TYPES)
         cpo_alpha = validate.finite("cpo_alpha", keywords["cpo_alpha"], "a finite number >= 0")
         if cpo_alpha < 0:
             raise validate.fail("cpo_alpha", "a finite number >= 0", cpo_alpha)
-        return cls(
+        return PairSpec(
             reference=False,
             loss_type="simpo" if loss_type == "alphapo" else loss_type,
             beta=validate.positive("beta", keywords["beta"]),
@@ -75,10 +71,11 @@ class PairSpec:
             nll_reduction=validate.choice("nll_reduction", keywords["nll_reduction"], NLL_REDUCTIONS),
         )
 
-    @classmethod
-    def dpo(cls, keywords: Mapping[str, Any]) -> "PairSpec":
+    @staticmethod
+    @validate.remembered("loss_type", "beta", "label_smoothing")
+    def dpo(keywords: Mapping[str, Any]) -> "PairSpec":
         """From DPO's keywords."""
-        return cls(
+        return PairSpec(
             reference=True,
             loss_type=validate.choice("loss_type", keywords["loss_type"], DPO_LOSS_TYPES),
             beta=validate.positive("beta", keywords["beta"]),
@@ -94,14 +91,6 @@ class PairTerms(NamedTuple):
     nll_loss: Tensor  # 0-d
     logps: Tensor  # (S,) averaged for ipo and simpo
     rewards: Tensor  # (S,)
-
-
-def logistic_loss(x: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """−(1−ε) logσ(x) − ε logσ(−x) and its derivative (the conservative form of label smoothing)."""
-    loss = -(1 - smoothing) * F.logsigmoid(x)
-    if smoothing:  # else 0 · ∞ where a rejected completion has probability 0
-        loss = loss - smoothing * F.logsigmoid(-x)
-    return loss, smoothing * torch.sigmoid(x) - (1 - smoothing) * torch.sigmoid(-x)
 
 
 def sigmoid(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
@@ -137,10 +126,8 @@ PAIR_LOSSES: dict[str, Callable[[Tensor, PairSpec], tuple[Tensor, Tensor]]] = {
 }
 
 
-def alpha_reward(logps: Tensor, alpha: float) -> tuple[Tensor, Tensor | float]:
-    """AlphaPO's r = −expm1(min(−α·logps, 80))/α (arXiv 2501.03884) and dr/dlogps, 0 beyond the clamp; α = 0: logps."""
-    if alpha == 0:
-        return logps, 1.0
+def alpha_reward(logps: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """AlphaPO's r = −expm1(min(−α·logps, 80))/α (arXiv 2501.03884), α ≠ 0, and dr/dlogps, 0 beyond the clamp."""
     power = -alpha * logps
     clamped = power.clamp(max=ALPHA_CLAMP)
     return -torch.expm1(clamped) / alpha, torch.exp(clamped) * (power <= ALPHA_CLAMP)
@@ -167,10 +154,10 @@ def pair_objective(
     """
     pairs = sums.shape[0] // 2
     pair_count = pairs if pair_normalizer is None else pair_normalizer
-    lengths = counts.clamp(min=1) if spec.average else 1
+    lengths = counts.clamp(min=1) if spec.loss_type in AVERAGED else 1
     logps = sums / lengths
     if ref_logps is None:
-        entering, transformed = alpha_reward(logps, spec.alpha)
+        entering, transformed = alpha_reward(logps, spec.alpha) if spec.alpha else (logps, 1.0)
         rewards = spec.beta * entering
     else:
         entering, transformed = (sums - ref_logps) / lengths, 1.0
@@ -242,22 +229,20 @@ class PairObjective:
             )
             nll_loss, chosen_mean, rejected_mean = scalars.unbind()
             return PairResult(loss, nll_loss, chosen_mean, rejected_mean, logps, rewards, slope)
+        sums = scores.sums
         terms = pair_objective(
-            scores.sums,
+            sums,
             scores.counts,
             self.spec,
             ref_logps=None if self.ref_logps is None else self.ref_logps.double(),
             pair_normalizer=self.pair_normalizer,
             token_normalizer=self.token_normalizer,
         )
-        sequences = scores.sums.shape[0]
-        chosen = torch.arange(sequences, device=scores.sums.device) < sequences // 2
-        chosen_mean, rejected_mean = logits_means(scores, chosen)
+        chosen = torch.arange(sums.shape[0], device=sums.device) < sums.shape[0] // 2
         return PairResult(
             narrow(terms.loss, dtype),
             narrow(terms.nll_loss, dtype),
-            narrow(chosen_mean, dtype),
-            narrow(rejected_mean, dtype),
+            *logits_means(scores, chosen, dtype),
             narrow(terms.logps, dtype),
             narrow(terms.rewards, dtype),
             saturate(terms.slope, dtype),
@@ -268,6 +253,8 @@ class PairObjective:
         if len(parts) == 1 and scores.totals is None:
             return parts[0]
 
+        sequences = scores.counts.shape[0]
+
         def in_order(name: str) -> Tensor:
             halves = [getattr(part, name).chunk(2) for part in parts]
             return torch.cat([half[side] for side in (0, 1) for half in halves])
@@ -275,14 +262,10 @@ class PairObjective:
         def summed(name: str) -> Tensor:
             return narrow(torch.stack([getattr(part, name) for part in parts]).double().sum(), dtype)
 
-        sequences = scores.counts.shape[0]
-        chosen = torch.arange(sequences, device=scores.counts.device) < sequences // 2
-        chosen_mean, rejected_mean = (narrow(mean, dtype) for mean in logits_means(scores, chosen))
         return PairResult(
             summed("loss"),
             summed("nll_loss"),
-            chosen_mean,
-            rejected_mean,
+            *logits_means(scores, torch.arange(sequences, device=scores.counts.device) < sequences // 2, dtype),
             in_order("logps"),
             in_order("rewards"),
             in_order("slope"),
@@ -290,11 +273,6 @@ class PairObjective:
 
     def gather_statistics(self, sums: Tensor) -> None:
         """Nothing: pairs have no state."""
-
-
-def gather(values: Tensor, members: tuple[slice, ...]) -> Tensor:
-    """The entries of these runs of sequences."""
-    return torch.cat([values[run] for run in members])
 
 
 @torch.library.custom_op("fused_pref::pair_objective", mutates_args=())

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_pref import validate
@@ -106,15 +107,13 @@ class RewardShift(ExactModule):
         return self.update == "forward" and self.updating() and dist.is_available() and dist.is_initialized()
 
     def updating(self) -> bool:
-        """Whether a forward would update now: training, with gradients, and not a recomputation in a backward."""
-        return self._learning() and not _in_backward()
+        """Whether a forward would update now: :meth:`learning`, and not a recomputation in a backward."""
+        # A recomputation (activation checkpointing) runs within a backward.
+        return self.learning() and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
-    def _learning(self) -> bool:
+    def learning(self) -> bool:
+        """Whether the state follows the batches: in training, with gradients; a recomputation says as its forward."""
         return self.kind != "fixed" and self.training and torch.is_grad_enabled()
-
-    def moving(self) -> bool:
-        """Whether the batch of a forward moves the δ that it uses; a recomputation says what its forward said."""
-        return self.update == "forward" and self._learning()
 
     def current(self) -> Tensor:
         """δ as the state is now, 0-d float64."""
@@ -136,7 +135,9 @@ class RewardShift(ExactModule):
         if self.update == "step":
             gathered = replace(state, pending_sum=state.pending_sum + total, pending_count=state.pending_count + number)
             return self._delta(state), gathered
-        folded = self._fold(state, *self._reduce(total, number))
+        if dist.is_available() and dist.is_initialized():
+            total, number = self._reduce(total, number)
+        folded = self._fold(state, total, number)
         return self._delta(folded), folded
 
     @torch.no_grad()
@@ -154,7 +155,10 @@ class RewardShift(ExactModule):
         if self.kind == "fixed" or self.update != "step":
             return
         state = self._state
-        folded = self._fold(state, *self._reduce(state.pending_sum, state.pending_count))
+        total, number = state.pending_sum, state.pending_count
+        if dist.is_available() and dist.is_initialized():
+            total, number = self._reduce(total, number)
+        folded = self._fold(state, total, number)
         self.commit(
             replace(
                 folded,
@@ -165,7 +169,7 @@ class RewardShift(ExactModule):
 
     def _fold(self, state: ShiftState, total: Tensor, number: Tensor) -> ShiftState:
         if self.kind == "running_mean":
-            total, number = _pool(total), _pool(number)
+            total, number = F.pad(total.sum()[None], (0, 1)), F.pad(number.sum()[None], (0, 1))
         count = state.count + number
         mean = total / number.clamp(min=1)
         if self.kind == "running_mean":
@@ -183,8 +187,6 @@ class RewardShift(ExactModule):
         return (state.mean * exists).sum() / exists.sum().clamp(min=1)
 
     def _reduce(self, total: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return total, number
         both = torch.cat((total, number.double()))
         dist.all_reduce(both, group=self.process_group)
         return both[:2], both[2:].round().long()
@@ -212,14 +214,3 @@ class RewardShift(ExactModule):
         """The options that matter to the kind."""
         options = {"ema": f", decay={self.decay}", "fixed": f", value={self.value}"}.get(self.kind, "")
         return f"{self.kind!r}{options}, update={self.update!r}"
-
-
-def _pool(classes: Tensor) -> Tensor:
-    return torch.stack((classes.sum(), torch.zeros_like(classes[0])))
-
-
-def _in_backward() -> bool:
-    """Whether this forward is a recomputation (activation checkpointing)."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""Sums per sequence of what was computed per token: what the objectives are functions of.
+"""Sums per sequence of what was computed per token, what the objectives are functions of, and their arithmetic.
 
 The torch backend takes plain operations (:mod:`fused_pref.layout`), which any compiler can see through; the Triton
 backend one launch, as a custom op.
@@ -7,11 +7,12 @@ backend one launch, as a custom op.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_pref import layout
-from fused_pref.losses.numbers import ratio
+from fused_pref.ops.interface import LARGEST
 
 
 class Scores(NamedTuple):
@@ -52,20 +53,59 @@ def mean_sums(
     """``totals`` and ``positions`` of :class:`Scores`, from means of z shaped like the labels and the scored tokens."""
     if logits_mean is None:
         return None, None
-    positions = layout.lengths_of(labels, cu_seqlens) if logits_mean == "all" else counts
+    positions = counts
+    if logits_mean == "all":
+        positions = torch.full_like(counts, labels.shape[-1]) if cu_seqlens is None else cu_seqlens.diff().long()
     return layout.sequence_sums(means, cu_seqlens), positions
 
 
-def logits_means(scores: Scores, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def logits_means(scores: Scores, chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean of z over the chosen sequences and over the others; 0 where they have no position, or none is known."""
     if scores.totals is None or scores.positions is None:
-        nothing = scores.sums.new_zeros(())
+        nothing = scores.sums.new_zeros((), dtype=dtype)
         return nothing, nothing
     means = []
     for members in (chosen, ~chosen):
         total, positions = scores.totals.where(members, 0).sum(), scores.positions.where(members, 0).sum()
-        means.append(ratio(total, positions))
+        means.append(narrow(ratio(total, positions), dtype))
     return means[0], means[1]
+
+
+def ratio(total: Tensor, count: float | Tensor) -> Tensor:
+    """``total / count``; 0 where the count is 0, but NaN if the total is not finite."""
+    if isinstance(count, Tensor):
+        return total / torch.where(count > 0, count.double(), torch.inf)
+    return total / (count if count > 0 else torch.inf)
+
+
+def saturate(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keep what is finite in float64 finite in ``dtype``; NaN and infinity stay."""
+    if dtype == value.dtype:
+        return value
+    return torch.where(value.isinf(), value, value.clamp(-LARGEST, LARGEST))
+
+
+def narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a float64 result without turning a large finite value into infinity."""
+    return saturate(value, dtype).to(dtype)
+
+
+def split(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """A number or tensor as the two arguments that an op takes for it."""
+    return (None, value) if isinstance(value, Tensor) else (value, None)
+
+
+def logistic_loss(x: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """−(1−ε) logσ(x) − ε logσ(−x) and its derivative (the conservative form of label smoothing)."""
+    loss = -(1 - smoothing) * F.logsigmoid(x)
+    if smoothing:  # else 0 · ∞ where a rejected completion has probability 0
+        loss = loss - smoothing * F.logsigmoid(-x)
+    return loss, smoothing * torch.sigmoid(x) - (1 - smoothing) * torch.sigmoid(-x)
+
+
+def gather(values: Tensor, members: tuple[slice, ...]) -> Tensor:
+    """The entries of these runs of sequences."""
+    return torch.cat([values[run] for run in members])
 
 
 class SequenceScoresFunction(torch.autograd.Function):

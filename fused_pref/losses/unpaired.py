@@ -9,10 +9,8 @@ from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.keywords import BCOKeywords, choices
-from fused_pref.losses.numbers import narrow, ratio, saturate, split
-from fused_pref.losses.pair import gather, logistic_loss
 from fused_pref.losses.reward_shift import RewardShift, ShiftState
-from fused_pref.losses.scores import Scores, logits_means
+from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
 
 BCO_REDUCTIONS = choices(BCOKeywords, "reduction")
 
@@ -24,11 +22,11 @@ class BCOSpec:
     beta: float
     reduction: str
 
-    @classmethod
-    def bco(cls, keywords: Mapping[str, Any]) -> "BCOSpec":
+    @staticmethod
+    @validate.remembered("beta", "reduction")
+    def bco(keywords: Mapping[str, Any]) -> "BCOSpec":
         """From BCO's keywords."""
-        validate.tensor_or_none("sample_weight", keywords["sample_weight"], "(S,)")
-        return cls(
+        return BCOSpec(
             beta=validate.positive("beta", keywords["beta"]),
             reduction=validate.choice("reduction", keywords["reduction"], BCO_REDUCTIONS),
         )
@@ -112,7 +110,8 @@ class BCOObjective:
     @property
     def unit(self) -> int:
         """Sequences after which their slopes are known: one, or 0 if not before the batch has moved δ."""
-        return 0 if isinstance(self.delta, RewardShift) and self.delta.moving() else 1
+        moves = isinstance(self.delta, RewardShift) and self.delta.update == "forward" and self.delta.learning()
+        return 0 if moves else 1
 
     @property
     def current_delta(self) -> Tensor | float:
@@ -152,10 +151,16 @@ class BCOObjective:
         used = torch.as_tensor(used, dtype=torch.float64, device=rewards.device)
         weight = None if self.sample_weight is None else self.sample_weight.double()
         terms = bco_objective(rewards, self.desirable, used, self.spec, sample_weight=weight, **self.normalizers)
-        reported = (terms.loss, used, *logits_means(scores, self.desirable), scores.sums, rewards)
-        loss, shift, chosen, rejected, logps, rewards = (narrow(result, dtype) for result in reported)
-        counts = self.desirable.sum(), (~self.desirable).sum()
-        result = BCOResult(loss, shift, chosen, rejected, *counts, logps, rewards, saturate(terms.slope, dtype))
+        result = BCOResult(
+            narrow(terms.loss, dtype),
+            narrow(used, dtype),
+            *logits_means(scores, self.desirable, dtype),
+            self.desirable.sum(),
+            (~self.desirable).sum(),
+            narrow(scores.sums, dtype),
+            narrow(rewards, dtype),
+            saturate(terms.slope, dtype),
+        )
         if isinstance(self.delta, RewardShift):
             self.delta.commit(state)
         return result
@@ -168,12 +173,10 @@ class BCOObjective:
         def in_order(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])
 
-        chosen_mean, rejected_mean = (narrow(mean, dtype) for mean in logits_means(scores, self.desirable))
         return BCOResult(
             narrow(torch.stack([part.loss for part in parts]).double().sum(), dtype),
             parts[0].delta,
-            chosen_mean,
-            rejected_mean,
+            *logits_means(scores, self.desirable, dtype),
             self.desirable.sum(),
             (~self.desirable).sum(),
             in_order("logps"),

@@ -1,7 +1,12 @@
 """What products cost on the devices that are planned for."""
 
+import functools
 import math
 from dataclasses import dataclass
+
+import torch
+
+from fused_pref.ops.backend import architecture
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,3 +65,9 @@ GPU = GPUS["sm_90"]
 def device_of(kind: str, architecture: str = "sm_90") -> Device:
     """Constants of a ``torch.device.type``; of a GPU those of its architecture."""
     return CPU if kind == "cpu" else GPUS[architecture]
+
+
+@functools.cache
+def device_at(device: torch.device) -> Device:
+    """Constants of a device that is here."""
+    return device_of(device.type, architecture(device))

@@ -6,8 +6,8 @@ the probability. A chunk becomes Q = q − onehot, whose target entry is exactly
 of what Q is multiplied with.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,28 +21,21 @@ ALPHA_CLAMP = 80.0
 # Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
 # Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
 ROW_MAX, SUM_EXP, TARGET_LOGIT, LOGIT_SUM = range(4)
-
-
-class Activation(NamedTuple):
-    """An elementwise function of a block of any shape and floating dtype, and its backward, both in place."""
-
-    apply_: Callable[[Tensor], Tensor]  # t → f(t), over t
-    backward_: Callable[[Tensor, Tensor], Tensor]  # (d, t) → d · f'(t), over d; t may be overwritten
-
-
-def _tanh_backward_(d: Tensor, t: Tensor) -> Tensor:
-    """1 − tanh² as 4u/(1+u)² with u = exp(−2|t|), which does not cancel where tanh saturates."""
-    u = t.abs_().mul_(-2).exp_()
-    return d.mul_(u).div_(u.add_(1).square_()).mul_(4)
-
-
-# Activations of the logits; the device twins are in ops/triton/helpers.py. "linear" is none of them: z = inner · x.
-ACTIVATIONS = {"tanh": Activation(Tensor.tanh_, _tanh_backward_)}
+# Dtype of the token math.
+ACCUMULATOR = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 @dataclass(frozen=True)
 class Transform:
-    """z = outer · f(inner · x) of a raw logit x, f one of ``ACTIVATIONS``; z = inner · x for ``"linear"``."""
+    """z = outer · f(inner · x) of a raw logit x, f an activation by name; z = inner · x for ``"linear"``.
+
+    Activations are listed in :mod:`fused_pref.ops.torch.chunk` and, as device code, ``ops/triton/helpers.py``.
+    """
 
     activation: str = "linear"
     inner: float = 1.0
@@ -54,33 +47,20 @@ class Transform:
                 names = "logit_scale, softcap and temperature"
                 raise ValueError(f"{names} must have ratios that float32 can hold; got one of {factor:g}")
 
-    @property
+    @cached_property
     def nonlinear(self) -> bool:
         """Whether ∂z/∂x differs from entry to entry."""
         return self.activation != "linear"
 
-    @property
+    @cached_property
     def identity(self) -> bool:
         """Whether z = x."""
         return not self.nonlinear and self.inner == 1
 
-    @property
+    @cached_property
     def slope(self) -> float:
-        """∂z/∂x where it is a constant; 1 with an activation, whose slope :meth:`backward_` applies to each entry."""
+        """∂z/∂x where it is a constant; 1 with an activation, whose slope its backward applies to each entry."""
         return 1.0 if self.nonlinear else self.inner
-
-    def apply_(self, x: Tensor) -> Tensor:
-        """Transform a block in place."""
-        if self.nonlinear:
-            return ACTIVATIONS[self.activation].apply_(x.mul_(self.inner)).mul_(self.outer)
-        return x if self.identity else x.mul_(self.inner)
-
-    def backward_(self, dz: Tensor, x: Tensor) -> Tensor:
-        """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone."""
-        if self.nonlinear:
-            t = x.to(dz.dtype, copy=True).mul_(self.inner)
-            return ACTIVATIONS[self.activation].backward_(dz, t).mul_(self.outer * self.inner)
-        return dz if self.identity else dz.mul_(self.inner)
 
 
 class TargetRows(NamedTuple):
@@ -226,8 +206,3 @@ class FusedOps(Protocol):
     ) -> Tensor:
         """Write exp(z − pivot) of whole rows into ``out``, and their statistics; gives each row's factor on Q, (N,)."""
         ...
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the token math: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.ops.blocks import padded
 from fused_pref.ops.interface import TargetRows, Transform
+from fused_pref.ops.torch.chunk import padded
 from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)

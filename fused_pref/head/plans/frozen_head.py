@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_pref.head.plans.head import Gradients, Head
+from fused_pref.head.plans.head import Gradients, Head, Sums
 from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
-from fused_pref.head.plans.rows import ValidRows
-from fused_pref.ops.blocks import ranges
+from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import TargetRows
 from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.chunk import ranges
 from fused_pref.ops.torch.matmul import add_product
 
 
@@ -47,16 +47,14 @@ class FrozenHead(Plan):
             "backward: dh = coefficient · U",
         )
 
-    def forward(self, head: Head, rows: ValidRows, *, logit_sum: bool) -> Forward:
+    def forward(self, head: Head, rows: ValidRows) -> Forward:
         """Saves U (N, D): ∂logp/∂h of each row, in the dtype of the token math."""
-        statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
-        u = torch.empty((rows.number, head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
+        statistics = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator)
+        u = torch.empty((len(rows.targets), head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
-        for group in ranges(rows.number, self.rows):
+        for group in ranges(len(rows.targets), self.rows):
             h, targets = head.take(rows, group), rows.targets[group]
-            q, multiple = head.update_statistics(
-                statistics[:, group], memory, h, targets, logit_sum=logit_sum, fused=self.fused
-            )
+            q, multiple = head.update_statistics(statistics[:, group], memory, h, targets, fused=self.fused)
             target_q = torch_chunk.take_targets(q, targets, 0)
             add_product(u[group], q, head.w, fresh=True)
             _, one_minus_p = head.finish(statistics[:, group], targets)
@@ -66,16 +64,8 @@ class FrozenHead(Plan):
         return Forward(statistics, (u,))
 
     def backward(
-        self,
-        head: Head,
-        rows: ValidRows,
-        saved: tuple[Tensor, ...],
-        chunks: tuple[Tensor, ...],
-        grad_logp: Tensor,
-        wanted: frozenset[str],
+        self, head: Head, rows: ValidRows, saved: tuple[Tensor, ...], chunks: tuple[Tensor, ...], grad_logp: Tensor
     ) -> Gradients:
         """a_n U_n at the valid rows."""
         (u,) = saved
-        dh = head.new_hidden_gradient()
-        head.scatter_hidden(dh, rows, u, grad_logp, None)
-        return Gradients(head.reduced(dh), None, None)
+        return Sums(None, None, u).gradients(head, rows, -grad_logp, None)

@@ -14,10 +14,10 @@ from typing_extensions import Self
 
 from fused_pref.head.plans.head import Gradients, Head, late_dtype, scaled_rows
 from fused_pref.head.plans.problem import Plan, Problem, cuts, number
-from fused_pref.head.plans.rows import ValidRows
+from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.torch import chunk as torch_chunk
-from fused_pref.ops.torch.matmul import add_product, product_dtype
+from fused_pref.ops.torch.matmul import add_product
 
 # (runs of sequences, None for all of them; their sums (s,) float64) → ∂loss/∂sums (s,) float64
 Slope = Callable[[tuple[slice, ...] | None, Tensor], Tensor]
@@ -66,29 +66,26 @@ class Grouped(Plan):
             "backward: the upstream gradient scales them",
         )
 
-    def run(
-        self, head: Head, rows: ValidRows, slope: Slope, wanted: frozenset[str], *, paired: bool, logit_sum: bool
-    ) -> tuple[Tensor, Tensor, Gradients]:
+    def run(self, head: Head, rows: ValidRows, slope: Slope) -> tuple[Tensor, Tensor, Gradients]:
         """Log-probs and Σ z of every position (P,), 0 where nothing is scored, and the gradients of the loss.
 
         Gradients of float16 tensors are float32: scaled down by the loss, they would underflow.
         """
         sequences = rows.counts.shape[0]
+        paired = head.call.unit == 2
         units = sequences // 2 if paired else sequences
         bounds = self.bounds or (0, units)
         positions = head.hidden.shape[:-1].numel()
         logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
-        sums = _GroupSums(head, wanted, single=len(bounds) == 2)
+        sums = _GroupSums(head, single=len(bounds) == 2)
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for u0, u1 in itertools.pairwise(bounds):
             members = (slice(u0, u1), slice(units + u0, units + u1)) if paired else (slice(u0, u1),)
             members = None if (u0, u1) == (0, units) else members
             group = rows if members is None else rows.part(members)
             h = head.take(group)
-            statistics = torch_chunk.new_statistics(group.number, h, head.accumulator)
-            q, multiple = head.update_statistics(
-                statistics, memory, h, group.targets, logit_sum=logit_sum, fused=self.fused
-            )
+            statistics = torch_chunk.new_statistics(len(group.targets), h, head.accumulator)
+            q, multiple = head.update_statistics(statistics, memory, h, group.targets, fused=self.fused)
             values, one_minus_p = head.finish(statistics, group.targets)
             one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
             group.scatter_(logp, values)
@@ -101,8 +98,8 @@ class Grouped(Plan):
 class _GroupSums:
     """Gradients under way: each group adds to dW and dbias, and fills its own rows of dh."""
 
-    def __init__(self, head: Head, wanted: frozenset[str], *, single: bool) -> None:
-        self.head, self.fresh = head, True
+    def __init__(self, head: Head, *, single: bool) -> None:
+        self.head, self.fresh, wanted = head, True, head.wanted
         self.dh = self.dw = self.db = None
         if "hidden" in wanted:
             dtype = torch.promote_types(late_dtype(head.hidden), head.hidden_dtype)
@@ -129,11 +126,11 @@ class _GroupSums:
             if target_q is not None:
                 head.kernels.add_target_rows(self.dw, h, -factor * target_q, group.targets)
         if self.dh is not None:
-            product = torch.empty(h.shape, dtype=product_dtype(h), device=h.device)
+            product = torch.empty(h.shape, dtype=head.arithmetic.product, device=h.device)
             if target_q is None:
                 target_q = torch_chunk.take_targets(q, group.targets, 0)
             add_product(product, q, head.w, fresh=True)
-            head.scatter_hidden(self.dh, group, product, -factor, target_q)
+            head.scatter_hidden(group, product, -factor, target_q, self.dh)
         self.fresh = False
 
     def gradients(self) -> Gradients:

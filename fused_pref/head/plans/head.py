@@ -4,18 +4,21 @@ Rows are the N valid ones throughout.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_pref.head.plans.rows import ValidRows
 from fused_pref.head.plans.shard import Shard
-from fused_pref.ops.blocks import Rows, block_rows, padded, ranges
-from fused_pref.ops.interface import FusedOps, Operands, RowOps, TargetRows, Transform, accumulator_dtype
+from fused_pref.layout import ValidRows
+from fused_pref.ops.interface import ACCUMULATOR, FusedOps, Operands, RowOps, TargetRows
 from fused_pref.ops.torch import chunk as torch_chunk
-from fused_pref.ops.torch.matmul import logits_dtype, overlay, project, upcast
+from fused_pref.ops.torch.chunk import Rows, block_rows, padded, ranges
+from fused_pref.ops.torch.matmul import arithmetic, overlay, project
+from fused_pref.spec import Spec
+
+# What can be differentiated, in the order of the arguments.
+GRADIENTS = ("hidden", "weight", "bias")
 
 
 def late_dtype(tensor: Tensor) -> torch.dtype:
@@ -24,92 +27,87 @@ def late_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Head:
-    """A linear head at work: ``dtype`` is that of the products, ``backend`` whose kernels pass over the chunks.
+class HeadCall:
+    """Everything about a call of the head but its tensors.
 
-    With a ``shard`` the weight is a slice of the vocabulary and targets are its columns; others are on another rank.
+    Attributes:
+        spec: the constants.
+        dtype: of the products.
+        wanted: gradients that a backward will ask for, of ``GRADIENTS``.
+        unit: sequences of a unit whose coefficients are known in the forward: 2 (a pair), 1, or 0 if they are not.
+        shard: what this rank holds of a vocab-parallel head; None: all of it.
     """
 
-    hidden: Tensor  # (S, T, D) or (N_total, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
+    spec: Spec
     dtype: torch.dtype
-    transform: Transform
-    ignore_index: int
-    backend: str
+    wanted: frozenset[str]
+    unit: int = 0
     shard: Shard | None = None
 
-    @cached_property
-    def w(self) -> Tensor:
-        """The weight in the dtype of the products."""
-        return self.weight.detach().to(self.dtype)
 
-    @cached_property
-    def b(self) -> Tensor | None:
-        """The bias in the dtype of the products."""
-        return None if self.bias is None else self.bias.detach().to(self.dtype)
+class Head:
+    """A linear head at work.
 
-    @property
-    def kernels(self) -> RowOps:
-        """The backend's token math on a logits chunk."""
-        if self.backend == "triton":
+    With a ``shard`` the weight is a slice of the vocabulary and targets are its columns; others are on another rank.
+
+    Args:
+        call: what is asked of it.
+        hidden: (S, T, D) or (N_total, D).
+        weight: (V, D).
+        bias: (V,) or None.
+
+    Attributes:
+        w, b: weight and bias in the dtype of the products.
+        columns: V; of a shard its rows.
+        vocabulary: V of all shards.
+        logit_sum: whether Σ z is wanted.
+        accumulator: dtype of the token math.
+        hidden_dtype: dtype in which the gradient of the hidden states is gathered up: sums over ranks are rounded once,
+            after.
+        targets_apart: whether the targets' part of dW is added by itself, which a 16-bit product would round
+            beforehand. PyTorch has no sum of rows on a GPU that is the same every time and waits for nothing.
+        kernels: the backend's token math on a logits chunk.
+    """
+
+    def __init__(self, call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        spec = call.spec
+        self.call, self.shard, self.dtype, self.wanted = call, call.shard, call.dtype, call.wanted
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.w = weight.detach().to(call.dtype)
+        self.b = None if bias is None else bias.detach().to(call.dtype)
+        self.transform, self.ignore_index, self.triton = spec.transform, spec.ignore_index, spec.backend == "triton"
+        self.logit_sum, self.columns = spec.logit_sums, weight.shape[0]
+        self.vocabulary = self.columns if call.shard is None else call.shard.vocabulary
+        self.accumulator, self.arithmetic = ACCUMULATOR[call.dtype], arithmetic(call.dtype, hidden.device.type)
+        self.hidden_dtype = hidden.dtype
+        if call.shard is not None:
+            self.hidden_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.targets_apart = call.dtype.itemsize == 2 and (self.triton or hidden.device.type == "cpu")
+        self.kernels: RowOps = torch_chunk
+        if self.triton:
             from fused_pref.ops.triton import chunk as triton_chunk
 
-            return triton_chunk
-        return torch_chunk
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        """Dtype of the token math."""
-        return accumulator_dtype(self.dtype)
-
-    @property
-    def targets_apart(self) -> bool:
-        """Whether the targets' part of dW is added by itself, which a 16-bit product would round beforehand.
-
-        PyTorch has no sum of rows on a GPU that is the same every time and waits for nothing.
-        """
-        return self.dtype.itemsize == 2 and (self.backend == "triton" or self.hidden.device.type == "cpu")
-
-    @property
-    def columns(self) -> int:
-        """V; of a shard its rows."""
-        return self.weight.shape[0]
-
-    @property
-    def vocabulary(self) -> int:
-        """V of all shards."""
-        return self.columns if self.shard is None else self.shard.vocabulary
-
-    @property
-    def hidden_dtype(self) -> torch.dtype:
-        """Dtype in which the gradient of the hidden states is gathered up: sums over ranks are rounded once, after."""
-        return self.hidden.dtype if self.shard is None else torch.promote_types(self.hidden.dtype, torch.float32)
-
-    def merge(self, statistics: Tensor, *, logit_sum: bool) -> None:
-        """Make statistics of this head's columns those of the whole rows."""
-        if self.shard is not None:
-            self.shard.merge(statistics, logit_sum=logit_sum)
+            self.kernels = triton_chunk
 
     def take(self, rows: ValidRows, part: slice = slice(None)) -> Tensor:
         """These of the valid rows of the hidden states, (n, D) in the dtype of the products."""
         source = Rows(self.hidden.detach())
-        if rows.indices is None:
-            if source.flat is not None:
-                return source.flat[part].to(self.dtype)
-            indices = torch.arange(source.count, device=self.hidden.device)
+        if source.flat is None:
+            everywhere = torch.arange(source.count, device=self.w.device)
+            taken = source.read((everywhere if rows.indices is None else rows.indices)[part])
+        elif rows.indices is None:
+            return source.flat[part].to(self.dtype)
         else:
-            indices = rows.indices
-        taken = source.read(indices[part]).to(self.dtype)
+            taken = source.flat.index_select(0, rows.indices[part])
+        taken = taken.to(self.dtype)
         # What stands in a position that is not scored must not reach a product, where 0 · NaN is NaN.
         return taken if rows.padding is None else taken.masked_fill_(rows.padding[part, None], 0)
 
     def new_chunk(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
         """Memory for logits, (rows · columns,); ``fused``: for Q alone."""
-        h = self.hidden.new_empty(0, dtype=self.dtype)
         if fused:
-            return torch.empty(rows * padded(columns), dtype=self.dtype, device=h.device)
-        return torch.empty(rows * columns, dtype=logits_dtype(h), device=h.device)
+            return torch.empty(rows * padded(columns), dtype=self.dtype, device=self.hidden.device)
+        return torch.empty(rows * columns, dtype=self.arithmetic.logits, device=self.hidden.device)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_chunk`."""
@@ -118,23 +116,23 @@ class Head:
         return project(z, h, w, None if self.b is None else self.b[columns])
 
     def update_statistics(
-        self, statistics: Tensor, memory: Tensor, h: Tensor, targets: Tensor, *, logit_sum: bool, fused: bool
+        self, statistics: Tensor, memory: Tensor, h: Tensor, targets: Tensor, *, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Statistics of whole rows, and their Q (n, V) times the second result, (n,), None for 1."""
         if fused:
             width = padded(self.columns)
             out = memory[: h.shape[0] * width].view(h.shape[0], width)
             multiple = self.fused.exponentials(
-                out, self.operands(h), statistics, targets, self.transform, logit_sum=logit_sum
+                out, self.operands(h), statistics, targets, self.transform, logit_sum=self.logit_sum
             )
             return out[:, : self.columns], multiple
         z = self.project(memory, h)
         q = overlay(z, self.dtype)
         if self.shard is None:
-            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=logit_sum, out=q)
+            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum, out=q)
         else:
-            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=logit_sum)
-            self.merge(statistics, logit_sum=logit_sum)
+            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum)
+            self.shard.merge(statistics, logit_sum=self.logit_sum)
             self.kernels.gradient(q, z, statistics, targets, 0, self.transform)
         return q, None
 
@@ -148,7 +146,7 @@ class Head:
     @property
     def fusible(self) -> bool:
         """Whether :attr:`fused` serves this head: float32 and halves, weight rows contiguous, offsets in 32 bits."""
-        there = self.backend == "triton" and self.hidden.device.type in ("cuda", "cpu")
+        there = self.triton and self.hidden.device.type in ("cuda", "cpu")
         return there and self.weight.stride(1) == 1 and max(self.weight.stride(0), self.columns) < 2**22
 
     @property
@@ -175,25 +173,20 @@ class Head:
         labels = targets if self.shard is None else targets + self.shard.first
         return torch_chunk.finish(statistics, labels, self.vocabulary, self.ignore_index)
 
-    def new_hidden_gradient(self) -> Tensor:
-        """Zeros shaped like the hidden states, contiguous."""
-        return torch.zeros_like(self.hidden, dtype=self.hidden_dtype, memory_format=torch.contiguous_format)
-
-    def reduced(self, dh: Tensor) -> Tensor:
-        """The gradient of the hidden states over all shards, in their dtype."""
-        return dh if self.shard is None else self.shard.reduce(dh).to(self.hidden.dtype)
-
     def scatter_hidden(
-        self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None
-    ) -> None:
-        """Write rows of ``sums``, with their target rows, times ``factor`` to their rows of ``dh``, else zero."""
+        self, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None, dh: Tensor | None = None
+    ) -> Tensor:
+        """Write rows of ``sums``, with their target rows, times ``factor`` to their rows of ``dh`` (None: of zeros)."""
+        if dh is None:
+            dh = torch.zeros_like(self.hidden, dtype=self.hidden_dtype, memory_format=torch.contiguous_format)
         target_rows = None if target_q is None else TargetRows(rows.targets, target_q, self.w)
         self.kernels.scatter_rows(dh.view(-1, dh.shape[-1]), sums, factor, rows.indices, target_rows)
+        return dh
 
     def bias_gradient(self, q: Tensor, factor: Tensor) -> Tensor:
         """−qᵀ factor, (v,) in the dtype of the token math."""
         total = torch.zeros(q.shape[1], dtype=self.accumulator, device=q.device)
-        for part in ranges(q.shape[0], block_rows(q)):
+        for part in ranges(q.shape[0], block_rows(q.device, q.shape[1])):
             total.addmv_(q[part].to(total.dtype).t(), factor[part].to(total.dtype), alpha=-1)
         return total
 
@@ -214,20 +207,21 @@ class Sums(NamedTuple):
     hidden: Tensor | None  # (N, D), in the dtype of the token math: Q W, to be multiplied by −factor
 
     @classmethod
-    def of(cls, head: Head, rows: ValidRows, wanted: frozenset[str]) -> "Sums":
+    def of(cls, head: Head, rows: ValidRows) -> "Sums":
         """Memory for them, not initialised."""
         width, kind, device = head.weight.shape[1], head.accumulator, head.hidden.device
-        dw = head.weight.new_empty(head.weight.shape) if "weight" in wanted else None
-        db = head.weight.new_empty(head.columns, dtype=kind) if "bias" in wanted else None
-        return cls(dw, db, torch.empty(rows.number, width, dtype=kind, device=device) if "hidden" in wanted else None)
+        dw = head.weight.new_empty(head.weight.shape) if "weight" in head.wanted else None
+        db = head.weight.new_empty(head.columns, dtype=kind) if "bias" in head.wanted else None
+        hidden = torch.empty(len(rows.targets), width, dtype=kind, device=device) if "hidden" in head.wanted else None
+        return cls(dw, db, hidden)
 
     def gradients(self, head: Head, rows: ValidRows, factor: Tensor, target_q: Tensor | None) -> Gradients:
         """The gradients, once all tiles are in; ``target_q`` as for :meth:`Head.scatter_hidden`."""
         dh = None
         if self.hidden is not None:
-            dh = head.new_hidden_gradient()
-            head.scatter_hidden(dh, rows, self.hidden, -factor, target_q)
-            dh = head.reduced(dh)
+            dh = head.scatter_hidden(rows, self.hidden, -factor, target_q)
+            if head.shard is not None:
+                dh = head.shard.reduce(dh).to(head.hidden.dtype)
         return Gradients(dh, self.dw, None if self.db is None or head.bias is None else self.db.to(head.bias.dtype))
 
 
@@ -236,17 +230,12 @@ def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor |
 
     Float16 would underflow: there the factors are divided by the largest, or the rows are float32 as their products.
     """
-    if upcast(h):
+    if head.arithmetic.upcast:
         return h * -factor[:, None], None
-    if head.dtype != torch.float16:
-        return _narrow(head, h, -factor), None
-    largest = factor.abs().amax() if factor.numel() else factor.new_zeros(())
-    unit = torch.where(largest > 0, factor / largest, factor)
-    return _narrow(head, h, -unit), torch.where(largest > 0, largest, 1)
-
-
-def _narrow(head: Head, h: Tensor, factor: Tensor) -> Tensor:
-    """H · factor, multiplied in the dtype of the factor and rounded once; contiguous."""
+    scale = None
+    if head.dtype == torch.float16:
+        largest = factor.abs().amax() if factor.numel() else factor.new_zeros(())
+        factor, scale = torch.where(largest > 0, factor / largest, factor), torch.where(largest > 0, largest, 1)
     result = torch.empty_like(h, memory_format=torch.contiguous_format)
-    head.kernels.scatter_rows(result, h, factor)
-    return result
+    head.kernels.scatter_rows(result, h, -factor)
+    return result, scale

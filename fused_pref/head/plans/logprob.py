@@ -7,9 +7,9 @@ from typing_extensions import Self
 
 from fused_pref.head.plans.head import Head
 from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
-from fused_pref.head.plans.rows import ValidRows
-from fused_pref.ops.blocks import ranges
+from fused_pref.layout import ValidRows
 from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.chunk import ranges
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,29 @@ class Logprob(Plan):
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
         return "never" if self.fused else "once"
 
-    def forward(self, head: Head, rows: ValidRows, *, logit_sum: bool) -> Forward:
+    def forward(self, head: Head, rows: ValidRows) -> Forward:
         """A slice of the vocabulary at a time."""
-        statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
+        statistics = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator)
         if self.fused:
             head.fused.update_statistics(
-                statistics, head.operands_of(rows), rows.targets, 0, head.transform, logit_sum=logit_sum
+                statistics, head.operands_of(rows), rows.targets, 0, head.transform, logit_sum=head.logit_sum
             )
-            head.merge(statistics, logit_sum=logit_sum)
+            if head.shard is not None:
+                head.shard.merge(statistics, logit_sum=head.logit_sum)
             return Forward(statistics)
         memory = head.new_chunk(self.rows, self.columns)
-        for group in ranges(rows.number, self.rows):
+        for group in ranges(len(rows.targets), self.rows):
             h = head.take(rows, group)
             for columns in ranges(head.columns, self.columns):
                 z = head.project(memory, h, columns)
                 head.kernels.update_statistics(
-                    statistics[:, group], z, rows.targets[group], columns.start, head.transform, logit_sum=logit_sum
+                    statistics[:, group],
+                    z,
+                    rows.targets[group],
+                    columns.start,
+                    head.transform,
+                    logit_sum=head.logit_sum,
                 )
-        head.merge(statistics, logit_sum=logit_sum)
+        if head.shard is not None:
+            head.shard.merge(statistics, logit_sum=head.logit_sum)
         return Forward(statistics)

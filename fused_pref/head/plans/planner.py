@@ -46,26 +46,18 @@ def choose(problem: Problem) -> Plan:
     return min(alike, key=lambda plan: (plan.workspace, plan.seconds))
 
 
-_choices: list[Choice] = []
+# What calls ask for their plan, the last of them.
+choices: list[Choice] = [choose]
 
 
 @contextlib.contextmanager
 def planning(choice: Choice) -> Iterator[None]:
     """Within this context calls take the plans that ``choice`` gives, on all threads: how tests force a plan."""
-    _choices.append(choice)
+    choices.append(choice)
     try:
         yield
     finally:
-        _choices.remove(choice)
-
-
-def plan_of(problem: Problem) -> Plan:
-    """The plan that a call takes: :func:`choose`'s, but within :func:`planning`.
-
-    Raises:
-        ValueError: as :func:`choose`.
-    """
-    return (_choices[-1] if _choices else choose)(problem)
+        choices.remove(choice)
 
 
 def least_budget(problem: Problem) -> int:

@@ -14,11 +14,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fused_pref.head.plans.head import Gradients, Head
-from fused_pref.head.plans.rows import ValidRows
+from fused_pref.layout import ValidRows
 from fused_pref.ops.devices import Device
-
-# What can be differentiated, in the order of the arguments.
-GRADIENTS = ("hidden", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -212,18 +209,12 @@ class Plan(ABC):
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """What is done, in order, in words; ``unit`` is what a group must not cut, in the plural."""
 
-    def forward(self, head: Head, rows: ValidRows, *, logit_sum: bool) -> Forward:
-        """Statistics of the rows, and what the backward needs; ``logit_sum``: also Σ z."""
+    def forward(self, head: Head, rows: ValidRows) -> Forward:
+        """Statistics of the rows, and what the backward needs."""
         raise NotImplementedError(f"plan {self.name} makes gradients in its forward")
 
     def backward(
-        self,
-        head: Head,
-        rows: ValidRows,
-        saved: tuple[Tensor, ...],
-        chunks: tuple[Tensor, ...],
-        grad_logp: Tensor,
-        wanted: frozenset[str],
+        self, head: Head, rows: ValidRows, saved: tuple[Tensor, ...], chunks: tuple[Tensor, ...], grad_logp: Tensor
     ) -> Gradients:
         """Gradients from what :meth:`forward` saved and a = ``grad_logp`` (N,)."""
         raise NotImplementedError(f"plan {self.name} has no backward of its own")

@@ -23,12 +23,12 @@ from typing_extensions import Self
 
 from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
 from fused_pref.head.plans.problem import Forward, Plan, Problem, number, rounds
-from fused_pref.head.plans.rows import ValidRows
 from fused_pref.head.plans.vocab_major import VocabMajor
-from fused_pref.ops.blocks import padded, ranges
+from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import ROW_MAX, SUM_EXP
 from fused_pref.ops.torch import chunk as torch_chunk
-from fused_pref.ops.torch.matmul import add_product, overlay, product_dtype
+from fused_pref.ops.torch.chunk import padded, ranges
+from fused_pref.ops.torch.matmul import add_product, overlay
 
 # Masses are counted in units of this, rounded up: sums of integers are exact in any order.
 UNITS = 2**40
@@ -75,17 +75,17 @@ class Skipping(Plan):
             f"{self.products:.2f}NDV in all if every row needs every tile, 1.00NDV if none needs any",
         )
 
-    def forward(self, head: Head, rows: ValidRows, *, logit_sum: bool) -> Forward:
+    def forward(self, head: Head, rows: ValidRows) -> Forward:
         """Saves the statistics (4, N) and which of the K tiles each row needs, (K, N) bool."""
-        if self.fused and rows.number:
-            statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
+        if self.fused and len(rows.targets):
+            statistics = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator)
             # Not read in place: padding has to be 0 here, as it is in the backward.
             operands, width = head.operands(head.take(rows)), self.columns
             parts = head.fused.update_statistics(
-                statistics, operands, rows.targets, 0, head.transform, logit_sum=logit_sum, split_columns=width
+                statistics, operands, rows.targets, 0, head.transform, logit_sum=head.logit_sum, split_columns=width
             )
         else:
-            parts = tile_statistics(head, rows, self.columns, logit_sum=logit_sum)
+            parts = tile_statistics(head, rows, self.columns)
             statistics = torch_chunk.merged(parts)
         _, one_minus_p = head.finish(statistics, rows.targets)
         # A row has others of at least 1, or of 0 with all of its parts.
@@ -95,22 +95,16 @@ class Skipping(Plan):
         return Forward(statistics, (statistics, live), dropped=lost)
 
     def backward(
-        self,
-        head: Head,
-        rows: ValidRows,
-        saved: tuple[Tensor, ...],
-        chunks: tuple[Tensor, ...],
-        grad_logp: Tensor,
-        wanted: frozenset[str],
+        self, head: Head, rows: ValidRows, saved: tuple[Tensor, ...], chunks: tuple[Tensor, ...], grad_logp: Tensor
     ) -> Gradients:
         """Of the rows that need each tile."""
         statistics, live = saved
         _, one_minus_p = head.finish(statistics, rows.targets)
         factor = grad_logp * one_minus_p * head.transform.slope
-        h, into = head.take(rows), Sums.of(head, rows, wanted)
+        h, into = head.take(rows), Sums.of(head, rows)
         if into.hidden is not None:
             into.hidden.zero_()  # added to: no tile has all rows
-        if self.fused and rows.number:
+        if self.fused and len(rows.targets):
             target_q = None
             add_on_device(head, rows, self.columns, statistics, live, h, factor, into)
         else:
@@ -123,14 +117,14 @@ def can_skip(head: Head) -> bool:
     return head.fusible or head.hidden.device.type == "cpu"
 
 
-def tile_statistics(head: Head, rows: ValidRows, tile_columns: int, *, logit_sum: bool) -> Tensor:
+def tile_statistics(head: Head, rows: ValidRows, tile_columns: int) -> Tensor:
     """Statistics (K, 4, N) of each of the K tiles by itself."""
     tiles = list(ranges(head.columns, tile_columns))
-    parts = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator).repeat(len(tiles), 1, 1)
-    h, memory = head.take(rows), head.new_chunk(rows.number, tile_columns)
+    parts = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator).repeat(len(tiles), 1, 1)
+    h, memory = head.take(rows), head.new_chunk(len(rows.targets), tile_columns)
     for part, columns in zip(parts, tiles, strict=True):
         z = head.project(memory, h, columns)
-        head.kernels.update_statistics(part, z, rows.targets, columns.start, head.transform, logit_sum=logit_sum)
+        head.kernels.update_statistics(part, z, rows.targets, columns.start, head.transform, logit_sum=head.logit_sum)
     return parts
 
 
@@ -169,7 +163,7 @@ def add_on_host(
     Returns:
         (N,) the targets' entries of Q, which are not in the sums.
     """
-    target_q, memory = torch.zeros_like(factor), head.new_chunk(rows.number, tile_columns)
+    target_q, memory = torch.zeros_like(factor), head.new_chunk(len(rows.targets), tile_columns)
     dw, db, sums = into
     for tile, columns in zip(live, ranges(head.columns, tile_columns), strict=True):
         selected = tile.nonzero()[:, 0]
@@ -184,7 +178,7 @@ def add_on_host(
             db[columns] = head.bias_gradient(q, own)
         if sums is not None:
             target_q.index_add_(0, selected, torch_chunk.take_targets(q, targets, columns.start))
-            part = torch.empty(x.shape, dtype=product_dtype(x), device=x.device)
+            part = torch.empty(x.shape, dtype=head.arithmetic.product, device=x.device)
             add_product(part, q, head.w[columns], fresh=True)
             sums.index_add_(0, selected, part.to(sums.dtype))
     return target_q
@@ -207,10 +201,10 @@ def add_on_device(
     counts = live.sum(1, dtype=torch.int32)
     targets, row_maxes = rows.targets[order], statistics[: SUM_EXP + 1, order]
     x, scale = scaled_rows(head, h, factor) if into.dw is not None else (h, None)
-    memory = head.new_chunk(rows.number, tile_columns, fused=True)
+    memory = head.new_chunk(len(rows.targets), tile_columns, fused=True)
     for k, columns in enumerate(ranges(head.columns, tile_columns)):
         width = columns.stop - columns.start
-        q = memory[: rows.number * padded(width)].view(rows.number, padded(width))[:, :width]
+        q = memory[: len(rows.targets) * padded(width)].view(len(rows.targets), padded(width))[:, :width]
         operands, count = head.operands(h, columns, order[k]), counts[k]
         head.fused.gradient(q, operands, row_maxes[:, k], targets[k], columns.start, head.transform, count)
         if into.dw is not None:

@@ -14,9 +14,9 @@ from typing_extensions import Self
 
 from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
 from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
-from fused_pref.head.plans.rows import ValidRows
-from fused_pref.ops.blocks import ranges
+from fused_pref.layout import ValidRows
 from fused_pref.ops.torch import chunk as torch_chunk
+from fused_pref.ops.torch.chunk import ranges
 from fused_pref.ops.torch.matmul import add_product, overlay
 
 
@@ -79,70 +79,51 @@ class VocabMajor(Plan):
             f"backward: each chunk, {again} → {made}",
         )
 
-    def forward(self, head: Head, rows: ValidRows, *, logit_sum: bool) -> Forward:
+    def forward(self, head: Head, rows: ValidRows) -> Forward:
         """Saves the statistics (4, N) and the raw logits of the first ``saved`` slices, (N, v) each."""
-        statistics = torch_chunk.new_statistics(rows.number, head.hidden, head.accumulator)
+        statistics = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator)
         h, saved = head.take(rows), []
         slices = list(ranges(head.columns, self.columns))
         if self.fused:
             slices, rest = slices[: self.saved], slice(self.saved * self.columns, head.columns)
             operands = head.operands(h, rest)
             head.fused.update_statistics(
-                statistics, operands, rows.targets, rest.start, head.transform, logit_sum=logit_sum
+                statistics, operands, rows.targets, rest.start, head.transform, logit_sum=head.logit_sum
             )
-        scratch = head.new_chunk(rows.number, self.columns) if self.saved < len(slices) else None
+        scratch = head.new_chunk(len(rows.targets), self.columns) if self.saved < len(slices) else None
         for k, columns in enumerate(slices):
             width = columns.stop - columns.start
-            memory = head.new_chunk(rows.number, width) if k < self.saved or scratch is None else scratch
+            memory = head.new_chunk(len(rows.targets), width) if k < self.saved or scratch is None else scratch
             z = head.project(memory, h, columns)
             head.kernels.update_statistics(
-                statistics, z, rows.targets, columns.start, head.transform, logit_sum=logit_sum
+                statistics, z, rows.targets, columns.start, head.transform, logit_sum=head.logit_sum
             )
             if k < self.saved:
                 saved.append(z)
-        head.merge(statistics, logit_sum=logit_sum)
+        if head.shard is not None:
+            head.shard.merge(statistics, logit_sum=head.logit_sum)
         return Forward(statistics, (statistics,), tuple(saved))
 
     def backward(
-        self,
-        head: Head,
-        rows: ValidRows,
-        saved: tuple[Tensor, ...],
-        chunks: tuple[Tensor, ...],
-        grad_logp: Tensor,
-        wanted: frozenset[str],
+        self, head: Head, rows: ValidRows, saved: tuple[Tensor, ...], chunks: tuple[Tensor, ...], grad_logp: Tensor
     ) -> Gradients:
         """The saved slices are written over, the others computed again."""
         (statistics,) = saved
         _, one_minus_p = head.finish(statistics, rows.targets)
         factor = grad_logp * one_minus_p * head.transform.slope
-        h, sums = head.take(rows), Sums.of(head, rows, wanted)
-        target_q = self._add_slices(head, rows, statistics, chunks, h, factor, sums)
-        if sums.dw is not None and head.targets_apart:
-            head.kernels.add_target_rows(sums.dw, h, -factor * target_q, rows.targets)
-        return sums.gradients(head, rows, factor, target_q)
-
-    def _add_slices(
-        self,
-        head: Head,
-        rows: ValidRows,
-        statistics: Tensor,
-        chunks: tuple[Tensor, ...],
-        h: Tensor,
-        factor: Tensor,
-        into: Sums,
-    ) -> Tensor:
-        """Products of every slice; gives the targets' entries of Q, (N,), which are not in the sums."""
-        dw, db, hidden = into
+        h, sums = head.take(rows), Sums.of(head, rows)
+        dw, db, hidden = sums
+        # The targets' entries of Q, which are not in the sums of dh, nor in dW where they are added apart.
         target_q, apart = torch.zeros_like(factor), dw is not None and head.targets_apart
         x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
         memory = None
         for k, columns in enumerate(ranges(head.columns, self.columns)):
-            if k >= len(chunks) and memory is None:
-                memory = head.new_chunk(rows.number, self.columns, fused=self.fused)
-            if self.fused and k >= len(chunks) and memory is not None:
+            again = k >= len(chunks)
+            if again and memory is None:
+                memory = head.new_chunk(len(h), self.columns, fused=self.fused)
+            if again and self.fused and memory is not None:
                 width = columns.stop - columns.start
-                q = memory[: h.shape[0] * width].view(h.shape[0], width)
+                q = memory[: len(h) * width].view(len(h), width)
                 operands = head.operands(h, columns)
                 head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
             else:
@@ -159,4 +140,6 @@ class VocabMajor(Plan):
                 if not apart:
                     target_q += torch_chunk.take_targets(q, rows.targets, columns.start)
                 add_product(hidden, q, head.w[columns], fresh=k == 0, terms=head.columns)
-        return target_q
+        if dw is not None and apart:
+            head.kernels.add_target_rows(dw, h, -factor * target_q, rows.targets)
+        return sums.gradients(head, rows, factor, target_q)

@@ -1,13 +1,98 @@
-"""Row statistics, gradient and rows of products of a chunk of logits; see :mod:`fused_pref.ops.interface`."""
+"""The PyTorch backend: token log-probs of logits, and what the head does with a chunk of them, a block at a time.
+
+See :mod:`fused_pref.ops.interface`. Elementwise work on a large tensor is cut into blocks, so that no copy of it is
+made.
+"""
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_pref.ops.blocks import block_rows, ranges
 from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, TargetRows, Transform
+
+# Entries of a block: small enough for the second-level cache on a CPU, large enough to fill a GPU.
+CPU_BLOCK = 2**18
+DEVICE_BLOCK = 2**22
+
+
+def block_rows(device: torch.device, columns: int = 1) -> int:
+    """Rows of this many entries that elementwise work takes at a time."""
+    return max(1, (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(columns, 1))
+
+
+def ranges(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size``."""
+    for start in range(0, length, max(size, 1)):
+        yield slice(start, min(start + size, length))
+
+
+class Rows:
+    """The rows of a tensor (..., n) of any strides, read and written by row numbers, never copied as a whole."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+        self.columns = source.shape[-1]
+        self.count = source.shape[:-1].numel()
+        try:
+            self.flat: Tensor | None = source.view(self.count, self.columns)
+        except RuntimeError:
+            self.flat = None
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Copy of these rows, (number, n)."""
+        if self.flat is not None:
+            return self.flat.index_select(0, rows)
+        length = self.source.shape[1]
+        return self.source[torch.div(rows, length, rounding_mode="floor"), rows % length]
+
+    def write(self, rows: Tensor, block: Tensor) -> None:
+        """Overwrite these rows; a 0-d block fills them."""
+        if self.flat is not None:
+            self.flat[rows] = block
+        else:
+            length = self.source.shape[1]
+            self.source[torch.div(rows, length, rounding_mode="floor"), rows % length] = block
+
+
+def padded(columns: int) -> int:
+    """Columns of a chunk of Q in memory: its rows begin on multiples of 32 bytes."""
+    return -(-columns // 16) * 16
+
+
+class Activation(NamedTuple):
+    """An elementwise function of a block of any shape and floating dtype, and its backward, both in place."""
+
+    apply_: Callable[[Tensor], Tensor]  # t → f(t), over t
+    backward_: Callable[[Tensor, Tensor], Tensor]  # (d, t) → d · f'(t), over d; t may be overwritten
+
+
+def _tanh_backward_(d: Tensor, t: Tensor) -> Tensor:
+    """1 − tanh² as 4u/(1+u)² with u = exp(−2|t|), which does not cancel where tanh saturates."""
+    u = t.abs_().mul_(-2).exp_()
+    return d.mul_(u).div_(u.add_(1).square_()).mul_(4)
+
+
+# Activations of the logits; the device twins are in ops/triton/helpers.py. "linear" is none of them: z = inner · x.
+ACTIVATIONS = {"tanh": Activation(Tensor.tanh_, _tanh_backward_)}
+
+
+def transform_(x: Tensor, transform: Transform) -> Tensor:
+    """Transform a block of raw logits in place."""
+    if transform.nonlinear:
+        return ACTIVATIONS[transform.activation].apply_(x.mul_(transform.inner)).mul_(transform.outer)
+    return x if transform.identity else x.mul_(transform.inner)
+
+
+def transform_backward_(dz: Tensor, x: Tensor, transform: Transform) -> Tensor:
+    """Turn a block of ∂/∂z into ∂/∂x in place; ``x`` holds the raw block, of any dtype, and is left alone."""
+    if transform.nonlinear:
+        t = x.to(dz.dtype, copy=True).mul_(transform.inner)
+        return ACTIVATIONS[transform.activation].backward_(dz, t).mul_(transform.outer * transform.inner)
+    return dz if transform.identity else dz.mul_(transform.inner)
 
 
 def new_statistics(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,29 +123,28 @@ def update_statistics(
     """See :meth:`fused_pref.ops.interface.RowOps.update_statistics`."""
     here, column = _local(targets, first, logits.shape[1])
     raw = logits.gather(1, column[:, None])[:, 0]
-    target_logit = transform.apply_(raw.to(statistics.dtype, copy=True))
-    without_target = target_logit.masked_fill(here, -torch.inf)
+    target_logit = transform_(raw.to(statistics.dtype, copy=True), transform)
     # The targets are taken out: once and for all where that can be said in raw logits.
     at_once = not transform.nonlinear
     if at_once:
-        _set_entries(logits, column, raw.masked_fill(here, -math.copysign(torch.inf, transform.slope)))
+        _set_targets(logits, here, column, -math.copysign(torch.inf, transform.slope))
     new = torch.empty_like(statistics)
     least = torch.finfo(new.dtype).min
-    rows = (new[ROW_MAX], new[SUM_EXP], new[LOGIT_SUM], here, column, without_target, logits if out is None else out)
-    for z, x, row_max, sum_exp, sums, there, place, without, out_block in _blocks(logits, new.dtype, *rows):
-        transform.apply_(z.copy_(x))
+    rows = (new[ROW_MAX], new[SUM_EXP], new[LOGIT_SUM], here, column, logits if out is None else out)
+    for z, x, row_max, sum_exp, sums, there, place, out_block in _blocks(logits, new.dtype, *rows):
+        transform_(z.copy_(x), transform)
         if logit_sum:
             torch.sum(z, 1, out=sums)  # asked for with an activation only
         if not at_once:
-            _set_entries(z, place, without)
+            _set_targets(z, there, place, -torch.inf)
         torch.amax(z, 1, out=row_max).clamp_(min=least)
         torch.sum(z.sub_(row_max[:, None]).exp_(), 1, out=sum_exp)
         if out is not None:
             _normalise(out_block, x, z, sum_exp, there, place, transform)
     if out is None:
-        _set_entries(logits, column, raw)
+        _set_targets(logits, here, column, raw)
     elif at_once:
-        _mark(out, here, column)
+        _set_targets(out, here, column, -1.0)
     row_max = torch.maximum(statistics[ROW_MAX], new[ROW_MAX])
     statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
     statistics[SUM_EXP] += new[SUM_EXP] * (new[ROW_MAX] - row_max).exp_()
@@ -77,10 +161,10 @@ def gradient(
     here, column = _local(targets, first, logits.shape[1])
     rows = (out, statistics[ROW_MAX], statistics[SUM_EXP], here, column)
     for z, x, out_block, row_max, sum_exp, there, place in _blocks(logits, statistics.dtype, *rows):
-        transform.apply_(z.copy_(x)).sub_(row_max[:, None]).exp_()
+        transform_(z.copy_(x), transform).sub_(row_max[:, None]).exp_()
         _normalise(out_block, x, z, sum_exp, there, place, transform)
     if not transform.nonlinear:
-        _mark(out, here, column)
+        _set_targets(out, here, column, -1.0)
 
 
 def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
@@ -90,7 +174,7 @@ def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
     """
     here, column = _local(targets, first, q.shape[1])
     found = q.gather(1, column[:, None])[:, 0]
-    _set_entries(q, column, found.masked_fill(here, 0))
+    _set_targets(q, here, column, 0.0)
     return found.masked_fill_(~here, 0).to(torch.promote_types(q.dtype, torch.float32))
 
 
@@ -98,7 +182,7 @@ def scatter_rows(
     out: Tensor, source: Tensor, factor: Tensor, indices: Tensor | None = None, target_rows: TargetRows | None = None
 ) -> None:
     """See :meth:`fused_pref.ops.interface.RowOps.scatter_rows`."""
-    for part in ranges(source.shape[0], block_rows(source)):
+    for part in ranges(source.shape[0], block_rows(source.device, source.shape[1])):
         # Operands of one dtype: a product of two is slow on a CPU.
         block = source[part].to(factor.dtype)
         if target_rows is not None:
@@ -120,17 +204,17 @@ def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> N
     if dw.dtype != factor.dtype:
         indices, runs = indices.unique(return_inverse=True)
         sums = factor.new_zeros(indices.shape[0], dw.shape[1])
-    for part in ranges(h.shape[0], block_rows(h)):
+    for part in ranges(h.shape[0], block_rows(h.device, h.shape[1])):
         own = h[part].to(factor.dtype) * factor[part, None]
         sums.index_add_(0, indices[part] if runs is None else runs[part], own)
     if runs is not None:
-        for part in ranges(indices.shape[0], block_rows(dw)):
+        for part in ranges(indices.shape[0], block_rows(dw.device, dw.shape[1])):
             dw[indices[part]] = sums[part].add_(dw[indices[part]]).to(dw.dtype)
 
 
 def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(logp, 1 − p_y) of rows: (0, 0) where nothing is scored, NaN for a label outside the vocabulary."""
-    row_max, sum_exp, target_logit, _ = statistics
+    row_max, sum_exp, target_logit = statistics[:LOGIT_SUM]
     highest = torch.maximum(row_max, target_logit)
     target_exp, others_exp = (target_logit - highest).exp(), sum_exp * (row_max - highest).exp()
     far = target_logit - highest - torch.log(others_exp + target_exp)
@@ -141,15 +225,88 @@ def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int)
     return torch.where(scored & valid, logp, fill), torch.where(scored & valid, one_minus_p, fill)
 
 
+def token_logps_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    transform: Transform,
+    logits_mean: str | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fused_pref.head.custom_ops.token_logps_fwd`; ``dtype`` is that of the token math."""
+    source, labels = Rows(logits), targets.flatten()
+    scored, means = labels != ignore_index, torch.zeros(labels.shape, dtype=dtype, device=logits.device)
+    statistics = torch.zeros((LOGIT_SUM, labels.shape[0]), dtype=dtype, device=logits.device)
+    for rows in _row_numbers(scored, source.columns):
+        z = source.read(rows).to(dtype)
+        if not transform.identity:
+            transform_(z, transform)
+        if logits_mean is not None:
+            means[rows] = z.mean(1).where(scored[rows] | (logits_mean == "all"), 0)
+        here, column = _local(labels[rows], 0, source.columns)
+        target_logit = z.gather(1, column[:, None])[:, 0]
+        _set_targets(z, here, column, -torch.inf)
+        row_max = z.amax(1).clamp_(min=torch.finfo(dtype).min)
+        sum_exp = z.sub_(row_max[:, None]).exp_().sum(1)
+        statistics[:, rows] = torch.stack((row_max, sum_exp, target_logit))
+    if logits_mean == "all" and logits.device.type == "cpu":
+        for rows in _row_numbers(~scored, source.columns):
+            z = source.read(rows).to(dtype)
+            means[rows] = (z if transform.identity else transform_(z, transform)).mean(1)
+    logp, _ = finish(statistics, labels, source.columns, ignore_index)
+    shape = targets.shape
+    return logp.view(shape), statistics.view(LOGIT_SUM, *shape), means.view(shape)
+
+
+def token_logps_bwd(
+    dlogits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    grad_logp: Tensor,
+    ignore_index: int,
+    transform: Transform,
+) -> None:
+    """Write a_n (onehot − softmax) into ``dlogits``, which may be ``logits``."""
+    source, out, labels = Rows(logits), Rows(dlogits), targets.flatten()
+    scored, (row_max, sum_exp, target_logit) = labels != ignore_index, statistics.view(LOGIT_SUM, -1)
+    _, one_minus_p = finish(torch.stack((row_max, sum_exp, target_logit)), labels, source.columns, ignore_index)
+    factor = grad_logp.flatten().to(one_minus_p.dtype) * one_minus_p
+    scale = factor / sum_exp.clamp(min=0.5)
+    for rows in _row_numbers(scored, source.columns):
+        raw = source.read(rows)
+        dz = raw.to(factor.dtype, copy=True)
+        if not transform.identity:
+            transform_(dz, transform)
+        dz.sub_(row_max[rows, None]).exp_().mul_(-scale[rows, None])
+        _set_targets(dz, *_local(labels[rows], 0, source.columns), factor[rows])
+        if not transform.identity:
+            transform_backward_(dz, raw, transform)
+        if logits.device.type != "cpu":
+            dz = dz.where(scored[rows, None], 0)
+        out.write(rows, dz.to(dlogits.dtype))
+    if logits.device.type == "cpu":
+        for rows in _row_numbers(~scored, source.columns):
+            out.write(rows, dlogits.new_zeros(()))
+
+
+def _row_numbers(wanted: Tensor, columns: int) -> Iterator[Tensor]:
+    """Rows to visit, block by block: the wanted ones on a CPU; all elsewhere, where asking would synchronise."""
+    place = wanted.device
+    rows = wanted.nonzero()[:, 0] if place.type == "cpu" else torch.arange(wanted.numel(), device=place)
+    yield from rows.split(block_rows(place, columns))
+
+
 def _blocks(logits: Tensor, dtype: torch.dtype, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A buffer in the dtype of the token math, the chunk's rows, and those of other tensors, a block at a time."""
     number, columns = logits.shape
-    step = max(1, min(block_rows(logits), number))
+    step = max(1, min(block_rows(logits.device, logits.shape[1]), number))
     buffer = torch.empty((step, columns), dtype=dtype, device=logits.device)
     if number == 0:
         return
-    for x, *parts in zip(logits.split(step), *(part.split(step) for part in rows), strict=True):
-        yield buffer[: x.shape[0]], x, *parts
+    for start in range(0, number, step):
+        part = slice(start, start + step)
+        yield buffer[: min(step, number - start)], *map(operator.itemgetter(part), (logits, *rows))
 
 
 def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -173,15 +330,11 @@ def _normalise(
         else:
             out.copy_(z.mul_(inverse))  # faster than a product that narrows
     else:
-        _mark(z.mul_(inverse), here, column)
-        out.copy_(transform.backward_(z, x))
+        _set_targets(z.mul_(inverse), here, column, -1.0)
+        out.copy_(transform_backward_(z, x, transform))
 
 
-def _mark(q: Tensor, here: Tensor, column: Tensor) -> None:
-    """Write −1 to the targets' entries."""
-    _set_entries(q, column, q.gather(1, column[:, None])[:, 0].masked_fill_(here, -1))
-
-
-def _set_entries(x: Tensor, column: Tensor, values: Tensor) -> None:
-    """x[i, column[i]] = values[i]; ``scatter_`` would copy the whole of x on a CPU."""
-    x[torch.arange(x.shape[0], device=x.device), column] = values
+def _set_targets(x: Tensor, here: Tensor, column: Tensor, value: Tensor | float) -> None:
+    """Write a value to the entry ``column`` of each row, where ``here``; ``scatter_`` would copy x on a CPU."""
+    row = torch.arange(x.shape[0], device=x.device)
+    x[row, column] = torch.where(here, value, x[row, column])

@@ -4,13 +4,15 @@ A device with ``mixed`` products gives float32 results of 16-bit entries. Elsewh
 once; where several of them are summed, partial results are added in float32.
 """
 
+import functools
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fused_pref.ops.blocks import ranges
 from fused_pref.ops.devices import device_of
+from fused_pref.ops.torch.chunk import ranges
 
 # Terms of an entry that a CPU's product may add up one after the other.
 MAX_TERMS = 2**16
@@ -18,24 +20,45 @@ MAX_TERMS = 2**16
 BAND = 32
 
 
-def mixed(x: Tensor) -> bool:
-    """Whether products of this tensor can come out in float32 though its entries are 16-bit."""
-    return x.dtype.itemsize == 2 and device_of(x.device.type).mixed
+@dataclass(frozen=True)
+class Arithmetic:
+    """How products of one dtype come out on one kind of device.
+
+    Attributes:
+        mixed: in float32 though their entries are 16-bit.
+        upcast: of operands that are made float32 first: float16 results of large sums may overflow.
+        logits: dtype of the logits.
+        product: the most exact dtype of a product.
+        rows_first: whether an operand that lies by columns is copied into rows first: 16-bit columns cost a CPU's
+            product half its speed.
+        columns: vocabulary columns that a partial product takes at a time.
+        scratch: bytes of a partial product.
+    """
+
+    mixed: bool
+    upcast: bool
+    logits: torch.dtype
+    product: torch.dtype
+    rows_first: bool
+    columns: int
+    scratch: int
 
 
-def upcast(x: Tensor) -> bool:
-    """Whether products of this tensor are taken in float32: float16 results of large sums may overflow."""
-    return x.dtype == torch.float16 and not mixed(x)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype in which a product of this tensor comes out at its most exact."""
-    return torch.float32 if mixed(x) or upcast(x) else x.dtype
-
-
-def logits_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the logits of these hidden states."""
-    return torch.float32 if mixed(x) else x.dtype
+@functools.cache
+def arithmetic(dtype: torch.dtype, kind: str) -> Arithmetic:
+    """Of this dtype on devices of this kind."""
+    device = device_of(kind)
+    mixed = dtype.itemsize == 2 and device.mixed
+    upcast = dtype == torch.float16 and not mixed
+    return Arithmetic(
+        mixed=mixed,
+        upcast=upcast,
+        logits=torch.float32 if mixed else dtype,
+        product=torch.float32 if mixed or upcast else dtype,
+        rows_first=dtype == torch.bfloat16 and not mixed,
+        columns=device.columns,
+        scratch=device.scratch,
+    )
 
 
 def overlay(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,7 +68,7 @@ def overlay(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Chunk ← h weightᵀ + bias; (n, v) from (n, D), (v, D), (v,)."""
-    if mixed(h):
+    if logits.dtype != h.dtype:
         torch.mm(h, weight.t(), out_dtype=logits.dtype, out=logits)
         return logits if bias is None else logits.add_(bias)
     if bias is None:
@@ -61,17 +84,17 @@ def add_product(
     ``terms`` is the number of terms of an entry once all products are in; None: those of this one.
     Rows of ``total`` are worked in blocks where a partial result or an operand in memory of its own cannot be avoided.
     """
-    terms = a.shape[1] if terms is None else terms
-    direct = scale is None and total.dtype == a.dtype and not upcast(a)
+    terms, kind = a.shape[1] if terms is None else terms, arithmetic(a.dtype, a.device.type)
+    direct = scale is None and total.dtype == a.dtype and not kind.upcast
     # A product comes out in the dtype of its entries or in float32.
-    if scale is None and mixed(a) and total.dtype == torch.float32:
+    if scale is None and kind.mixed and total.dtype == torch.float32:
         if fresh:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
-    columns_first = column_major(a)
-    rows = max(1, total.shape[0]) if direct and not columns_first else device_of(a.device.type).columns
+    columns_first = kind.rows_first and a.stride(1) != 1
+    rows = max(1, total.shape[0]) if direct and not columns_first else kind.columns
     copy = a.new_empty((min(rows, total.shape[0]), a.shape[1])) if columns_first else a
     for part in ranges(total.shape[0], rows):
         operand = contiguous_rows(a[part], copy[: part.stop - part.start]) if columns_first else a[part]
@@ -89,18 +112,13 @@ def add_product(
 
 def _add_runs(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """Total ← a b, or total + a b, by sums of at most ``MAX_TERMS`` terms: errors grow with the terms."""
-    rows = max(1, device_of("cpu").scratch // (b.shape[1] * b.itemsize))
+    rows = max(1, arithmetic(a.dtype, "cpu").scratch // (b.shape[1] * b.itemsize))
     for part, run in itertools.product(ranges(total.shape[0], rows), ranges(a.shape[1], MAX_TERMS)):
         product = torch.mm(a[part, run], b[run])
         if fresh and run.start == 0:
             total[part] = product
         else:
             total[part] += product
-
-
-def column_major(a: Tensor) -> bool:
-    """Whether a product first copies this operand into rows: 16-bit columns cost a CPU's product half its speed."""
-    return a.dtype == torch.bfloat16 and not mixed(a) and a.stride(1) != 1
 
 
 def contiguous_rows(a: Tensor, copy: Tensor) -> Tensor:
@@ -112,12 +130,12 @@ def contiguous_rows(a: Tensor, copy: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """The product of a and b, in float32 where the device can; float16 goes through float32 a block at a time."""
-    if mixed(a):
+    kind = arithmetic(a.dtype, a.device.type)
+    if kind.mixed:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if not upcast(a):
+    if not kind.upcast:
         return torch.mm(a, b)
     total = torch.zeros((a.shape[0], b.shape[1]), device=a.device)
-    step = device_of(a.device.type).columns
-    for start in range(0, a.shape[1], step):
-        total.addmm_(a[:, start : start + step].float(), b[start : start + step].float())
+    for part in ranges(a.shape[1], kind.columns):
+        total.addmm_(a[:, part].float(), b[part].float())
     return total

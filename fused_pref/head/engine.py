@@ -1,0 +1,186 @@
+"""A call of the linear head: its plan, the means of the logits, and an objective on each group of its units."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_pref import validate
+from fused_pref.head import budget as budgets
+from fused_pref.head.advice import warn_of
+from fused_pref.head.budget import default_budget
+from fused_pref.head.plans import planner
+from fused_pref.head.plans.grouped import Grouped
+from fused_pref.head.plans.head import Gradients, Head
+from fused_pref.head.plans.problem import Forward, Plan, Problem
+from fused_pref.head.plans.skipping import can_skip
+from fused_pref.layout import ValidRows
+from fused_pref.losses.encoding import Objective
+from fused_pref.losses.scores import Scores, gather, mean_sums, saturate
+from fused_pref.ops.devices import device_at
+from fused_pref.ops.interface import LOGIT_SUM
+from fused_pref.ops.torch.chunk import Rows, block_rows, ranges
+
+
+def problem_of(head: Head, rows: ValidRows) -> Problem:
+    """What the planner sees."""
+    call, weight, shard, counts = head.call, head.weight, head.shard, rows.host_counts
+    positions = head.hidden.shape[:-1].numel()
+    if call.unit == 2:
+        half = len(counts) // 2
+        counts = tuple(map(sum, zip(counts[:half], counts[half:], strict=True)))
+    # The scale of a fused product's exponentials is that of its own columns.
+    fused = head.triton and head.fusible and (shard is None or not head.wanted)
+    budget, skip_mass = call.spec.memory_budget, call.spec.skip_mass
+    if budget is None:
+        sizes = (*weight.shape, weight.dtype.itemsize)
+        budget = default_budget(budgets.memory_of(weight.device), *sizes) if shard is None else shard.budget
+    return Problem(
+        tokens=len(rows.targets),
+        positions=positions,
+        hidden=weight.shape[1],
+        vocabulary=weight.shape[0] if shard is None else shard.largest,
+        itemsize=head.dtype.itemsize,
+        weight_itemsize=weight.dtype.itemsize,
+        gradients=head.wanted,
+        local=call.unit > 0,
+        units=counts,
+        budget=budget,
+        promised=call.spec.memory_budget is not None,
+        device=device_at(weight.device),
+        late_scale=weight.dtype == torch.float16,
+        gathered=rows.indices is not None or not head.hidden.is_contiguous() or head.dtype != head.hidden.dtype,
+        unscored=_unscored(head, rows, positions) if head.logit_sum else 0,
+        fused=fused,
+        wide_range=head.dtype != torch.float16,
+        indexed=fused and head.indexed,
+        skip_mass=skip_mass if skip_mass is not None and shard is None and can_skip(head) else None,
+        cast_weight=0 if head.dtype == weight.dtype else weight.numel() * head.dtype.itemsize,
+    )
+
+
+def plan_of(problem: Problem) -> Plan:
+    """The plan of :func:`fused_pref.head.plans.planner.choose`; one that passes the default budget is warned of."""
+    plan = planner.choices[-1](problem)
+    if plan.workspace > problem.budget:
+        warn_of(plan, problem)
+    return plan
+
+
+def score(head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
+    """Log-probs (N,) by any plan but ``grouped``, means as :func:`means_of` gives them, and what the forward gave."""
+    unscored = unscored_logit_sums(head, rows, labels) if head.logit_sum else None
+    forward = plan.forward(head, rows)
+    logp, _ = head.finish(forward.statistics, rows.targets)
+    totals = rows.scatter(forward.statistics[LOGIT_SUM], labels) if head.logit_sum else None
+    return logp, means_of(head, rows, labels, totals, unscored), forward
+
+
+def evaluate(
+    head: Head, rows: ValidRows, plan: Grouped, labels: Tensor, cu_seqlens: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor, Gradients, Any]:
+    """Log-probs, means of z, gradients and result of an objective, evaluated once on each group of its units."""
+    spec, dtype, whole = head.call.spec, head.accumulator, objective.for_parts(rows.counts)
+    # Of a single group all is known when it is evaluated, unless an activation hides the means.
+    single = len(plan.bounds) <= 2 and head.shard is None
+    means, known, results, sums = None, (None, None), [], []
+
+    def slope(members: tuple[slice, ...] | None, own: Tensor) -> Tensor:
+        if rows.overflow is not None:
+            own = own.masked_fill(rows.overflow, torch.nan)
+        validate.values("the log-prob of each sequence", own, torch.isfinite, "finite")
+        sums.append(own)
+        if members is None:
+            results.append(whole.evaluate(Scores(own, rows.counts, *known), spec.backend, dtype))
+        else:
+            scores = Scores(own, gather(rows.counts, members), None, None)
+            results.append(whole.part(members).evaluate(scores, spec.backend, dtype))
+        return saturate(results[-1].slope, torch.float32)
+
+    with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
+        unscored = unscored_logit_sums(head, rows, labels) if head.logit_sum else None
+        if single and not head.logit_sum:
+            means = means_of(head, rows, labels, None, None)
+            known = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+        logp, totals, gradients = plan.run(head, rows, slope)
+        if rows.overflow is not None:
+            logp.masked_fill_(rows.overflow, torch.nan)
+        if means is None:
+            means = means_of(head, rows, labels, totals.view(labels.shape), unscored)
+            late = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+            results = [objective.joined(results, Scores(torch.cat(sums), rows.counts, *late), dtype)]
+    # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
+    objective.gather_statistics(torch.cat(sums))
+    return logp.view(labels.shape), means, gradients, results[0]
+
+
+def means_of(
+    head: Head, rows: ValidRows, labels: Tensor, totals: Tensor | None, unscored: Tensor | None = None
+) -> Tensor:
+    """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
+
+    Args:
+        head: the head.
+        rows: the valid rows.
+        labels: (S, T) or (N_total,).
+        totals: Σ z of the valid rows in the shape of the labels, used with an activation only.
+        unscored: Σ z of the other rows, from :func:`unscored_logit_sums`.
+    """
+    logits_mean = head.call.spec.logits_mean
+    if logits_mean is None or labels.numel() == 0:
+        return head.hidden.new_zeros(labels.shape, dtype=head.accumulator)
+    if head.logit_sum and totals is not None:
+        return (totals if unscored is None else totals + unscored) / head.vocabulary
+    means = linear_means(head).view(labels.shape)
+    if logits_mean == "completion":
+        covered = rows.scatter(torch.ones_like(rows.targets, dtype=means.dtype), labels)
+        # Whatever stands elsewhere, NaN too, is not part of them.
+        means = torch.where(covered == 0, covered, means * covered)
+    return means
+
+
+def _unscored(head: Head, rows: ValidRows, positions: int) -> int:
+    """Rows that are projected for the means alone: an activation leaves no way around the logits of all positions."""
+    return positions - sum(rows.host_counts) if head.call.spec.logits_mean == "all" else 0
+
+
+def unscored_logit_sums(head: Head, rows: ValidRows, labels: Tensor) -> Tensor | None:
+    """Σ z where nothing is scored, shape of the labels; None where that is not needed."""
+    number = _unscored(head, rows, labels.numel())
+    if number == 0:
+        return None
+    scored = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+    valid = torch.ones_like(rows.targets, dtype=torch.bool) if rows.padding is None else ~rows.padding
+    rows.scatter_(scored, valid)
+    indices = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
+    others = ValidRows(indices, torch.full((number,), head.ignore_index, device=labels.device), rows.counts)
+    plan = plan_of(replace(problem_of(head, rows), tokens=number, gradients=frozenset(), unscored=0))
+    found = others.scatter(plan.forward(head, others).statistics[LOGIT_SUM], labels)
+    return found.masked_fill_(scored.view(labels.shape), 0)
+
+
+def linear_means(head: Head) -> Tensor:
+    """Mean over the vocabulary of every position's logits, scale · (h · mean(W) + mean(b)); (P,)."""
+    w, dtype = head.w, head.accumulator
+    if w.device.type == "cpu":
+        # Summing down columns is slow on a CPU: blocks are added up first.
+        total = torch.zeros((min(block_rows(w.device, w.shape[1]), head.columns), w.shape[1]), dtype=dtype)
+        for rows in ranges(head.columns, total.shape[0]):
+            total[: rows.stop - rows.start] += w[rows]
+        mean = total.sum(0).div_(head.columns)
+    else:
+        mean = w.mean(0, dtype=dtype)
+    shift = mean.new_zeros(1) if head.b is None else head.b.to(dtype).mean()[None]
+    if head.shard is not None:
+        share = head.columns / head.vocabulary
+        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * share).split((mean.numel(), 1))
+    source = Rows(head.hidden.detach())
+    result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
+    for part in ranges(source.count, block_rows(head.hidden.device, head.hidden.shape[-1])):
+        if source.flat is not None:
+            h = source.flat[part]
+        else:
+            h = source.read(torch.arange(part.start, part.stop, device=result.device))
+        torch.mv(h.to(head.dtype).to(mean.dtype), mean, out=result[part])
+    return result.add_(shift).mul_(head.transform.slope)
