@@ -12,7 +12,7 @@ import torch
 from benchmarks.compare.run import GATES, OK, admitted
 from benchmarks.compare.tables import line
 from benchmarks.measure import check_device, default_device, describe, folder, write
-from fused_pref import figures
+from fused_pref.cli import figures
 from fused_pref.cli.peers import PEERS
 from fused_pref.cli.usage import UsageError
 from fused_pref.explanation import MODELS

@@ -170,7 +170,7 @@ def explain(
         skip_mass: as for the call; what can be skipped depends on the logits, so that the products are the most.
 
     Returns:
-        :class:`Explanation`; print it, or draw it by :func:`fused_pref.picture.draw`.
+        :class:`Explanation`; print it, or draw it by :func:`fused_pref.cli.picture.draw`.
 
     Raises:
         ValueError, TypeError: a malformed argument, a ``memory_budget`` that no plan fits (the message says the least),

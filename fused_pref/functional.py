@@ -28,9 +28,10 @@ from fused_pref.keywords import (
     SequenceLogitsKeywords,
     accepts,
 )
-from fused_pref.losses.pair import PairObjective, PairSpec
+from fused_pref.losses.pair import PairObjective, cpo_spec, dpo_spec
 from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.losses.unpaired import BCOObjective, BCOSpec
+from fused_pref.losses.unpaired import BCOObjective, bco_spec
+from fused_pref.ops.interface import BCOSpec, PairSpec
 from fused_pref.outputs import BCOOutput, PairOutput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -110,7 +111,7 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    spec = PairSpec.cpo(keywords)
+    spec = cpo_spec(keywords)
     return _pair_loss(LogitsInputs.of(logits, labels, keywords, pairs=True), spec, keywords)
 
 
@@ -132,8 +133,9 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    spec = PairSpec.dpo(keywords)
-    return _pair_loss(LogitsInputs.of(logits, labels, keywords, pairs=True), spec, keywords, ref_logps)
+    spec = dpo_spec(keywords)
+    inputs = LogitsInputs.of(logits, labels, keywords, pairs=True)
+    return _pair_loss(inputs, spec, keywords, inputs.per_sequence("ref_logps", ref_logps))
 
 
 @accepts(BCOLogitsKeywords)
@@ -158,7 +160,7 @@ def bco_loss(
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    spec = BCOSpec.bco(keywords)
+    spec = bco_spec(keywords)
     return _bco_loss(LogitsInputs.of(logits, labels, keywords), spec, keywords, desirable, ref_logps)
 
 
@@ -225,7 +227,7 @@ def linear_cpo_loss(
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    spec = PairSpec.cpo(keywords)
+    spec = cpo_spec(keywords)
     return _pair_loss(LinearInputs.of(hidden, weight, labels, keywords, pairs=True), spec, keywords)
 
 
@@ -249,8 +251,9 @@ def linear_dpo_loss(
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    spec = PairSpec.dpo(keywords)
-    return _pair_loss(LinearInputs.of(hidden, weight, labels, keywords, pairs=True), spec, keywords, ref_logps)
+    spec = dpo_spec(keywords)
+    inputs = LinearInputs.of(hidden, weight, labels, keywords, pairs=True)
+    return _pair_loss(inputs, spec, keywords, inputs.per_sequence("ref_logps", ref_logps))
 
 
 @accepts(BCOLinearKeywords)
@@ -282,7 +285,7 @@ def linear_bco_loss(
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    spec = BCOSpec.bco(keywords)
+    spec = bco_spec(keywords)
     return _bco_loss(LinearInputs.of(hidden, weight, labels, keywords), spec, keywords, desirable, ref_logps)
 
 
@@ -297,9 +300,10 @@ def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
     return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(inputs.dtype)
 
 
-def _pair_loss(inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Any = None) -> PairOutput:
+def _pair_loss(
+    inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Tensor | None = None
+) -> PairOutput:
     normalizers = pair_normalizers(keywords)
-    ref_logps = inputs.per_sequence("ref_logps", ref_logps) if spec.reference else None
     objective = PairObjective(spec, ref_logps, *normalizers)
     result, loss, dropped_mass = inputs.evaluate(objective)
     pairs, means = inputs.sequences // 2, inputs.spec.logits_mean is not None

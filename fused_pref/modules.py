@@ -17,9 +17,9 @@ from fused_pref.keywords import (
     DPOLogitsKeywords,
     accepts,
 )
-from fused_pref.losses.pair import PairSpec
+from fused_pref.losses.pair import cpo_spec, dpo_spec
 from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.losses.unpaired import BCOSpec
+from fused_pref.losses.unpaired import bco_spec
 from fused_pref.outputs import BCOOutput, PairOutput
 from fused_pref.spec import linear_spec, logits_spec
 
@@ -85,7 +85,7 @@ class CPOLoss(ObjectiveModule):
 
     @accepts(CPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[CPOLogitsKeywords]) -> None:
-        super().__init__(keywords, PairSpec.cpo, logits_spec, functional.pair_normalizers)
+        super().__init__(keywords, cpo_spec, logits_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -117,7 +117,7 @@ class DPOLoss(ObjectiveModule):
 
     @accepts(DPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[DPOLogitsKeywords]) -> None:
-        super().__init__(keywords, PairSpec.dpo, logits_spec, functional.pair_normalizers)
+        super().__init__(keywords, dpo_spec, logits_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -151,7 +151,7 @@ class BCOLoss(ShiftModule):
 
     @accepts(BCOLogitsKeywords)
     def __init__(self, **keywords: Unpack[BCOLogitsKeywords]) -> None:
-        super().__init__(keywords, BCOSpec.bco, logits_spec)
+        super().__init__(keywords, bco_spec, logits_spec)
 
     def forward(
         self,
@@ -189,7 +189,7 @@ class LinearCPOLoss(ObjectiveModule):
 
     @accepts(CPOLinearKeywords)
     def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
-        super().__init__(keywords, PairSpec.cpo, linear_spec, functional.pair_normalizers)
+        super().__init__(keywords, cpo_spec, linear_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -225,7 +225,7 @@ class LinearDPOLoss(ObjectiveModule):
 
     @accepts(DPOLinearKeywords)
     def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
-        super().__init__(keywords, PairSpec.dpo, linear_spec, functional.pair_normalizers)
+        super().__init__(keywords, dpo_spec, linear_spec, functional.pair_normalizers)
 
     def forward(
         self,
@@ -263,7 +263,7 @@ class LinearBCOLoss(ShiftModule):
 
     @accepts(BCOLinearKeywords)
     def __init__(self, **keywords: Unpack[BCOLinearKeywords]) -> None:
-        super().__init__(keywords, BCOSpec.bco, linear_spec)
+        super().__init__(keywords, bco_spec, linear_spec)
 
     def forward(
         self,

@@ -1,11 +1,11 @@
-"""What ranks must refuse, on all of them: calls that disagree, heads that overlap."""
+"""What ranks must refuse, on all of them: calls that disagree."""
 
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import D, V, evaluate, parts_of, tensors
+from parallel_cases import D, evaluate, parts_of, tensors
 
 import fused_pref as fp
 
@@ -25,14 +25,6 @@ def disagree(rank: int, kind: str) -> str:
     elif kind == "boundaries":
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
         keywords["cu_seqlens"] = torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32)
-    elif kind == "the same head":
-        weight = given["weight"]
-    elif kind == "overlap":
-        weight = given["weight"][(slice(0, 60), slice(50, V))[rank]]
-    elif kind == "overlap, the other way":
-        weight = given["weight"][(slice(40, V), slice(0, 50))[rank]]
-    elif kind == "one within another":
-        weight = given["weight"][(slice(40, 50), slice(0, V))[rank]]
     if rank == 1:
         if kind == "D":
             hidden, weight = hidden[..., :20], weight[:, :20]
@@ -97,10 +89,6 @@ DISAGREEMENTS: dict[str, str | tuple[str, str]] = {
     "desirable": "must agree on desirable; got a bool tensor of shape (4,) of checksum",
     "class counts": "must agree on class_normalizer[1]; got 2.0 on rank 0, 3.0 on rank 1",
     "boundaries": "must agree on cu_seqlens; got a int32 tensor of shape (5,) of checksum",
-    "the same head": "rows 0 to 100 of rank 0 are rows 0 to 100 of rank 1",
-    "overlap": "rows 50 to 59 of rank 0 are rows 0 to 9 of rank 1",
-    "overlap, the other way": "rows 0 to 9 of rank 0 are rows 40 to 49 of rank 1",
-    "one within another": "rows 0 to 9 of rank 0 are rows 40 to 49 of rank 1",
     "dtype of weight": (
         "rank 1 of tp_group refuses its arguments: TypeError: weight must be a float32 tensor (V, D=24)",
         "weight must be a float32 tensor (V, D=24); got a bfloat16 tensor",
@@ -139,34 +127,6 @@ def heads_that_share_a_shape(rank: int) -> list[float]:
         exact = fp.reference.linear_cpo_loss(given["hidden"].double(), weight.double(), given["labels"])
         found += [output.loss.item(), exact.loss.item()]
     return found
-
-
-def rows_that_are_alike(rank: int) -> float:
-    """Heads as others are: of equal rows; with one row in common; whose last words copy the first; alike in columns."""
-    given = tensors()
-    constant = torch.ones(V, D)[parts_of(2)[rank]]
-    output = fp.linear_cpo_loss(given["hidden"], constant, given["labels"], tp_group=dist.group.WORLD)
-    one, copied, columns = (given["weight"].clone() for _ in range(3))
-    one[[49, 100]] = 7
-    copied[-2:] = copied[:2]
-    columns[50:100, :16] = columns[:50, :16]
-    for weight in (one, copied, columns):
-        with fp.checks():
-            fp.linear_cpo_loss(given["hidden"], weight[parts_of(2)[rank]], given["labels"], tp_group=dist.group.WORLD)
-    return output.loss.item()
-
-
-def checked_again(rank: int) -> str:
-    """The rows of a known head are not compared again, but for ``fp.checks()``."""
-    given = tensors()
-    weight = given["weight"][parts_of(2)[rank]].clone()
-    fp.linear_cpo_loss(given["hidden"], weight, given["labels"], tp_group=dist.group.WORLD)
-    if rank == 1:
-        weight[:50] = given["weight"][:50]
-    fp.linear_cpo_loss(given["hidden"], weight, given["labels"], tp_group=dist.group.WORLD)
-    with fp.checks(), pytest.raises(ValueError, match="must hold different rows of weight"):
-        fp.linear_cpo_loss(given["hidden"], weight, given["labels"], tp_group=dist.group.WORLD)
-    return "refused"
 
 
 def not_a_member(rank: int) -> str:

@@ -10,13 +10,11 @@ import torch.distributed as dist
 from parallel_cases import CASES, T, evaluate, parts_of, tensors
 from parallel_refusals import (
     DISAGREEMENTS,
-    checked_again,
     disagree,
     disagree_again,
     heads_that_share_a_shape,
     no_shift,
     not_a_member,
-    rows_that_are_alike,
 )
 from ranks import Raised, run_ranks
 from torch import Tensor
@@ -37,7 +35,7 @@ INTERPRETED = ("cpo", "cpo in groups", "cpo, softcap and bias", "no gradient", "
 def everything(rank: int) -> dict[str, Any]:
     """What two or three ranks are asked in these tests, in one go: starting them takes most of the time."""
     found: dict[str, Any] = {}
-    if dist.get_world_size() == 2:  # first: rows of a head that is known are not compared again
+    if dist.get_world_size() == 2:
         found["refused"] = {kind: disagree(rank, kind) for kind in DISAGREEMENTS}
     found |= {str(dtype): evaluate_all(rank, dtype) for dtype in (torch.float32, torch.bfloat16)}
     part = parts_of(dist.get_world_size())[rank]
@@ -47,9 +45,9 @@ def everything(rank: int) -> dict[str, Any]:
     if dist.get_world_size() == 3:
         return {**found, "plans": note_plans(rank), "smallest_default": smallest_default(rank)}
     works = (count_collectives, partial_gradients, dtensors, context_parallel, smallest_default)
-    works += (disagree_again, heads_that_share_a_shape, rows_that_are_alike)
+    works += (disagree_again, heads_that_share_a_shape)
     found |= {work.__name__: work(rank) for work in works}
-    found["refused"] |= {work.__name__: work(rank) for work in (checked_again, not_a_member, no_shift)}
+    found["refused"] |= {work.__name__: work(rank) for work in (not_a_member, no_shift)}
     return found
 
 

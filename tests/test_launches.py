@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_pref as fp
 from fused_pref import validate
-from fused_pref.ops.interface import Transform
+from fused_pref.ops.interface import BCOSpec, PairSpec, Transform
 from fused_pref.ops.triton import dlogits, logprob, objective, sequences
 
 OBJECTIVES = ["cpo", "dpo", "bco", "bco_step"]
@@ -133,9 +133,8 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(KERNEL, "run", skip)
     logp, statistics, means = logprob.token_logps_fwd(logits, labels, None, "all", True, -100, Transform())
     sums, counts, totals, positions = sequences.sequence_scores(logp, means, labels, None, "all", True, -100)
-    pair = (*4 * (None,), "all", False, "sigmoid", 0.1, 0.0, 1.0, 0.5, 0.0, "token")
-    objective.pair_objective(sums, counts, totals, positions, ref, *pair)
-    bco = (None, 0.0, *11 * (None,), "all", "mean", 0.1, "fixed", None, 0.0)
+    objective.pair_objective(sums, counts, totals, positions, ref, None, None, PairSpec("sigmoid", 0.1, 0.0, 1.0))
+    bco = (None, 0.0, None, None, BCOSpec(0.1, "mean"))
     objective.bco_objective(sums, totals, positions, desirable, ref, *bco)
     sequences.expand(sums, ends, 24)
     grad = torch.empty_like(logits)

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 import fused_pref as fp
-from fused_pref import figures, picture
 from fused_pref.__main__ import main
+from fused_pref.cli import figures, picture
 from fused_pref.explanation import bytes_text
 
 pytest.importorskip("matplotlib")

@@ -1,8 +1,8 @@
 """What the ranks of a vocab-parallel head tell each other at the start of every call.
 
-Five integers of each rank are gathered: its number of rows, whether it wants a comparison in full, its default budget,
-and two checksums of everything that must be the same on all ranks. Only where those differ, or somebody wants it, do
-the ranks exchange more: then all of them raise the same error, or look once whether their rows are different ones.
+Four integers of each rank are gathered: its number of rows, its default budget, and two checksums of everything that
+must be the same on all ranks, because what they exchange later would not fit together. Only where those differ do the
+ranks exchange more: then all of them raise the same error.
 """
 
 import contextlib
@@ -26,13 +26,6 @@ REFUSED = -1
 SPREAD = (-7046029254386353131, -4658895280553007687)
 # Keywords that each rank may have its own of.
 OWN = ("backend", "tp_group", "cp_group")
-# Rows at the end of a head that are also those at its beginning: so many are no copies any more.
-COPIED = 8
-# Entries of the weight that are looked at at a time.
-BLOCK = 2**20
-
-# Heads whose rows have been compared, by this rank's part. Ranks need not agree on it: one that asks is joined by all.
-_compared: set[tuple[str, torch.Size, torch.dtype]] = set()
 
 
 class Agreement:
@@ -60,7 +53,7 @@ class Agreement:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TypeError | ValueError) and not self.met:
             with contextlib.suppress(RuntimeError):  # what is refused says more than ranks that do not answer
-                gathered(torch.tensor([REFUSED, 1, 0, 0, 0], device=self.device), self.group)
+                gathered(torch.tensor([REFUSED, 0, 0, 0], device=self.device), self.group)
                 _exchanged(f"{type(error).__name__}: {error}", self.group)
 
     def meet(self, weight: Tensor, asked: Mapping[str, Any], scored: Tensor) -> tuple[tuple[int, ...], int]:
@@ -72,31 +65,26 @@ class Agreement:
             scored: (S, T) or (N_total,), which labels count; N is named before labels that differ.
 
         Raises:
-            ValueError: on every rank, if they ask for different things, one of them refuses its arguments, or two of
-                them hold the same rows.
+            ValueError: on every rank, if they ask for different things, or one of them refuses its arguments.
         """
         self.met = True
         asked, group = {**self.asked, **asked}, self.group
-        head = (group.group_name, weight.shape, weight.dtype)
-        wants = validate.checking() or head not in _compared
         texts = {name: _text(value) for name, value in asked.items()}
         digest = int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=8).digest(), "big", signed=True)
         exact = {name: value for name, value in asked.items() if _is_exact(value)}
         sums = {name: checksum(value.flatten()).to(weight.device) for name, value in exact.items()}
         budget = default_budget(budgets.memory_of(weight.device), *weight.shape, weight.dtype.itemsize)
-        numbers = torch.tensor([weight.shape[0], wants, budget, digest, 0], device=weight.device)
-        numbers[4] = checksum(torch.stack(list(sums.values())))
+        numbers = torch.tensor([weight.shape[0], budget, digest, 0], device=weight.device)
+        numbers[3] = checksum(torch.stack(list(sums.values())))
         ranks = gathered(numbers, group).tolist()
-        if any(rank[1] or rank[3:] != ranks[0][3:] for rank in ranks):
+        if any(rank[0] == REFUSED or rank[2:] != ranks[0][2:] for rank in ranks):
             shown = {
                 name: f"{value.item()}" if value.dim() == 0 else f"{texts[name]} of checksum {sums[name].item()}"
                 for name, value in exact.items()
             }
             others = {name: text for name, text in texts.items() if name not in shown}
             _compare(_exchanged({**others, "N": f"{int(scored.sum())}", **shown}, group))
-            _check_rows(weight, [rank[0] for rank in ranks], group)
-            _compared.add(head)
-        return tuple(rank[0] for rank in ranks), min(rank[2] for rank in ranks)
+        return tuple(rank[0] for rank in ranks), min(rank[1] for rank in ranks)
 
 
 def agreed(function: Callable[..., Any], tensors: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
@@ -165,41 +153,3 @@ def _compare(reports: list[Any]) -> None:
         if any(value != values[0] for value in values):
             shown = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
             raise ValueError(f"ranks of tp_group must agree on {name}; got {shown}")
-
-
-def _check_rows(weight: Tensor, sizes: list[int], group: Any) -> None:
-    """Refuse slices that overlap: a number for each row is gathered, once for a head."""
-    marks = torch.zeros(max(sizes), dtype=torch.int64, device=weight.device)
-    parts = weight.detach().split(max(1, BLOCK // weight.shape[1]))
-    marks[: weight.shape[0]] = torch.cat([checksum(part) for part in parts])
-    slices = [part[:size].cpu() for part, size in zip(gathered(marks, group), sizes, strict=True)]
-    for rank, later in enumerate(slices):
-        for other, earlier in enumerate(slices[:rank]):
-            shared = overlap(earlier, later)
-            if shared is not None:
-                mine, theirs = shared
-                raise ValueError(
-                    f"ranks {other} and {rank} of tp_group must hold different rows of weight; rows {mine.start} to "
-                    f"{mine.stop - 1} of rank {other} are rows {theirs.start} to {theirs.stop - 1} of rank {rank}: a "
-                    f"rank passes its own slice, whose first row here is row {sum(sizes[:rank])} of the head"
-                )
-
-
-def overlap(first: Tensor, second: Tensor) -> tuple[slice, slice] | None:
-    """Where two slices of marks, one a row, hold the same rows, as slices of one sequence would.
-
-    The first then ends with what the second begins with, or one is within the other; or the other way about, if they
-    stand in the wrong order. Rows that are the same by themselves, as those of unused words, are no overlap: it takes
-    at least two rows, of which one stands once in each, and more than a few last words that copy the first.
-    """
-    once = [part[counts == 1] for part, counts in (part.unique(return_counts=True) for part in (first, second))]
-    shared = once[0][torch.isin(once[0], once[1])]
-    if shared.numel() == 0:
-        return None
-    indices = [(part[None] == shared[:64, None]).int().argmax(1) for part in (first, second)]
-    shift = int((indices[0] - indices[1]).mode().values)
-    start, stop = max(0, shift), min(first.numel(), shift + second.numel())
-    mine, theirs = slice(start, stop), slice(start - shift, stop - shift)
-    swapped = shift < 0 and stop - start < min(first.numel(), second.numel())
-    least = COPIED if swapped else 2
-    return (mine, theirs) if stop - start >= least and torch.equal(first[mine], second[theirs]) else None

@@ -2,12 +2,14 @@
 
 import ast
 from collections.abc import Iterable
+from dataclasses import astuple
 from typing import Any
 
 from torch import Tensor
 
-from fused_pref.losses.pair import PairObjective, PairSpec
-from fused_pref.losses.unpaired import BCOObjective, BCOSpec
+from fused_pref.losses.pair import PairObjective
+from fused_pref.losses.unpaired import BCOObjective
+from fused_pref.ops.interface import BCOSpec, PairSpec
 
 Objective = PairObjective | BCOObjective
 
@@ -29,10 +31,10 @@ def encode(objective: Objective) -> tuple[str, list[Tensor]]:
     """
     tensors: list[Tensor] = []
     if isinstance(objective, PairObjective):
-        kind, numbers = "pair", objective.spec.constants
+        kind, numbers = "pair", astuple(objective.spec)
         own = (objective.ref_logps, objective.pair_normalizer, objective.token_normalizer)
     else:
-        kind, numbers = "bco", (objective.spec.beta, objective.spec.reduction)
+        kind, numbers = "bco", astuple(objective.spec)
         classes = objective.normalizers["class_normalizer"] or (None, None)
         own = (objective.desirable, objective.ref_logps, objective.current_delta, objective.sample_weight)
         own = (*own, objective.normalizers["sequence_normalizer"], *classes)
@@ -52,8 +54,8 @@ def decode(text: str, tensors: list[Tensor]) -> Objective:
     kind, *values = from_text(text)
     values = [tensors[int(v[1:])] if isinstance(v, str) and v.startswith("#") else v for v in values]
     if kind == "pair":
-        own, (_, *numbers) = values[:3], values[3:]
-        return PairObjective(PairSpec(own[0] is not None, *numbers), *own)
+        own, numbers = values[:3], values[3:]
+        return PairObjective(PairSpec(*numbers), *own)
     desirable, ref_logps, delta, sample_weight, sequence_normalizer, positive, negative, *numbers = values
     classes = None if positive is None else (positive, negative)
     normalizers = {"sequence_normalizer": sequence_normalizer, "class_normalizer": classes}

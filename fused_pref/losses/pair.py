@@ -7,7 +7,7 @@ loss is one function in ``PAIR_LOSSES`` and what CONTRIBUTING.md's recipe names 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,71 +16,39 @@ from torch import Tensor
 from fused_pref import validate
 from fused_pref.keywords import CPOKeywords, DPOKeywords, choices
 from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
-from fused_pref.ops.interface import ALPHA_CLAMP
+from fused_pref.ops.interface import ALPHA_CLAMP, AVERAGED, PairSpec
 
 CPO_LOSS_TYPES = choices(CPOKeywords, "loss_type")
 DPO_LOSS_TYPES = choices(DPOKeywords, "loss_type")
-# Loss types of log-probs averaged over the completion.
-AVERAGED = ("ipo", "simpo")
 NLL_REDUCTIONS = choices(CPOKeywords, "nll_reduction")
 
 
-@dataclass(frozen=True)
-class PairSpec:
-    """Validated hyperparameters of a pairwise objective; ``reference`` tells DPO from CPO."""
+@validate.remembered("loss_type", "beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha", "nll_reduction")
+def cpo_spec(keywords: Mapping[str, Any]) -> PairSpec:
+    """From CPO's keywords."""
+    loss_type = validate.choice("loss_type", keywords["loss_type"], CPO_LOSS_TYPES)
+    cpo_alpha = validate.finite("cpo_alpha", keywords["cpo_alpha"], "a finite number >= 0")
+    if cpo_alpha < 0:
+        raise validate.fail("cpo_alpha", "a finite number >= 0", cpo_alpha)
+    return PairSpec(
+        loss_type="simpo" if loss_type == "alphapo" else loss_type,
+        beta=validate.positive("beta", keywords["beta"]),
+        label_smoothing=validate.within("label_smoothing", keywords["label_smoothing"], 0.0, 1.0),
+        cpo_alpha=0.0 if loss_type == "alphapo" else cpo_alpha,
+        simpo_gamma=validate.finite("simpo_gamma", keywords["simpo_gamma"]),
+        alpha=validate.finite("alpha", keywords["alpha"]),
+        nll_reduction=validate.choice("nll_reduction", keywords["nll_reduction"], NLL_REDUCTIONS),
+    )
 
-    reference: bool
-    loss_type: str
-    beta: float
-    label_smoothing: float
-    cpo_alpha: float = 0.0
-    simpo_gamma: float = 0.0
-    alpha: float = 0.0
-    nll_reduction: str = "token"
 
-    @property
-    def constants(self) -> tuple[bool, str, float, float, float, float, float, str]:
-        """What the Triton objective takes, in its order."""
-        return (
-            self.loss_type in AVERAGED,
-            self.loss_type,
-            self.beta,
-            self.label_smoothing,
-            self.cpo_alpha,
-            self.simpo_gamma,
-            self.alpha,
-            self.nll_reduction,
-        )
-
-    @staticmethod
-    @validate.remembered("loss_type", "beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha", "nll_reduction")
-    def cpo(keywords: Mapping[str, Any]) -> "PairSpec":
-        """From CPO's keywords."""
-        loss_type = validate.choice("loss_type", keywords["loss_type"], CPO_LOSS_TYPES)
-        cpo_alpha = validate.finite("cpo_alpha", keywords["cpo_alpha"], "a finite number >= 0")
-        if cpo_alpha < 0:
-            raise validate.fail("cpo_alpha", "a finite number >= 0", cpo_alpha)
-        return PairSpec(
-            reference=False,
-            loss_type="simpo" if loss_type == "alphapo" else loss_type,
-            beta=validate.positive("beta", keywords["beta"]),
-            label_smoothing=validate.within("label_smoothing", keywords["label_smoothing"], 0.0, 1.0),
-            cpo_alpha=0.0 if loss_type == "alphapo" else cpo_alpha,
-            simpo_gamma=validate.finite("simpo_gamma", keywords["simpo_gamma"]),
-            alpha=validate.finite("alpha", keywords["alpha"]),
-            nll_reduction=validate.choice("nll_reduction", keywords["nll_reduction"], NLL_REDUCTIONS),
-        )
-
-    @staticmethod
-    @validate.remembered("loss_type", "beta", "label_smoothing")
-    def dpo(keywords: Mapping[str, Any]) -> "PairSpec":
-        """From DPO's keywords."""
-        return PairSpec(
-            reference=True,
-            loss_type=validate.choice("loss_type", keywords["loss_type"], DPO_LOSS_TYPES),
-            beta=validate.positive("beta", keywords["beta"]),
-            label_smoothing=validate.within("label_smoothing", keywords["label_smoothing"], 0.0, 1.0),
-        )
+@validate.remembered("loss_type", "beta", "label_smoothing")
+def dpo_spec(keywords: Mapping[str, Any]) -> PairSpec:
+    """From DPO's keywords."""
+    return PairSpec(
+        loss_type=validate.choice("loss_type", keywords["loss_type"], DPO_LOSS_TYPES),
+        beta=validate.positive("beta", keywords["beta"]),
+        label_smoothing=validate.within("label_smoothing", keywords["label_smoothing"], 0.0, 1.0),
+    )
 
 
 class PairTerms(NamedTuple):
@@ -221,12 +189,8 @@ class PairObjective:
     def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> PairResult:
         """Loss, slope and all that is reported, from the same code; results in ``dtype``."""
         if backend == "triton":
-            means = None if scores.totals is None else "all"
-            unknown = (scores.sums, scores.counts) if scores.totals is None else (scores.totals, scores.positions)
-            normalizers = (*split(self.pair_normalizer), *split(self.token_normalizer))
-            loss, scalars, logps, rewards, slope = pair_objective_op(
-                scores.sums, scores.counts, *unknown, self.ref_logps, *normalizers, means, *self.spec.constants
-            )
+            arguments = (self.ref_logps, self.pair_normalizer, self.token_normalizer, self.spec)
+            loss, scalars, logps, rewards, slope = launch_pair_objective(*scores, *arguments)
             nll_loss, chosen_mean, rejected_mean = scalars.unbind()
             return PairResult(loss, nll_loss, chosen_mean, rejected_mean, logps, rewards, slope)
         sums = scores.sums
@@ -275,19 +239,36 @@ class PairObjective:
         """Nothing: pairs have no state."""
 
 
+def launch_pair_objective(
+    sums: Tensor,
+    counts: Tensor,
+    totals: Tensor | None,
+    positions: Tensor | None,
+    ref_logps: Tensor | None,
+    pair_normalizer: float | Tensor | None,
+    token_normalizer: float | Tensor | None,
+    spec: PairSpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`fused_pref.ops.triton.objective.pair_objective`; for a compiler as a custom op."""
+    tensors = (sums, counts, totals, positions, ref_logps)
+    if torch.compiler.is_compiling():
+        return pair_objective_op(*tensors, *split(pair_normalizer), *split(token_normalizer), *astuple(spec))  # type: ignore[return-value]
+    from fused_pref.ops.triton import objective
+
+    return objective.pair_objective(*tensors, pair_normalizer, token_normalizer, spec)
+
+
 @torch.library.custom_op("fused_pref::pair_objective", mutates_args=())
 def pair_objective_op(
     sums: Tensor,
     counts: Tensor,
-    totals: Tensor,
-    positions: Tensor,
+    totals: Tensor | None,
+    positions: Tensor | None,
     ref_logps: Tensor | None,
     pair_number: float | None,
     pair_tensor: Tensor | None,
     token_number: float | None,
     token_tensor: Tensor | None,
-    logits_mean: str | None,
-    average: bool,
     loss_type: str,
     beta: float,
     label_smoothing: float,
@@ -296,13 +277,11 @@ def pair_objective_op(
     alpha: float,
     nll_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64."""
-    from fused_pref.ops.triton import objective
-
-    return objective.pair_objective(
-        sums, counts, totals, positions, ref_logps, pair_number, pair_tensor, token_number, token_tensor, logits_mean,
-        average, loss_type, beta, label_smoothing, cpo_alpha, simpo_gamma, alpha, nll_reduction,
-    )  # fmt: skip
+    """See :func:`fused_pref.ops.triton.objective.pair_objective`."""
+    spec = PairSpec(loss_type, beta, label_smoothing, cpo_alpha, simpo_gamma, alpha, nll_reduction)
+    pairs = pair_number if pair_tensor is None else pair_tensor
+    tokens = token_number if token_tensor is None else token_tensor
+    return launch_pair_objective(sums, counts, totals, positions, ref_logps, pairs, tokens, spec)
 
 
 @pair_objective_op.register_fake

@@ -11,25 +11,18 @@ from fused_pref import validate
 from fused_pref.keywords import BCOKeywords, choices
 from fused_pref.losses.reward_shift import RewardShift, ShiftState
 from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
+from fused_pref.ops.interface import BCOSpec, ShiftMemory
 
 BCO_REDUCTIONS = choices(BCOKeywords, "reduction")
 
 
-@dataclass(frozen=True)
-class BCOSpec:
-    """Validated hyperparameters of the BCO objective."""
-
-    beta: float
-    reduction: str
-
-    @staticmethod
-    @validate.remembered("beta", "reduction")
-    def bco(keywords: Mapping[str, Any]) -> "BCOSpec":
-        """From BCO's keywords."""
-        return BCOSpec(
-            beta=validate.positive("beta", keywords["beta"]),
-            reduction=validate.choice("reduction", keywords["reduction"], BCO_REDUCTIONS),
-        )
+@validate.remembered("beta", "reduction")
+def bco_spec(keywords: Mapping[str, Any]) -> BCOSpec:
+    """From BCO's keywords."""
+    return BCOSpec(
+        beta=validate.positive("beta", keywords["beta"]),
+        reduction=validate.choice("reduction", keywords["reduction"], BCO_REDUCTIONS),
+    )
 
 
 class BCOTerms(NamedTuple):
@@ -191,49 +184,62 @@ class BCOObjective:
             self.delta.commit(state)
 
     def _evaluate_triton(self, scores: Scores) -> BCOResult:
-        delta, normalizers = self.delta, self.normalizers
-        means = None if scores.totals is None else "all"
-        known = (scores.sums, scores.counts) if scores.totals is None else (scores.totals, scores.positions)
-        kind, update, decay = "fixed", None, 0.0
-        state: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
-        if isinstance(delta, RewardShift):
-            kind, decay = delta.kind, delta.decay
-            update = delta.update if delta.updating() else None
-            state = (delta.mean, delta.count, delta.pending_sum, delta.pending_count)
-            delta = delta.value
-        positive, negative = normalizers["class_normalizer"] or (None, None)
-        loss, scalars, numbers, logps, rewards, slope = bco_objective_op(
+        shift: RewardShift | Tensor | float | ShiftMemory = self.delta
+        if isinstance(shift, RewardShift) and shift.kind == "fixed":
+            shift = shift.value
+        elif isinstance(shift, RewardShift):
+            update = shift.update if shift.updating() else None
+            state = (shift.mean, shift.count, shift.pending_sum, shift.pending_count)
+            shift = ShiftMemory(*state, shift.kind, update, shift.decay)
+        loss, scalars, numbers, logps, rewards, slope = launch_bco_objective(
             scores.sums,
-            *known,
+            scores.totals,
+            scores.positions,
             self.desirable,
             self.ref_logps,
             self.sample_weight,
-            *split(delta),
-            *state,
-            *split(normalizers["sequence_normalizer"]),
-            *split(positive),
-            *split(negative),
-            means,
-            self.spec.reduction,
-            self.spec.beta,
-            kind,
-            update,
-            decay,
+            shift,
+            self.normalizers["sequence_normalizer"],
+            self.normalizers["class_normalizer"],
+            self.spec,
         )
-        shift, chosen_mean, rejected_mean = scalars.unbind()
-        chosen_count, rejected_count = numbers.unbind()
-        both = chosen_mean, rejected_mean
-        return BCOResult(loss, shift, *both, chosen_count, rejected_count, logps, rewards, slope)
+        used, chosen_mean, rejected_mean = scalars.unbind()
+        chosen, rejected = numbers.unbind()
+        return BCOResult(loss, used, chosen_mean, rejected_mean, chosen, rejected, logps, rewards, slope)
 
 
-STATE = ("shift_mean", "shift_count", "pending_sum", "pending_count")
+def launch_bco_objective(
+    sums: Tensor,
+    totals: Tensor | None,
+    positions: Tensor | None,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    sample_weight: Tensor | None,
+    delta: float | Tensor | ShiftMemory,
+    sequence_normalizer: float | Tensor | None,
+    class_normalizer: tuple[float | Tensor, float | Tensor] | None,
+    spec: BCOSpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`fused_pref.ops.triton.objective.bco_objective`; for a compiler as a custom op."""
+    tensors = (sums, totals, positions, desirable, ref_logps, sample_weight)
+    if torch.compiler.is_compiling():
+        shift = delta if isinstance(delta, ShiftMemory) else (*[None] * 4, "fixed", None, 0.0)
+        number = (None, None) if isinstance(delta, ShiftMemory) else split(delta)
+        positive, negative = class_normalizer or (None, None)
+        normalizers = (*split(sequence_normalizer), *split(positive), *split(negative))
+        return bco_objective_op(*tensors, *number, *shift, *normalizers, spec.beta, spec.reduction)  # type: ignore[return-value]
+    from fused_pref.ops.triton import objective
+
+    return objective.bco_objective(*tensors, delta, sequence_normalizer, class_normalizer, spec)
 
 
-@torch.library.custom_op("fused_pref::bco_objective", mutates_args=STATE)
+@torch.library.custom_op(
+    "fused_pref::bco_objective", mutates_args=("shift_mean", "shift_count", "pending_sum", "pending_count")
+)
 def bco_objective_op(
     sums: Tensor,
-    totals: Tensor,
-    positions: Tensor,
+    totals: Tensor | None,
+    positions: Tensor | None,
     desirable: Tensor,
     ref_logps: Tensor,
     sample_weight: Tensor | None,
@@ -243,28 +249,36 @@ def bco_objective_op(
     shift_count: Tensor | None,
     pending_sum: Tensor | None,
     pending_count: Tensor | None,
+    kind: str,
+    update: str | None,
+    decay: float,
     sequence_number: float | None,
     sequence_tensor: Tensor | None,
     positive_number: float | None,
     positive_tensor: Tensor | None,
     negative_number: float | None,
     negative_tensor: Tensor | None,
-    logits_mean: str | None,
-    reduction: str,
     beta: float,
-    kind: str,
-    update: str | None,
-    decay: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates the state."""
-    from fused_pref.ops.triton import objective
-
-    return objective.bco_objective(
-        sums, totals, positions, desirable, ref_logps, sample_weight, delta_number, delta_tensor,
-        shift_mean, shift_count, pending_sum, pending_count, sequence_number, sequence_tensor,
-        positive_number, positive_tensor, negative_number, negative_tensor,
-        logits_mean, reduction, beta, kind, update, decay,
-    )  # fmt: skip
+    """See :func:`fused_pref.ops.triton.objective.bco_objective`."""
+    delta: Any = delta_number if delta_tensor is None else delta_tensor
+    if shift_mean is not None and shift_count is not None and pending_sum is not None and pending_count is not None:
+        delta = ShiftMemory(shift_mean, shift_count, pending_sum, pending_count, kind, update, decay)
+    positive = positive_number if positive_tensor is None else positive_tensor
+    negative = negative_number if negative_tensor is None else negative_tensor
+    return launch_bco_objective(
+        sums,
+        totals,
+        positions,
+        desirable,
+        ref_logps,
+        sample_weight,
+        delta,
+        sequence_number if sequence_tensor is None else sequence_tensor,
+        None if positive is None or negative is None else (positive, negative),
+        BCOSpec(beta, reduction),
+    )
 
 
 @bco_objective_op.register_fake

@@ -18,6 +18,8 @@ FLOAT32 = torch.finfo(torch.float32)
 LARGEST = float(torch.finfo(torch.bfloat16).max)
 # exp(80) is the largest AlphaPO reward: squared it is finite in float64, and itself in float32.
 ALPHA_CLAMP = 80.0
+# Loss types of log-probs averaged over the completion.
+AVERAGED = ("ipo", "simpo")
 # Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
 # Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
 ROW_MAX, SUM_EXP, TARGET_LOGIT, LOGIT_SUM = range(4)
@@ -61,6 +63,39 @@ class Transform:
     def slope(self) -> float:
         """∂z/∂x where it is a constant; 1 with an activation, whose slope its backward applies to each entry."""
         return 1.0 if self.nonlinear else self.inner
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Validated hyperparameters of a pairwise objective."""
+
+    loss_type: str
+    beta: float
+    label_smoothing: float
+    cpo_alpha: float = 0.0
+    simpo_gamma: float = 0.0
+    alpha: float = 0.0
+    nll_reduction: str = "token"
+
+
+@dataclass(frozen=True)
+class BCOSpec:
+    """Validated hyperparameters of the BCO objective."""
+
+    beta: float
+    reduction: str
+
+
+class ShiftMemory(NamedTuple):
+    """State of a RewardShift where it is, and how a batch changes it; see :mod:`fused_pref.losses.reward_shift`."""
+
+    mean: Tensor  # (2,) float64
+    count: Tensor  # (2,) int64
+    pending_sum: Tensor  # (2,) float64
+    pending_count: Tensor  # (2,) int64
+    kind: str
+    update: str | None  # None: this batch changes nothing
+    decay: float
 
 
 class TargetRows(NamedTuple):

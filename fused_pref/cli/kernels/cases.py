@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.ops.interface import TargetRows, Transform
+from fused_pref.ops.interface import BCOSpec, PairSpec, ShiftMemory, TargetRows, Transform
 from fused_pref.ops.torch.chunk import padded
 from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
@@ -183,7 +183,6 @@ def expand(dtype: torch.dtype) -> Tensor:
 def pair(
     dtype: torch.dtype,
     loss_type: str,
-    average: bool = False,
     reference: bool = False,
     alpha: float = 0.0,
     nll: str | None = None,
@@ -193,9 +192,9 @@ def pair(
     """Launch CPO or DPO."""
     sums, counts = meta(8, dtype=dtype), meta(8, dtype=torch.int64)
     ref_logps = meta(8) if reference else None
-    normalizers = (None, normalizer, None, normalizer)
-    constants = (mean, average, loss_type, 0.1, 0.0, 1.0 if nll else 0.0, 0.5, alpha, nll or "token")
-    return objective.pair_objective(sums, counts, sums, counts, ref_logps, *normalizers, *constants)
+    spec = PairSpec(loss_type, 0.1, 0.0, 1.0 if nll else 0.0, 0.5, alpha, nll or "token")
+    means = (sums, counts) if mean else (None, None)
+    return objective.pair_objective(sums, counts, *means, ref_logps, normalizer, normalizer, spec)
 
 
 def bco(
@@ -210,10 +209,12 @@ def bco(
     """Launch BCO; ``number`` stands for δ and every normalizer."""
     sums, counts, flags = meta(8, dtype=dtype), meta(8, dtype=torch.int64), meta(8, dtype=torch.bool)
     means, numbers = meta(2, dtype=torch.float64), meta(2, dtype=torch.int64)
-    state = (None, None, None, None) if kind == "fixed" else (means, numbers, means, numbers)
-    normalizers, constants = (None, number, None, number, None, number), (mean, reduction, 0.1, kind, update, 0.9)
+    delta = 0.0 if number is None else number
+    shift = delta if kind == "fixed" else ShiftMemory(means, numbers, means, numbers, kind, update, 0.9)
+    totals = (sums, counts) if mean else (None, None)
+    classes = None if number is None else (number, number)
     return objective.bco_objective(
-        sums, sums, counts, flags, meta(8), weight, None, number, *state, *normalizers, *constants
+        sums, *totals, flags, meta(8), weight, shift, number, classes, BCOSpec(0.1, reduction)
     )
 
 
@@ -287,8 +288,8 @@ CASES = [
     Case("sigmoid, NLL, means", partial(pair, loss_type="sigmoid", nll="token", mean="all"), SUMS),
     Case("sigmoid, NLL, normalizers", partial(pair, loss_type="sigmoid", nll="token", normalizer=NUMBER), SUMS),
     Case("hinge, NLL of sequences", partial(pair, loss_type="hinge", nll="sequence"), SUMS),
-    Case("ipo, reference", partial(pair, loss_type="ipo", average=True, reference=True), SUMS),
-    Case("simpo, alpha", partial(pair, loss_type="simpo", average=True, alpha=0.25), SUMS),
+    Case("ipo, reference", partial(pair, loss_type="ipo", reference=True), SUMS),
+    Case("simpo, alpha", partial(pair, loss_type="simpo", alpha=0.25), SUMS),
     Case("fixed", bco, SUMS),
     Case("fixed, weights, normalizers", partial(bco, reduction="class_mean", weight=meta(8), number=NUMBER), SUMS),
     Case("running mean, means", partial(bco, kind="running_mean", update="forward", mean="all"), SUMS),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_pref.ops.interface import AVERAGED, BCOSpec, PairSpec, ShiftMemory
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
 
@@ -284,50 +285,41 @@ def _bco_objective_kernel(
         _store_mean(scalars + 2, l_total, l_positions)
 
 
-def value_and_pointer(number: float | None, tensor: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+def value_and_pointer(number: float | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
     """What a kernel takes for a number or a 0-d tensor: a pointer where that is on the device, else its value."""
-    if tensor is None:
-        return float(number or 0.0), None
-    return (0.0, tensor) if tensor.device == device else (float(tensor), None)
+    if isinstance(number, Tensor) and number.device == device:
+        return 0.0, number
+    return float(number or 0.0), None
 
 
 def pair_objective(
     sums: Tensor,
     counts: Tensor,
-    totals: Tensor,
-    positions: Tensor,
+    totals: Tensor | None,
+    positions: Tensor | None,
     ref_logps: Tensor | None,
-    pair_number: float | None,
-    pair_tensor: Tensor | None,
-    token_number: float | None,
-    token_tensor: Tensor | None,
-    logits_mean: str | None,
-    average: bool,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    cpo_alpha: float,
-    simpo_gamma: float,
-    alpha: float,
-    nll_reduction: str,
+    pair_normalizer: float | Tensor | None,
+    token_normalizer: float | Tensor | None,
+    spec: PairSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.losses.pair.pair_objective_op`. One launch."""
+    """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64. One launch.
+
+    Args as of :func:`fused_pref.losses.pair.pair_objective`, and ``totals`` and ``positions`` of
+    :class:`fused_pref.losses.scores.Scores`.
+    """
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
-    rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
-    pairs = sequences // 2
-    pair_count, pair_normalizer = value_and_pointer(pairs if pair_number is None else pair_number, pair_tensor, device)
-    token_count, token_normalizer = value_and_pointer(token_number, token_tensor, device)
-    means = logits_mean is not None
+    rewards, slope, pairs = torch.empty_like(logps), torch.empty_like(sums), sequences // 2
+    pair_count, pair_pointer = value_and_pointer(pairs if pair_normalizer is None else pair_normalizer, device)
+    token_count, token_pointer = value_and_pointer(token_normalizer, device)
     _pair_objective_kernel[1,](
-        sums, counts, totals if means else None, positions if means else None, ref_logps,
-        pair_normalizer, token_normalizer, loss, scalars, logps, rewards, slope,
-        pairs=pairs, pair_count=pair_count, token_count=token_count, beta=beta, smoothing=label_smoothing,
-        cpo_alpha=cpo_alpha, gamma=simpo_gamma, alpha=alpha,
-        LOSS=loss_type, AVERAGE=average, ALPHA=alpha != 0, NLL=nll_reduction if cpo_alpha else None,
-        TOKEN_COUNT=token_number is None and token_tensor is None,
+        sums, counts, totals, positions, ref_logps, pair_pointer, token_pointer, loss, scalars, logps, rewards, slope,
+        pairs=pairs, pair_count=pair_count, token_count=token_count, beta=spec.beta, smoothing=spec.label_smoothing,
+        cpo_alpha=spec.cpo_alpha, gamma=spec.simpo_gamma, alpha=spec.alpha,
+        LOSS=spec.loss_type, AVERAGE=spec.loss_type in AVERAGED, ALPHA=spec.alpha != 0,
+        NLL=spec.nll_reduction if spec.cpo_alpha else None, TOKEN_COUNT=token_normalizer is None,
         BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, logps, rewards, slope
@@ -335,50 +327,44 @@ def pair_objective(
 
 def bco_objective(
     sums: Tensor,
-    totals: Tensor,
-    positions: Tensor,
+    totals: Tensor | None,
+    positions: Tensor | None,
     desirable: Tensor,
     ref_logps: Tensor,
     sample_weight: Tensor | None,
-    delta_number: float | None,
-    delta_tensor: Tensor | None,
-    shift_mean: Tensor | None,
-    shift_count: Tensor | None,
-    pending_sum: Tensor | None,
-    pending_count: Tensor | None,
-    sequence_number: float | None,
-    sequence_tensor: Tensor | None,
-    positive_number: float | None,
-    positive_tensor: Tensor | None,
-    negative_number: float | None,
-    negative_tensor: Tensor | None,
-    logits_mean: str | None,
-    reduction: str,
-    beta: float,
-    kind: str,
-    update: str | None,
-    decay: float,
+    delta: float | Tensor | ShiftMemory,
+    sequence_normalizer: float | Tensor | None,
+    class_normalizer: tuple[float | Tensor, float | Tensor] | None,
+    spec: BCOSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.losses.unpaired.bco_objective_op`. One launch."""
+    """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates a shift. One launch.
+
+    Args as of :func:`fused_pref.losses.unpaired.bco_objective`, and ``totals`` and ``positions`` of
+    :class:`fused_pref.losses.scores.Scores`.
+    """
     sequences, device = sums.shape[0], sums.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     scalars = torch.empty(3, dtype=torch.float32, device=device)
     numbers = torch.empty(2, dtype=torch.int64, device=device)
     logps = torch.empty(sequences, dtype=torch.float32, device=device)
     rewards, slope = torch.empty_like(logps), torch.empty_like(sums)
-    given = sequences if sequence_number is None else sequence_number
-    sequence_count, sequence_normalizer = value_and_pointer(given, sequence_tensor, device)
-    positive_count, positive_normalizer = value_and_pointer(positive_number, positive_tensor, device)
-    negative_count, negative_normalizer = value_and_pointer(negative_number, negative_tensor, device)
-    delta_value, delta = value_and_pointer(delta_number, delta_tensor, device)
-    means = logits_mean is not None
+    given = sequences if sequence_normalizer is None else sequence_normalizer
+    sequence_count, sequence_pointer = value_and_pointer(given, device)
+    positive, negative = class_normalizer or (None, None)
+    positive_count, positive_pointer = value_and_pointer(positive, device)
+    negative_count, negative_pointer = value_and_pointer(negative, device)
+    if isinstance(delta, ShiftMemory):
+        *state, kind, update, decay = delta
+        delta_value, delta_pointer = 0.0, None
+    else:
+        state, kind, update, decay = [None] * 4, "fixed", None, 0.0
+        delta_value, delta_pointer = value_and_pointer(delta, device)
     _bco_objective_kernel[1,](
-        sums, totals if means else None, positions if means else None, desirable, ref_logps, sample_weight,
-        delta, shift_mean, shift_count, pending_sum, pending_count,
-        sequence_normalizer, positive_normalizer, negative_normalizer, loss, scalars, numbers, logps, rewards, slope,
+        sums, totals, positions, desirable, ref_logps, sample_weight, delta_pointer, *state,
+        sequence_pointer, positive_pointer, negative_pointer, loss, scalars, numbers, logps, rewards, slope,
         sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,
-        negative_count=negative_count, beta=beta, decay=decay,
-        CLASS_MEAN=reduction == "class_mean", CLASS_COUNT=positive_number is None and positive_tensor is None,
-        KIND=kind, UPDATE=update, BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
+        negative_count=negative_count, beta=spec.beta, decay=decay,
+        CLASS_MEAN=spec.reduction == "class_mean", CLASS_COUNT=class_normalizer is None, KIND=kind, UPDATE=update,
+        BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
     return loss, scalars, numbers, logps, rewards, slope

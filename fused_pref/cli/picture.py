@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fused_pref import figures, validate
+from fused_pref import validate
+from fused_pref.cli import figures
 from fused_pref.explanation import Explanation, bytes_text
 
 # Parts in a row that are still drawn one by one.
