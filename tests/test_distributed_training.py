@@ -147,7 +147,7 @@ def train_sharded(rank: int, world: int, wrap_head: bool, tied: bool) -> tuple[l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wrap_head", "tied"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("wrap_head", "tied"), [(True, False), (False, True)])
 def test_fsdp2_is_one_process(wrap_head: bool, tied: bool) -> None:
     losses, parameters = train_sharded(0, 1, wrap_head, tied)
     (first, mine), (second, theirs) = run_ranks(2, train_sharded, 2, wrap_head, tied)
