@@ -2,8 +2,8 @@
 
 A keyword table is a ``TypedDict`` whose values are annotated with :class:`Keyword`. Functions, their references,
 their linear twins and their modules name the table they take (``**keywords: Unpack[CPOKeywords]`` for the type
-checker, ``@takes(CPOKeywords)`` for the runtime), so that a default cannot differ between them.
-``takes`` shows the table in ``inspect.signature`` and ``help()``, fills in defaults and refuses unknown names.
+checker, ``@accepts(CPOKeywords)`` for the runtime), so that a default cannot differ between them.
+``accepts`` shows the table in ``inspect.signature`` and ``help()``, fills in defaults and refuses unknown names.
 """
 
 import functools
