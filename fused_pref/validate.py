@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import numbers
-import operator
 import os
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -61,7 +60,6 @@ def remembered(*names: str) -> Callable[[Callable[[Mapping[str, Any]], Result]],
 
     The result must not be changed by whoever gets it. Of malformed values nothing is remembered.
     """
-    values_of = operator.itemgetter(*names)
 
     def decorate(function: Callable[[Mapping[str, Any]], Result]) -> Callable[[Mapping[str, Any]], Result]:
         @functools.lru_cache(maxsize=256, typed=True)
@@ -72,7 +70,7 @@ def remembered(*names: str) -> Callable[[Callable[[Mapping[str, Any]], Result]],
         def call(keywords: Mapping[str, Any]) -> Result:
             if torch.compiler.is_compiling():
                 return function(keywords)
-            values = values_of(keywords)
+            values = tuple(map(keywords.__getitem__, names))
             try:
                 hash(values)
             except TypeError:  # malformed: the function says which
@@ -269,10 +267,8 @@ def saved(
         raise ValueError(f"{name} must be finite{'' if negative else ' and >= 0'}; got {describe(value.tolist())}")
 
 
-def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor | None:
-    """A count to divide by: None, a number or a 0-d tensor, above 0 (``zero``: or 0)."""
-    if value is None:
-        return None
+def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor:
+    """A count to divide by: a number or a 0-d tensor, above 0 (``zero``: or 0)."""
     expected = f"a finite number or 0-d tensor {'>=' if zero else '>'} 0"
     if isinstance(value, Tensor):
         if tensor(name, value, "()", None, ()).dim() != 0 or value.dtype is torch.bool or value.is_complex():

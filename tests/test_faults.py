@@ -203,6 +203,20 @@ def test_memory_that_a_cpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "DefaultCPUAllocator" in str(raised.value)
 
 
+def test_a_cast_without_memory_has_the_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast's copy of the weight is part of the workspace."""
+    step, to = make_step("linear", "torch"), Tensor.to
+
+    def refused(tensor: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        if tensor.shape == (V, D):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return to(tensor, *args, **keywords)
+
+    monkeypatch.setattr(Tensor, "to", refused)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(torch.OutOfMemoryError, match="works by plan"):
+        step.call()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "keywords"), CASES, ids=NAMES)
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_pref.head.advice import advise
 from fused_pref.head.custom_ops import token_logps_bwd, token_logps_fwd
-from fused_pref.head.engine import problem_of, score
+from fused_pref.head.engine import score, working
 from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.head.plans.problem import Plan
 from fused_pref.head.plans.shard import Shard
@@ -93,12 +92,8 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """By any plan but ``grouped``; ``head`` has the same tensors."""
         ctx.call, ctx.rows, ctx.plan = head.call, rows, plan
-        try:
-            with torch.autocast(hidden.device.type, enabled=False):
-                logp, means, forward = score(head, rows, plan, labels)
-        except RuntimeError as error:
-            advise(error, lambda: problem_of(head, rows))
-            raise
+        with working(head, rows):
+            logp, means, forward = score(head, rows, plan, labels)
         dropped = None if forward.dropped is None else rows.scatter(forward.dropped, labels)
         ctx.chunks = forward.chunks
         ctx.save_for_backward(hidden, weight, bias, *forward.saved)
@@ -112,12 +107,8 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         # Used up: a second backward computes them again.
         chunks, ctx.chunks = ctx.chunks, ()
         head, grad_logp = Head(ctx.call, hidden, weight, bias), rows.gather(grads[0])
-        try:
-            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                gradients = ctx.plan.backward(head, rows, tuple(saved), chunks, grad_logp)
-        except RuntimeError as error:
-            advise(error, lambda: problem_of(head, rows))
-            raise
+        with torch.no_grad(), working(head, rows):
+            gradients = ctx.plan.backward(head, rows, tuple(saved), chunks, grad_logp)
         gradients = _once(gradients, hidden, weight, bias) if torch.is_grad_enabled() else gradients
         return (*gradients, None, None, None, None)
 

@@ -6,8 +6,6 @@ keep the number of scored tokens inside. A schema has no dataclasses: constants 
 wanted are empty tensors.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head.advice import advise
-from fused_pref.head.engine import evaluate, plan_of, problem_of, score
+from fused_pref.head.engine import evaluate, plan_of, problem_of, score, working
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, Gradients, Head, HeadCall, late_dtype
-from fused_pref.layout import ValidRows, targets_of, valid_rows
+from fused_pref.layout import targets_of, valid_rows
 from fused_pref.losses.encoding import decode as decode_objective
 from fused_pref.losses.encoding import from_text, to_text
 from fused_pref.losses.scores import Scores, saturate
@@ -125,7 +122,7 @@ def linear_token_logps_fwd(
     request = decode(call)
     head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
     plan = replace(plan_of(problem_of(head, rows)), saved=0)
-    with _working(head, rows):
+    with working(head, rows):
         logp, means, forward = score(head, rows, plan, labels)
     if not request.wanted:
         saved = hidden.new_empty(0, dtype=head.accumulator)
@@ -162,7 +159,7 @@ def linear_token_logps_bwd(
     request = decode(call)
     head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
     upstream = rows.gather(grad_logp)
-    with _working(head, rows):
+    with working(head, rows):
         if request.wanted == {"hidden"}:
             own = saved if rows.indices is None else saved.index_select(0, rows.indices)
         else:
@@ -191,10 +188,10 @@ def linear_known_gradients(
     request, objective = decode(call), decode_objective(constants, tensors)
     head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
     plan = plan_of(problem_of(head, rows))
-    with _working(head, rows):
-        if isinstance(plan, Grouped):
-            logp, means, gradients, _ = evaluate(head, rows, plan, labels, cu_seqlens, objective)
-            return logp, means, *_filled(gradients, hidden)
+    if isinstance(plan, Grouped):
+        logp, means, gradients, _ = evaluate(head, rows, plan, labels, cu_seqlens, objective)
+        return logp, means, *_filled(gradients, hidden)
+    with working(head, rows):
         values, means, forward = score(head, rows, plan, labels)
         whole = objective.for_parts(rows.counts)
         slope = whole.evaluate(
@@ -238,17 +235,6 @@ class CompiledTokenLogpsFunction(torch.autograd.Function):
         """See :func:`linear_token_logps_bwd`."""
         gradients = linear_token_logps_bwd(*ctx.saved_tensors, grads[0], ctx.call)
         return (*wanted_only(gradients), None, None, None)
-
-
-@contextlib.contextmanager
-def _working(head: Head, rows: ValidRows) -> Iterator[None]:
-    """Without autocast, and with advice where memory runs out."""
-    try:
-        with torch.autocast(head.hidden.device.type, enabled=False):
-            yield
-    except RuntimeError as error:
-        advise(error, lambda: problem_of(head, rows))
-        raise
 
 
 def wanted_only(gradients: tuple[Tensor, ...]) -> Gradients:

@@ -1,5 +1,7 @@
 """A call of the linear head: its plan, the means of the logits, and an objective on each group of its units."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.head import budget as budgets
-from fused_pref.head.advice import warn_of
+from fused_pref.head.advice import advise, warn_of
 from fused_pref.head.budget import default_budget
 from fused_pref.head.plans import planner
 from fused_pref.head.plans.grouped import Grouped
@@ -61,11 +63,25 @@ def problem_of(head: Head, rows: ValidRows) -> Problem:
 
 
 def plan_of(problem: Problem) -> Plan:
-    """The plan of :func:`fused_pref.head.plans.planner.choose`; one that passes the default budget is warned of."""
+    """The plan of :func:`fused_pref.head.plans.planner.choose`, or within ``planning`` what that gives.
+
+    One that passes the default budget is warned of.
+    """
     plan = planner.choices[-1](problem)
     if plan.workspace > problem.budget:
         warn_of(plan, problem)
     return plan
+
+
+@contextlib.contextmanager
+def working(head: Head, rows: ValidRows) -> Iterator[None]:
+    """Without autocast, and with advice where memory runs out."""
+    try:
+        with torch.autocast(head.hidden.device.type, enabled=False):
+            yield
+    except RuntimeError as error:
+        advise(error, lambda: problem_of(head, rows))
+        raise
 
 
 def score(head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
@@ -82,7 +98,8 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Gradients, Any]:
     """Log-probs, means of z, gradients and result of an objective, evaluated once on each group of its units."""
     spec, dtype, whole = head.call.spec, head.accumulator, objective.for_parts(rows.counts)
-    # Of a single group all is known when it is evaluated, unless an activation hides the means.
+    # Of a single group all is known when it is evaluated, unless an activation hides the means; with a shard they come
+    # from a collective of their own, which stays after those of the groups.
     single = len(plan.bounds) <= 2 and head.shard is None
     means, known, results, sums = None, (None, None), [], []
 
@@ -98,26 +115,26 @@ def evaluate(
             results.append(whole.part(members).evaluate(scores, spec.backend, dtype))
         return saturate(results[-1].slope, torch.float32)
 
-    with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
-        unscored = unscored_logit_sums(head, rows, labels) if head.logit_sum else None
-        if single and not head.logit_sum:
-            means = means_of(head, rows, labels, None, None)
-            known = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
-        logp, totals, gradients = plan.run(head, rows, slope)
-        if rows.overflow is not None:
-            logp.masked_fill_(rows.overflow, torch.nan)
-        if means is None:
-            means = means_of(head, rows, labels, totals.view(labels.shape), unscored)
-            late = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
-            results = [objective.joined(results, Scores(torch.cat(sums), rows.counts, *late), dtype)]
-    # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
-    objective.gather_statistics(torch.cat(sums))
+    with working(head, rows):
+        with torch.no_grad():
+            unscored = unscored_logit_sums(head, rows, labels) if head.logit_sum else None
+            if single and not head.logit_sum:
+                means = means_of(head, rows, labels, None, None)
+                known = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+            logp, totals, gradients = plan.run(head, rows, slope)
+            if rows.overflow is not None:
+                logp.masked_fill_(rows.overflow, torch.nan)
+            whole_sums = torch.cat(sums)
+            if means is None:
+                means = means_of(head, rows, labels, totals.view(labels.shape), unscored)
+                late = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+                results = [objective.joined(results, Scores(whole_sums, rows.counts, *late), dtype)]
+        # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
+        objective.gather_statistics(whole_sums)
     return logp.view(labels.shape), means, gradients, results[0]
 
 
-def means_of(
-    head: Head, rows: ValidRows, labels: Tensor, totals: Tensor | None, unscored: Tensor | None = None
-) -> Tensor:
+def means_of(head: Head, rows: ValidRows, labels: Tensor, totals: Tensor | None, unscored: Tensor | None) -> Tensor:
     """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
 
     Args:
@@ -130,7 +147,7 @@ def means_of(
     logits_mean = head.call.spec.logits_mean
     if logits_mean is None or labels.numel() == 0:
         return head.hidden.new_zeros(labels.shape, dtype=head.accumulator)
-    if head.logit_sum and totals is not None:
+    if totals is not None and head.logit_sum:
         return (totals if unscored is None else totals + unscored) / head.vocabulary
     means = linear_means(head).view(labels.shape)
     if logits_mean == "completion":

@@ -4,7 +4,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.head import custom_ops
-from fused_pref.head.advice import advise
 from fused_pref.head.autograd import (
     KnownGradientsFunction,
     KnownSlopeFunction,
@@ -127,7 +126,7 @@ class LogitsInputs(Inputs):
             raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
         if validate.checking():
             _check_labels(labels, logits.shape[-1], spec)
-        spec = RESOLVED[torch.compiler.is_compiling()](spec, logits.dtype, logits.device, means)
+        spec = _resolved({"spec": spec, "dtype": logits.dtype, "device": logits.device, "means": means})
         return cls(labels, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[logits.dtype], logits)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
@@ -186,7 +185,7 @@ class LinearInputs(Inputs):
                 _check_labels(labels, weight.shape[0], spec)
             if spec.tp_partial:
                 raise ValueError("tp_partial needs tp_group, or a weight whose rows a DTensor shards; got neither")
-        spec = RESOLVED[torch.compiler.is_compiling()](spec, dtype, hidden.device, means)
+        spec = _resolved({"spec": spec, "dtype": dtype, "device": hidden.device, "means": means})
         wanted: tuple[str, ...] = ()
         if torch.is_grad_enabled():  # and inside of a Function it is not
             asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
@@ -251,11 +250,7 @@ class LinearInputs(Inputs):
             if dropped is None and self.spec.skip_mass is not None:
                 dropped = torch.zeros_like(means)
             return self._evaluated(objective, self._sums(logp, means), dropped)
-        try:
-            _, means, gradients, result = evaluate(head, rows, plan, labels, self.cu_seqlens, objective)
-        except RuntimeError as error:
-            advise(error, lambda: problem_of(head, rows))
-            raise
+        _, means, gradients, result = evaluate(head, rows, plan, labels, self.cu_seqlens, objective)
         dropped = None if self.spec.skip_mass is None else torch.zeros_like(means)
         loss = KnownGradientsFunction.apply(*tensors, result.loss, self.spec.backend, call.shard, *gradients)
         return Evaluated(result, loss, dropped)  # type: ignore[arg-type]
@@ -340,11 +335,9 @@ def _check_labels(labels: Tensor, columns: int, spec: Spec) -> None:
     )
 
 
-def _resolved(spec: Spec, dtype: torch.dtype, device: torch.device, means: bool) -> Spec:
-    """With the backend that is chosen for tensors like these; without ``means`` no mean of the logits is formed."""
-    chosen = backend.resolve(spec.backend, dtype, device)
-    return replace(spec, backend=chosen, logits_mean=spec.logits_mean if means else None)
-
-
-# For a compiler, which sees through what is remembered, and else.
-RESOLVED = {True: _resolved, False: lru_cache(_resolved)}
+@validate.remembered("spec", "dtype", "device", "means")
+def _resolved(asked: Mapping[str, Any]) -> Spec:
+    """The spec with the backend that is chosen for tensors like these; without ``means`` no mean of the logits."""
+    spec: Spec = asked["spec"]
+    chosen = backend.resolve(spec.backend, asked["dtype"], asked["device"])
+    return replace(spec, backend=chosen, logits_mean=spec.logits_mean if asked["means"] else None)

@@ -189,8 +189,10 @@ class PairObjective:
     def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> PairResult:
         """Loss, slope and all that is reported, from the same code; results in ``dtype``."""
         if backend == "triton":
-            arguments = (self.ref_logps, self.pair_normalizer, self.token_normalizer, self.spec)
-            loss, scalars, logps, rewards, slope = launch_pair_objective(*scores, *arguments)
+            normalizers = (*split(self.pair_normalizer), *split(self.token_normalizer))
+            loss, scalars, logps, rewards, slope = pair_objective_op(
+                *scores, self.ref_logps, *normalizers, *astuple(self.spec)
+            )
             nll_loss, chosen_mean, rejected_mean = scalars.unbind()
             return PairResult(loss, nll_loss, chosen_mean, rejected_mean, logps, rewards, slope)
         sums = scores.sums
@@ -239,25 +241,6 @@ class PairObjective:
         """Nothing: pairs have no state."""
 
 
-def launch_pair_objective(
-    sums: Tensor,
-    counts: Tensor,
-    totals: Tensor | None,
-    positions: Tensor | None,
-    ref_logps: Tensor | None,
-    pair_normalizer: float | Tensor | None,
-    token_normalizer: float | Tensor | None,
-    spec: PairSpec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.ops.triton.objective.pair_objective`; for a compiler as a custom op."""
-    tensors = (sums, counts, totals, positions, ref_logps)
-    if torch.compiler.is_compiling():
-        return pair_objective_op(*tensors, *split(pair_normalizer), *split(token_normalizer), *astuple(spec))  # type: ignore[return-value]
-    from fused_pref.ops.triton import objective
-
-    return objective.pair_objective(*tensors, pair_normalizer, token_normalizer, spec)
-
-
 @torch.library.custom_op("fused_pref::pair_objective", mutates_args=())
 def pair_objective_op(
     sums: Tensor,
@@ -278,10 +261,12 @@ def pair_objective_op(
     nll_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.ops.triton.objective.pair_objective`."""
+    from fused_pref.ops.triton import objective
+
     spec = PairSpec(loss_type, beta, label_smoothing, cpo_alpha, simpo_gamma, alpha, nll_reduction)
     pairs = pair_number if pair_tensor is None else pair_tensor
     tokens = token_number if token_tensor is None else token_tensor
-    return launch_pair_objective(sums, counts, totals, positions, ref_logps, pairs, tokens, spec)
+    return objective.pair_objective(sums, counts, totals, positions, ref_logps, pairs, tokens, spec)
 
 
 @pair_objective_op.register_fake

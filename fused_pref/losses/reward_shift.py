@@ -135,9 +135,7 @@ class RewardShift(ExactModule):
         if self.update == "step":
             gathered = replace(state, pending_sum=state.pending_sum + total, pending_count=state.pending_count + number)
             return self._delta(state), gathered
-        if dist.is_available() and dist.is_initialized():
-            total, number = self._reduce(total, number)
-        folded = self._fold(state, total, number)
+        folded = self._fold(state, *self._reduce(total, number))
         return self._delta(folded), folded
 
     @torch.no_grad()
@@ -155,10 +153,7 @@ class RewardShift(ExactModule):
         if self.kind == "fixed" or self.update != "step":
             return
         state = self._state
-        total, number = state.pending_sum, state.pending_count
-        if dist.is_available() and dist.is_initialized():
-            total, number = self._reduce(total, number)
-        folded = self._fold(state, total, number)
+        folded = self._fold(state, *self._reduce(state.pending_sum, state.pending_count))
         self.commit(
             replace(
                 folded,
@@ -187,6 +182,8 @@ class RewardShift(ExactModule):
         return (state.mean * exists).sum() / exists.sum().clamp(min=1)
 
     def _reduce(self, total: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return total, number
         both = torch.cat((total, number.double()))
         dist.all_reduce(both, group=self.process_group)
         return both[:2], both[2:].round().long()

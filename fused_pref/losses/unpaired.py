@@ -1,7 +1,7 @@
 """Objectives of single sequences: BCO. See :mod:`fused_pref.losses.pair` for what they are functions of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -184,53 +184,32 @@ class BCOObjective:
             self.delta.commit(state)
 
     def _evaluate_triton(self, scores: Scores) -> BCOResult:
-        shift: RewardShift | Tensor | float | ShiftMemory = self.delta
-        if isinstance(shift, RewardShift) and shift.kind == "fixed":
-            shift = shift.value
-        elif isinstance(shift, RewardShift):
-            update = shift.update if shift.updating() else None
-            state = (shift.mean, shift.count, shift.pending_sum, shift.pending_count)
-            shift = ShiftMemory(*state, shift.kind, update, shift.decay)
-        loss, scalars, numbers, logps, rewards, slope = launch_bco_objective(
+        delta: Any = self.delta
+        shift: Any = (*[None] * 4, "fixed", None, 0.0)
+        if isinstance(delta, RewardShift):
+            if delta.kind != "fixed":
+                update = delta.update if delta.updating() else None
+                state = (delta.mean, delta.count, delta.pending_sum, delta.pending_count)
+                shift = ShiftMemory(*state, delta.kind, update, delta.decay)
+            delta = delta.value
+        positive, negative = self.normalizers["class_normalizer"] or (None, None)
+        loss, scalars, numbers, logps, rewards, slope = bco_objective_op(
             scores.sums,
             scores.totals,
             scores.positions,
             self.desirable,
             self.ref_logps,
             self.sample_weight,
-            shift,
-            self.normalizers["sequence_normalizer"],
-            self.normalizers["class_normalizer"],
-            self.spec,
+            *split(delta),
+            *shift,
+            *split(self.normalizers["sequence_normalizer"]),
+            *split(positive),
+            *split(negative),
+            *astuple(self.spec),
         )
         used, chosen_mean, rejected_mean = scalars.unbind()
         chosen, rejected = numbers.unbind()
         return BCOResult(loss, used, chosen_mean, rejected_mean, chosen, rejected, logps, rewards, slope)
-
-
-def launch_bco_objective(
-    sums: Tensor,
-    totals: Tensor | None,
-    positions: Tensor | None,
-    desirable: Tensor,
-    ref_logps: Tensor,
-    sample_weight: Tensor | None,
-    delta: float | Tensor | ShiftMemory,
-    sequence_normalizer: float | Tensor | None,
-    class_normalizer: tuple[float | Tensor, float | Tensor] | None,
-    spec: BCOSpec,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.ops.triton.objective.bco_objective`; for a compiler as a custom op."""
-    tensors = (sums, totals, positions, desirable, ref_logps, sample_weight)
-    if torch.compiler.is_compiling():
-        shift = delta if isinstance(delta, ShiftMemory) else (*[None] * 4, "fixed", None, 0.0)
-        number = (None, None) if isinstance(delta, ShiftMemory) else split(delta)
-        positive, negative = class_normalizer or (None, None)
-        normalizers = (*split(sequence_normalizer), *split(positive), *split(negative))
-        return bco_objective_op(*tensors, *number, *shift, *normalizers, spec.beta, spec.reduction)  # type: ignore[return-value]
-    from fused_pref.ops.triton import objective
-
-    return objective.bco_objective(*tensors, delta, sequence_normalizer, class_normalizer, spec)
 
 
 @torch.library.custom_op(
@@ -262,12 +241,14 @@ def bco_objective_op(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.ops.triton.objective.bco_objective`."""
+    from fused_pref.ops.triton import objective
+
     delta: Any = delta_number if delta_tensor is None else delta_tensor
     if shift_mean is not None and shift_count is not None and pending_sum is not None and pending_count is not None:
         delta = ShiftMemory(shift_mean, shift_count, pending_sum, pending_count, kind, update, decay)
     positive = positive_number if positive_tensor is None else positive_tensor
     negative = negative_number if negative_tensor is None else negative_tensor
-    return launch_bco_objective(
+    return objective.bco_objective(
         sums,
         totals,
         positions,

@@ -134,7 +134,7 @@ class _GroupSums:
         self.fresh = False
 
     def gradients(self) -> Gradients:
-        """In the dtypes of the tensors, float32 for float16."""
+        """In the dtypes of the tensors; float32 for float16, and for hidden states whose sum over ranks is to come."""
         head = self.head
         dw = None if self.dw is None else self.dw.to(late_dtype(head.weight))
         db = None if self.db is None or head.bias is None else self.db.to(late_dtype(head.bias))

@@ -4,6 +4,7 @@ Rows are the N valid ones throughout.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Head:
         bias: (V,) or None.
 
     Attributes:
-        w, b: weight and bias in the dtype of the products.
+        b: the bias in the dtype of the products.
         columns: V; of a shard its rows.
         vocabulary: V of all shards.
         logit_sum: whether Σ z is wanted.
@@ -73,7 +74,6 @@ class Head:
         spec = call.spec
         self.call, self.shard, self.dtype, self.wanted = call, call.shard, call.dtype, call.wanted
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.w = weight.detach().to(call.dtype)
         self.b = None if bias is None else bias.detach().to(call.dtype)
         self.transform, self.ignore_index, self.triton = spec.transform, spec.ignore_index, spec.backend == "triton"
         self.logit_sum, self.columns = spec.logit_sums, weight.shape[0]
@@ -89,11 +89,16 @@ class Head:
 
             self.kernels = triton_chunk
 
+    @cached_property
+    def w(self) -> Tensor:
+        """The weight in the dtype of the products, cast when a plan first needs it."""
+        return self.weight.detach().to(self.dtype)
+
     def take(self, rows: ValidRows, part: slice = slice(None)) -> Tensor:
         """These of the valid rows of the hidden states, (n, D) in the dtype of the products."""
         source = Rows(self.hidden.detach())
         if source.flat is None:
-            everywhere = torch.arange(source.count, device=self.w.device)
+            everywhere = torch.arange(source.count, device=self.hidden.device)
             taken = source.read((everywhere if rows.indices is None else rows.indices)[part])
         elif rows.indices is None:
             return source.flat[part].to(self.dtype)

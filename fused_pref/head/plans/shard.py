@@ -1,9 +1,9 @@
 """A head whose vocabulary is split over the ranks of a process group, each with contiguous rows of weight and bias.
 
 A rank multiplies with its own rows. Of a token the ranks exchange what makes the statistics of its whole row: maximum,
-sum of exponentials and the target's logit, three floats, gathered and merged in the order of the ranks, so that losses
-and coefficients are the same bitwise everywhere. The gradient of the weight is each rank's own; that of the hidden
-states is a sum over the ranks.
+sum of exponentials and the target's logit, three floats (a fourth, Σ z, where it is wanted), gathered and merged in the
+order of the ranks, so that losses and coefficients are the same bitwise everywhere. The gradient of the weight is each
+rank's own; that of the hidden states is a sum over the ranks.
 """
 
 from dataclasses import dataclass

@@ -88,7 +88,7 @@ class Skipping(Plan):
             parts = tile_statistics(head, rows, self.columns)
             statistics = torch_chunk.merged(parts)
         _, one_minus_p = head.finish(statistics, rows.targets)
-        # A row has others of at least 1, or of 0 with all of its parts.
+        # A row's sum is at least 1, or 0 with those of all its tiles.
         share = one_minus_p / statistics[SUM_EXP].clamp(min=0.5)
         mass = parts[:, SUM_EXP] * (parts[:, ROW_MAX] - statistics[ROW_MAX]).exp_() * share
         live, lost = dropped(mass, rows.targets, self.columns, self.skip_mass)

@@ -269,10 +269,10 @@ def token_logps_bwd(
 ) -> None:
     """Write a_n (onehot − softmax) into ``dlogits``, which may be ``logits``."""
     source, out, labels = Rows(logits), Rows(dlogits), targets.flatten()
-    scored, (row_max, sum_exp, target_logit) = labels != ignore_index, statistics.view(LOGIT_SUM, -1)
-    _, one_minus_p = finish(torch.stack((row_max, sum_exp, target_logit)), labels, source.columns, ignore_index)
+    scored, statistics = labels != ignore_index, statistics.view(LOGIT_SUM, -1)
+    _, one_minus_p = finish(statistics, labels, source.columns, ignore_index)
     factor = grad_logp.flatten().to(one_minus_p.dtype) * one_minus_p
-    scale = factor / sum_exp.clamp(min=0.5)
+    row_max, scale = statistics[ROW_MAX], factor / statistics[SUM_EXP].clamp(min=0.5)
     for rows in _row_numbers(scored, source.columns):
         raw = source.read(rows)
         dz = raw.to(factor.dtype, copy=True)
@@ -321,7 +321,7 @@ def _normalise(
 ) -> None:
     """Write z/sum_exp; with an activation Q at once, times its slope at the raw x.
 
-    ``others`` is at least 1, or 0 with all of z.
+    ``sum_exp`` is at least 1, or 0 with all of z.
     """
     inverse = sum_exp.clamp(min=0.5).reciprocal_()[:, None]
     if not transform.nonlinear:

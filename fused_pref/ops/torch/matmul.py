@@ -31,8 +31,8 @@ class Arithmetic:
         product: the most exact dtype of a product.
         rows_first: whether an operand that lies by columns is copied into rows first: 16-bit columns cost a CPU's
             product half its speed.
-        columns: vocabulary columns that a partial product takes at a time.
-        scratch: bytes of a partial product.
+        block: rows, or terms, that a product works at a time where it needs memory of its own.
+        scratch: bytes of that memory.
     """
 
     mixed: bool
@@ -40,7 +40,7 @@ class Arithmetic:
     logits: torch.dtype
     product: torch.dtype
     rows_first: bool
-    columns: int
+    block: int
     scratch: int
 
 
@@ -56,7 +56,7 @@ def arithmetic(dtype: torch.dtype, kind: str) -> Arithmetic:
         logits=torch.float32 if mixed else dtype,
         product=torch.float32 if mixed or upcast else dtype,
         rows_first=dtype == torch.bfloat16 and not mixed,
-        columns=device.columns,
+        block=device.columns,
         scratch=device.scratch,
     )
 
@@ -94,7 +94,7 @@ def add_product(
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
     columns_first = kind.rows_first and a.stride(1) != 1
-    rows = max(1, total.shape[0]) if direct and not columns_first else kind.columns
+    rows = max(1, total.shape[0]) if direct and not columns_first else kind.block
     copy = a.new_empty((min(rows, total.shape[0]), a.shape[1])) if columns_first else a
     for part in ranges(total.shape[0], rows):
         operand = contiguous_rows(a[part], copy[: part.stop - part.start]) if columns_first else a[part]
@@ -136,6 +136,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if not kind.upcast:
         return torch.mm(a, b)
     total = torch.zeros((a.shape[0], b.shape[1]), device=a.device)
-    for part in ranges(a.shape[1], kind.columns):
+    for part in ranges(a.shape[1], kind.block):
         total.addmm_(a[:, part].float(), b[part].float())
     return total
