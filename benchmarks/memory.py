@@ -13,9 +13,9 @@ from benchmarks.compare.run import GATES, OK, admitted
 from benchmarks.compare.tables import line
 from benchmarks.measure import check_device, default_device, describe, folder, write
 from fused_pref.cli import figures
+from fused_pref.cli.explanation import MODELS
 from fused_pref.cli.peers import PEERS
 from fused_pref.cli.usage import UsageError
-from fused_pref.explanation import MODELS
 from fused_pref.testing.problems import WORKS, Problem, Sizes
 
 WORK, SEQUENCES, TOKENS = "cpo", 8, (256, 512, 1024, 2048, 4096)

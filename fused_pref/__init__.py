@@ -1,7 +1,7 @@
 """Memory-efficient CPO, BCO and DPO losses for large vocabularies."""
 
 from fused_pref import reference
-from fused_pref.explanation import explain
+from fused_pref.cli.explanation import explain
 from fused_pref.functional import (
     bco_loss,
     cpo_loss,

@@ -127,7 +127,7 @@ def test_memory_of_a_real_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_explain_asks_the_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "current_device", lambda: 2)
-    monkeypatch.setattr("fused_pref.explanation.memory_of", lambda device: (24 << 30) + device.index)
+    monkeypatch.setattr("fused_pref.cli.explanation.memory_of", lambda device: (24 << 30) + device.index)
     assert fp.explain("phi-4", device="xpu").problem.budget == (24 << 30) // 16
     assert fp.explain("phi-4", device="xpu", device_memory=1 << 34).problem.budget == 1 << 30
     assert fp.explain("phi-4", device="sm_80").problem.budget == GPUS["sm_80"].memory // 16  # type: ignore[operator]

@@ -11,7 +11,7 @@ import pytest
 import fused_pref as fp
 from fused_pref.__main__ import main
 from fused_pref.cli import figures, picture
-from fused_pref.explanation import bytes_text
+from fused_pref.cli.explanation import bytes_text
 
 pytest.importorskip("matplotlib")
 GPU = {"model": "llama-3-8b", "device": "sm_90"}

@@ -5,9 +5,9 @@ import inspect
 from dataclasses import replace
 
 from fused_pref.cli import figures
+from fused_pref.cli.explanation import DELTAS, DEVICES, DTYPES, GRADIENTS, MODELS, OBJECTIVES, bytes_text, explain
 from fused_pref.cli.picture import draw
 from fused_pref.cli.usage import UsageError
-from fused_pref.explanation import DELTAS, DEVICES, DTYPES, GRADIENTS, MODELS, OBJECTIVES, bytes_text, explain
 from fused_pref.head.plans.planner import candidates, choose
 from fused_pref.head.plans.problem import Plan
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fused_pref import validate
 from fused_pref.cli import figures
-from fused_pref.explanation import Explanation, bytes_text
+from fused_pref.cli.explanation import Explanation, bytes_text
 
 # Parts in a row that are still drawn one by one.
 DRAWN = 64

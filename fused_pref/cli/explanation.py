@@ -151,7 +151,7 @@ def explain(
     """The plan that a call of the linear head would take, and what it costs; nothing is computed.
 
     Args:
-        model: a name in ``fused_pref.explanation.MODELS``; or give ``hidden`` and ``vocab``, which go before a model's.
+        model: a name in ``MODELS`` of this module; or give ``hidden`` and ``vocab``, which go before a model's.
         tokens: N, scored tokens.
         objective: ``"cpo"``, ``"dpo"``, ``"bco"``, or ``"logps"`` for the building blocks.
         hidden: D.
