@@ -99,7 +99,7 @@ def forced(name: str | None) -> Iterator[None]:
     """Take the smallest plan of this name that has several groups or slices, the first of them kept."""
 
     def choose(problem: plan.Problem) -> plan.Plan:
-        fine = plan.candidates(replace(problem, multiple=16))
+        fine = [p.fit(problem) for p in plan.candidates(replace(problem, multiple=16))]
         cut = [p for p in fine if len(p.bounds) > 2 or p.columns < problem.vocabulary]
         chosen = min((p for p in cut if p.name == name), key=lambda p: (p.columns < 16, p.workspace))
         return replace(chosen, saved=1) if name == "vocab_major" else chosen

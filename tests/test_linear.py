@@ -53,7 +53,7 @@ def only(
     taken: list[plan.Plan] = []
 
     def choose(problem: plan.Problem) -> plan.Plan:
-        plans = [p for p in plan.candidates(problem) if p.name == name and p.fused == fused]
+        plans = [p.fit(problem) for p in plan.candidates(problem) if p.name == name and p.fused == fused]
         if not plans:  # the means of unscored rows
             assert not problem.gradients
             return next(p for p in plan.candidates(problem) if p.fused == fused)

@@ -1,7 +1,9 @@
 """The planner: a pure function, checked without tensors, and its predictions against what calls do."""
 
 import itertools
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def test_budgets(sizes: Problem, budgets: list[int]) -> None:
 @given(st.lists(st.integers(0, 900), min_size=1, max_size=20), st.integers(1, 4000))
 def test_groups_are_whole_units(units: list[int], hidden: int) -> None:
     sizes = problem(tokens=sum(units), units=tuple(units), hidden=hidden)
-    for plan in candidates(sizes):
+    for plan in (candidate.fit(sizes) for candidate in candidates(sizes)):
         if plan.name == "grouped":
             assert plan.bounds[0] == 0
             assert plan.bounds[-1] == len(units)
@@ -207,6 +209,96 @@ def test_the_least_budget_is_enough(name: str, softcap: float | None, mask: str)
     getattr(fp, name)(batch.hidden, batch.weight, batch.labels, softcap=softcap, memory_budget=least)
     with pytest.raises(ValueError, match=f"at least {least} bytes"):
         getattr(fp, name)(batch.hidden, batch.weight, batch.labels, softcap=softcap, memory_budget=least - 1)
+
+
+@pytest.mark.parametrize(("sizes", "most"), [((1, 17, 31, 97), 2**17), ((2, 32, 64, 1000), 2**19)])
+@pytest.mark.parametrize("wanted", ["hw", "h", ""])
+@pytest.mark.parametrize("name", ["linear_cpo_loss", "linear_token_logps"])
+def test_a_small_budget_is_enough_for_a_small_problem(
+    name: str, wanted: str, sizes: tuple[int, int, int, int], most: int
+) -> None:
+    """A least budget that shrinks with the problem, and that the allocator sees kept."""
+    sequences, tokens, features, vocabulary = sizes
+    batch = make_hidden(2 * sequences, tokens + 1, features, vocabulary, mask="none")
+    batch.labels[sequences:, :-1] = -100
+    h, w = batch.hidden.requires_grad_("h" in wanted), batch.weight.requires_grad_("w" in wanted)
+
+    def step(budget: int) -> None:
+        result = getattr(fp, name)(h, w, batch.labels, memory_budget=budget)
+        loss = result.loss if isinstance(result, fp.PairOutput) else result.sum()
+        if wanted:
+            loss.backward()
+
+    with pytest.raises(ValueError, match="memory_budget must be at least") as refused:
+        step(1)
+    least = int(str(refused.value).split("least ")[1].split()[0])
+    assert least <= most
+    step(least)
+    h.grad = w.grad = None
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in (h, w) if leaf.requires_grad)
+    assert peak_bytes(lambda: step(least)) - gradients <= least
+
+
+# (D, V) of Qwen2.5 0.5B, Llama 3.2 1B, Gemma 2 2B, Qwen2.5 7B, Llama 2 7B, Llama 3 8B, Mistral Nemo and Llama 3 70B.
+SHAPES = (
+    (896, 151936), (2048, 128256), (2304, 256000), (3584, 152064), (4096, 32000), (4096, 128256), (5120, 131072),
+    (8192, 128256),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "wanted"), [("cpo", ("hidden", "weight")), ("cpo", ("hidden",)), ("logps", ())], ids=str
+)
+def test_defaults_are_near_the_products(objective: str, wanted: tuple[str, ...]) -> None:
+    """Predicted on an H200: little beside the products, in a twelfth of the memory."""
+    for (hidden, vocab), tokens in itertools.product(SHAPES, [2**n for n in range(10, 18)]):
+        found = fp.explain(
+            hidden=hidden, vocab=vocab, tokens=tokens, objective=objective, gradients=wanted, device="sm_90",
+            sequences=tokens // 256,
+        )  # fmt: skip
+        assert found.peak_bytes <= (139 << 30) / 12
+        if tokens >= 4096 and hidden >= 2048:
+            most = (1.25 if hidden >= 3584 else 1.45) + (0.1 if tokens > 16384 else 0)
+            assert found.seconds <= most * found.floor_seconds, found
+
+
+def test_planning_takes_no_time() -> None:
+    """It runs while a GPU waits. Batches of about as many tokens share a ranking; each has its own groups."""
+    base, times = problem(itemsize=2, weight_itemsize=2, device=GPU, hidden=4096, vocabulary=128256), []
+    for extra in range(40):
+        units = tuple(200 + (7 * unit + extra) % 100 for unit in range(256))
+        call = replace(base, units=units, tokens=sum(units), positions=2**17)
+        start = time.perf_counter()
+        plan = choose(call)
+        times.append(time.perf_counter() - start)
+        assert plan.bounds[-1] == 256
+    assert sorted(times)[20] < 2e-4
+
+
+def test_slow_calls_say_so() -> None:
+    small = str(fp.explain(hidden=896, vocab=151936, tokens=64, sequences=2, device="sm_90"))
+    assert "slow: 3.6 times the products alone; products this small cannot fill the device" in small
+    tight = str(fp.explain(hidden=2048, vocab=128256, tokens=8192, device="sm_90", memory_budget=130 * 2**20))
+    assert "of workspace would take" in tight
+    assert "slow" not in str(fp.explain("llama-3-8b", device="sm_90"))
+
+
+def test_forms_of_a_plan() -> None:
+    """Where kernels run both forms have a time; elsewhere one."""
+    here = fp.explain("llama-3-8b", device="sm_90")
+    fused, unfused = here.form_seconds["fused"], here.form_seconds["unfused"]
+    assert fused is not None
+    assert unfused is not None
+    assert here.seconds == pytest.approx(min(fused, unfused), rel=0.02)
+    assert fp.explain("llama-3-8b", device="cpu").form_seconds["fused"] is None
+
+
+@pytest.mark.parametrize(("size", "allocated"), [(1000, 1000), (2**20 - 1, 2**20 - 1), (2**21 + 1, 2**21 + 2**19)])
+def test_allocations_can_be_used_again(size: int, allocated: int) -> None:
+    assert GPU.allocation(size) == allocated
+    assert CPU.allocation(size) == size
+    sizes = {GPU.allocation(size + 4096 * extra) for extra in range(64)}
+    assert size < 2**20 or len(sizes) <= 2
 
 
 def test_explanation_of_the_readme() -> None:

@@ -1,14 +1,14 @@
 """``fused_pref.explain``: the plan that a call of the linear head would take."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fused_pref import validate
 from fused_pref.head.budget import PART, default_budget, memory_of
 from fused_pref.head.plans.head import GRADIENTS
-from fused_pref.head.plans.planner import choose, least_budget
+from fused_pref.head.plans.planner import candidates, choose, least_budget
 from fused_pref.head.plans.problem import Plan, Problem
 from fused_pref.ops import backend
 from fused_pref.ops.devices import CPU, GPUS, Device, device_of
@@ -71,6 +71,27 @@ class Explanation:
         return self.plan.workspace
 
     @property
+    def seconds(self) -> float:
+        """Predicted time of the plan, by a model of the device."""
+        return self.plan.seconds
+
+    @property
+    def floor_seconds(self) -> float:
+        """Time of the least products alone at the rate of large ones: one forward, one for each gradient."""
+        products = 1 + len(self.problem.gradient_products)
+        return products * self._product(self.problem.tokens) / self.problem.device.rates[self.problem.itemsize]
+
+    @property
+    def form_seconds(self) -> dict[str, float | None]:
+        """Predicted time of the fastest plan in each form; None where none fits, or kernels do not serve the call."""
+        times: dict[str, float | None] = {}
+        for form, fused in (("fused", True), ("unfused", False)):
+            fitting = [plan for plan in candidates(self.problem) if plan.fused == fused]
+            allowed = max(self.problem.budget, self.peak_bytes)
+            times[form] = min((plan.seconds for plan in fitting if plan.workspace <= allowed), default=None)
+        return times
+
+    @property
     def budget(self) -> str:
         """Which budget holds, and why."""
         text = f"{bytes_text(self.problem.budget)}, {self.rule}"
@@ -125,10 +146,24 @@ class Explanation:
             f"{'ours':10}{plan.products:>9.2f}NDV{self.flops:>12.3g}{bytes_text(self.peak_bytes):>24}",
             f"{'eager':10}{self.eager_flops / max(self._product(p.tokens), 1):>9.2f}NDV{self.eager_flops:>12.3g}"
             f"{'>= ' + bytes_text(self.eager_bytes):>24}",
-            f"products are counted in 2·N·D·V operations; predicted time {plan.seconds * 1e3:.3g} ms (a model, not "
-            "measured here)",
+            "products are counted in 2·N·D·V operations",
+            f"predicted time {milliseconds(self.seconds)} ({self._forms}), products alone "
+            f"{milliseconds(self.floor_seconds)}: a model, not measured here",
         ]
+        if self.seconds > 2 * self.floor_seconds > 0:
+            lines.append(f"slow: {self.seconds / self.floor_seconds:.3g} times the products alone; {self._remedy}")
         return "\n".join(lines)
+
+    @property
+    def _forms(self) -> str:
+        return ", ".join(f"{form} {milliseconds(time)}" for form, time in self.form_seconds.items() if time is not None)
+
+    @property
+    def _remedy(self) -> str:
+        free = choose(replace(self.problem, budget=1 << 62))
+        if free.seconds < 0.9 * self.seconds:
+            return f"{bytes_text(free.workspace)} of workspace would take {milliseconds(free.seconds)}"
+        return "products this small cannot fill the device: give it more tokens at a time"
 
 
 def explain(
@@ -270,6 +305,11 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES.values():
         raise validate.fail("dtype", f"one of {tuple(DTYPES)}", dtype)
     return dtype
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds."""
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def bytes_text(number: float) -> str:

@@ -15,7 +15,7 @@ from fused_pref.head.budget import default_budget
 from fused_pref.head.plans import planner
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import Gradients, Head
-from fused_pref.head.plans.problem import Forward, Plan, Problem
+from fused_pref.head.plans.problem import Forward, Plan, Problem, mean_rows
 from fused_pref.head.plans.skipping import can_skip
 from fused_pref.layout import ValidRows
 from fused_pref.losses.encoding import Objective
@@ -182,7 +182,7 @@ def linear_means(head: Head) -> Tensor:
     w, dtype = head.w, head.accumulator
     if w.device.type == "cpu":
         # Summing down columns is slow on a CPU: blocks are added up first.
-        total = torch.zeros((min(block_rows(w.device, w.shape[1]), head.columns), w.shape[1]), dtype=dtype)
+        total = torch.zeros((min(block_rows(w.device, w.shape[1]), mean_rows(head.columns)), w.shape[1]), dtype=dtype)
         for rows in ranges(head.columns, total.shape[0]):
             total[: rows.stop - rows.start] += w[rows]
         mean = total.sum(0).div_(head.columns)

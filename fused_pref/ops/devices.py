@@ -17,8 +17,10 @@ class Device:
         name: ``"cpu"`` or ``"gpu"``.
         rates: operations per second by bytes of an entry.
         bandwidth: bytes per second.
-        outputs: entries that a product must have to keep the device busy; smaller ones take as long.
-        columns: least vocabulary columns of a slice.
+        columns: vocabulary columns that a product, or a block of one, works at a time.
+        outputs: on a CPU the entries that a product must have to keep it busy; smaller ones take as long.
+        processors: of a GPU.
+        launch: seconds that a GPU's host takes for a launch.
         mixed: whether products of 16-bit entries come out in float32.
         scratch: bytes of the block that elementwise work goes through.
         measured: where the figures are from.
@@ -31,30 +33,74 @@ class Device:
     name: str
     rates: dict[int, float]
     bandwidth: float
-    outputs: int
     columns: int
     mixed: bool
     scratch: int
     measured: str
     memory: int | None = None
     epilogue: float = math.inf
+    outputs: int = 0
+    processors: int = 0
+    launch: float = 0.0
+
+    def product_seconds(self, rows: int, columns: int, terms: int, itemsize: int) -> float:
+        """Time of a product (rows, terms) · (terms, columns) whose operands are read once."""
+        seconds = 2 * rows * columns * terms / self.rates[itemsize]
+        moved = (rows + columns) * terms * itemsize
+        if not self.processors:
+            return seconds * max(1.0, self.outputs / max(rows * columns, 1)) + moved / self.bandwidth
+        # Tiles of 128 x 256 go in waves over the processors; where they are few, cuBLAS splits the terms.
+        tiles = -(-rows // 128) * -(-columns // 256) or 1
+        splits = max(1, min(self.processors // tiles, terms // 1024))
+        waves = tiles * splits / self.processors
+        if splits > 1:
+            moved += 8 * splits * rows * columns
+        return seconds * math.ceil(waves) / waves + moved / self.bandwidth + self.launch
+
+    def allocation(self, size: int) -> int:
+        """Bytes to ask for where this many are needed.
+
+        On a GPU rounded up to an eighth of the next power of two, so that the allocator can give the same memory to
+        the next batch, whose tokens are about as many.
+        """
+        if not self.processors or size < 2**20:
+            return size
+        step = 1 << (size - 1).bit_length() - 3
+        return -(-size // step) * step
 
 
 def _gpu(
-    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, tiles: int, epilogue: float
+    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, epilogue: float
 ) -> Device:
-    rates = {2: half, 4: single, 8: single / 10}
-    # Two waves of tiles.
     return Device(
-        "gpu", rates, bandwidth, 2 * tiles * 128 * 256, 4096, True, 2**25, measured, gibibytes << 30, epilogue
+        name="gpu",
+        rates={2: half, 4: single, 8: single / 10},
+        bandwidth=bandwidth,
+        columns=4096,
+        mixed=True,
+        scratch=2**25,
+        measured=measured,
+        memory=gibibytes << 30,
+        epilogue=epilogue,
+        processors=processors,
+        launch=5e-6,
     )
 
 
-CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, 768 * 1024, 2048, False, 2**20, "2 cores with AMX")
+CPU = Device(
+    name="cpu",
+    rates={2: 2.2e12, 4: 4.0e11, 8: 2.0e11},
+    bandwidth=5.0e10,
+    columns=2048,
+    mixed=False,
+    scratch=2**20,
+    measured="2 cores with AMX",
+    outputs=768 * 1024,
+)
 # By architecture. Where nothing was measured: 0.8 (0.6 on an MI300X) of the data sheet's operations and 0.9 of its
 # bandwidth.
 GPUS = {
-    "sm_80": _gpu("0.8 of an A100's data sheet", 79, 2.5e14, 1.2e14, 1.75e12, 54, 2.2e-12),
+    "sm_80": _gpu("0.8 of an A100's data sheet", 79, 2.5e14, 1.2e14, 1.75e12, 108, 2.2e-12),
     "sm_90": _gpu("an H200", 139, 7.9e14, 3.0e14, 4.3e12, 132, 1.1e-12),
     "sm_100": _gpu("0.8 of a B200's data sheet", 178, 1.8e15, 8.0e14, 7.2e12, 148, 1.1e-12),
     "gfx942": _gpu("0.6 of an MI300X's data sheet", 191, 7.8e14, 1.0e14, 4.7e12, 304, 1.6e-12),

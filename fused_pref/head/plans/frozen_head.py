@@ -28,16 +28,19 @@ class FrozenHead(Plan):
     @classmethod
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
-        p = problem
-        saved = p.tokens * p.hidden * max(p.itemsize, 4)
-        for fused in p.one_product_forms:
-            for rows in cuts(p.tokens, p.multiple):
-                group = rows * p.vocabulary * p.q_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
-                group += rows * p.hidden * max(p.itemsize, p.partial)
-                seconds = p.product_seconds(rows, p.vocabulary, ("logits", "hidden"))
-                seconds = rounds(p.tokens, rows) * (seconds + p.pass_seconds(rows, p.vocabulary, fused=fused))
-                workspace = saved + group + p.device.scratch + p.cast_weight
-                yield cls(rows, p.vocabulary, 2.0, workspace, seconds, fused=fused)
+        for fused in problem.one_product_forms:
+            for rows in cuts(problem.tokens, problem.multiple):
+                yield cls.of(problem, rows, problem.vocabulary, fused=fused)
+
+    @classmethod
+    def of(cls, problem: Problem, rows: int, columns: int, *, fused: bool = False, saved: int = 0) -> Self:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        p, rows = problem, min(rows, problem.tokens)
+        workspace = p.tokens * p.hidden * max(p.itemsize, 4) + p.scratch(rows, columns) + p.cast_weight
+        workspace += p.chunk(rows, columns, p.q_itemsize(fused)) + p.copied(rows) + p.upcast(rows, p.hidden)
+        workspace += rows * p.hidden * max(p.itemsize, p.partial)
+        seconds = p.product_seconds(rows, columns, ("logits", "hidden")) + p.pass_seconds(rows, columns, fused=fused)
+        return cls(rows, columns, 2.0, workspace, rounds(p.tokens, rows) * seconds, fused=fused)
 
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fused_pref.head.plans.head import Gradients, Head, late_dtype, scaled_rows
-from fused_pref.head.plans.problem import Plan, Problem, cuts, number
+from fused_pref.head.plans.problem import Plan, Problem, cuts, number, rounds
 from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.torch import chunk as torch_chunk
@@ -32,30 +32,41 @@ class Grouped(Plan):
     @classmethod
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
-        p = problem
-        products = ("logits", *p.gradient_products)
-        for fused, bounds in itertools.product(p.one_product_forms, list(_groupings(p))):
-            groups = [sum(p.units[a:b]) for a, b in itertools.pairwise(bounds)] or [p.tokens]
-            rows = max(groups)
-            single = len(groups) == 1
-            # dW is its own accumulator where its dtype is that of the sums.
-            direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
-            workspace = rows * p.vocabulary * p.q_itemsize(fused) + p.copied(rows) + p.upcast(rows, p.hidden)
-            weight = hidden = 0
-            if "weight" in p.gradients:
-                workspace += 0 if direct else 4 * p.vocabulary * p.hidden
-                partial = 0 if single and direct else p.partial * min(p.vocabulary, p.device.columns) * p.hidden
-                weight = rows * p.hidden * p.scaled_itemsize + partial + p.transposed(rows, p.vocabulary)
-                weight = max(weight, p.labels(rows, p.weight_itemsize if direct else 4))
-            if "hidden" in p.gradients:
-                # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
-                workspace += 4 * p.positions * p.hidden if p.late_scale else 0
-                hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
-            workspace += max(weight, hidden) + p.device.scratch + p.cast_weight
-            seconds = 0.0 if single else (len(groups) - 1) * 8 * p.vocabulary * p.hidden / p.device.bandwidth
-            for n in groups:
-                seconds += p.product_seconds(n, p.vocabulary, products) + p.pass_seconds(n, p.vocabulary, fused=fused)
-            yield cls(rows, p.vocabulary, float(len(products)), workspace, seconds, fused, bounds)
+        p, largest = problem, problem.largest or max(problem.units, default=0)
+        # Whole units: as many of the largest as a cut holds, at least one; all rows if the units are not known.
+        sizes = (
+            {min(p.tokens, max(1, rows // largest) * largest) for rows in cuts(p.tokens, p.multiple)} if largest else ()
+        )
+        for fused, rows in itertools.product(p.one_product_forms, sorted({*sizes, p.tokens}, reverse=True)):
+            yield cls.of(p, rows, p.vocabulary, fused=fused)
+
+    @classmethod
+    def of(cls, problem: Problem, rows: int, columns: int, *, fused: bool = False, saved: int = 0) -> Self:
+        """See :class:`~fused_pref.head.plans.problem.Plan`; of groups of at most ``rows``."""
+        p, bounds = problem, _bounds(problem.units, rows)
+        if bounds:
+            ends = [0, *itertools.accumulate(p.units)]
+            rows = max((ends[b] - ends[a] for a, b in itertools.pairwise(bounds)), default=0)
+        groups = len(bounds) - 1 if bounds else max(1, rounds(p.tokens, rows))
+        single = groups == 1
+        # dW is its own accumulator where its dtype is that of the sums.
+        direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
+        workspace = p.chunk(rows, columns, p.q_itemsize(fused)) + p.copied(rows) + p.upcast(rows, p.hidden)
+        weight = hidden = 0
+        if "weight" in p.gradients:
+            workspace += 0 if direct else 4 * columns * p.hidden
+            partial = 0 if single and direct else p.partial * min(columns, p.device.columns) * p.hidden
+            weight = rows * p.hidden * p.scaled_itemsize + partial + p.transposed(rows, columns)
+            weight = max(weight, p.labels(rows, p.weight_itemsize if direct else 4))
+        if "hidden" in p.gradients:
+            # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
+            workspace += 4 * p.positions * p.hidden if p.late_scale else 0
+            hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
+        workspace += max(weight, hidden) + p.scratch(rows, columns) + p.cast_weight
+        products, mean = ("logits", *p.gradient_products), rounds(p.tokens, groups)
+        seconds = p.product_seconds(mean, columns, products) + p.pass_seconds(mean, columns, fused=fused)
+        seconds = groups * seconds + (groups - 1) * 8 * columns * p.hidden / p.device.bandwidth
+        return cls(rows, columns, float(len(products)), workspace, seconds, fused, bounds)
 
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
@@ -141,20 +152,14 @@ class _GroupSums:
         return Gradients(self.dh, dw, db)
 
 
-def _groupings(p: Problem) -> Iterator[tuple[int, ...]]:
-    """Unit numbers where groups begin, for several target sizes; one group alone if the units are not known."""
-    if not p.units:
-        yield ()
-        return
-    seen = set()
-    for rows in cuts(p.tokens, p.multiple):
-        bounds, filled = [0], 0
-        for unit, size in enumerate(p.units):
-            if filled and filled + size > rows:
-                bounds.append(unit)
-                filled = 0
-            filled += size
-        bounds.append(len(p.units))
-        if tuple(bounds) not in seen:
-            seen.add(tuple(bounds))
-            yield tuple(bounds)
+def _bounds(units: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Unit numbers where groups of at most ``rows``, or of one unit, begin, and the end; empty without units."""
+    if not units:
+        return ()
+    bounds, filled = [0], 0
+    for unit, size in enumerate(units):
+        if filled and filled + size > rows:
+            bounds.append(unit)
+            filled = 0
+        filled += size
+    return (*bounds, len(units))

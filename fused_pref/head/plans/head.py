@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_pref.head.plans.shard import Shard
 from fused_pref.layout import ValidRows
+from fused_pref.ops.devices import device_at
 from fused_pref.ops.interface import ACCUMULATOR, FusedOps, Operands, RowOps, TargetRows
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import Rows, block_rows, padded, ranges
@@ -110,9 +111,9 @@ class Head:
 
     def new_chunk(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
         """Memory for logits, (rows · columns,); ``fused``: for Q alone."""
-        if fused:
-            return torch.empty(rows * padded(columns), dtype=self.dtype, device=self.hidden.device)
-        return torch.empty(rows * columns, dtype=self.arithmetic.logits, device=self.hidden.device)
+        dtype, columns = (self.dtype, padded(columns)) if fused else (self.arithmetic.logits, columns)
+        size = device_at(self.hidden.device).allocation(rows * columns * dtype.itemsize)
+        return torch.empty(size // dtype.itemsize, dtype=dtype, device=self.hidden.device)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_chunk`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing_extensions import Self
 
 from fused_pref.head.plans.head import Head
-from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
+from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, cuts, number, rounds
 from fused_pref.layout import ValidRows
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import ranges
@@ -22,18 +22,28 @@ class Logprob(Plan):
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
         p = problem
-        least = p.device.scratch + p.cast_weight
         for rows in cuts(p.tokens, p.multiple):
-            for columns in cuts(p.vocabulary, p.multiple):
-                count = rounds(p.tokens, rows) * rounds(p.vocabulary, columns)
-                workspace = p.copied(rows) + rows * columns * p.logits_itemsize + least
-                seconds = count * (p.product_seconds(rows, columns, ("logits",)) + p.chunk_seconds(rows, columns))
-                yield cls(rows, columns, 1.0, workspace, seconds)
+            for columns in column_cuts(p.vocabulary, p.multiple):
+                # A long side beside a short one is for those whose other side cannot be longer.
+                if rows == p.tokens or columns == p.vocabulary or rows <= 4 * columns <= 16 * rows:
+                    yield cls.of(p, rows, columns)
         if p.fused:
-            rows, columns = p.tokens, p.vocabulary
-            workspace = least + (0 if p.indexed else p.copied(rows))
-            seconds = p.product_seconds(rows, columns, ("logits",)) + p.fused_seconds(rows, columns, written=False)
-            yield cls(rows, columns, 1.0, workspace, seconds, fused=True)
+            yield cls.of(p, p.tokens, p.vocabulary, fused=True)
+
+    @classmethod
+    def of(cls, problem: Problem, rows: int, columns: int, *, fused: bool = False, saved: int = 0) -> Self:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        p, rows = problem, min(rows, problem.tokens)
+        seconds = p.product_seconds(rows, columns, ("logits",))
+        if fused:
+            workspace = p.scratch(0, 0) + (0 if p.indexed else p.copied(rows))
+            seconds += p.fused_seconds(rows, columns, written=False)
+        else:
+            workspace = p.scratch(rows, columns) + p.copied(rows) + p.chunk(rows, columns, p.logits_itemsize)
+            seconds = (
+                rounds(p.tokens, rows) * rounds(p.vocabulary, columns) * (seconds + p.chunk_seconds(rows, columns))
+            )
+        return cls(rows, columns, 1.0, workspace + p.cast_weight, seconds, fused=fused)
 
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""

@@ -27,20 +27,31 @@ def choose(problem: Problem) -> Plan:
     """The cheapest plan within the budget; of plans about as cheap, the smallest.
 
     A budget that the caller did not set gives way to the least that is possible and a quarter more: the very smallest
-    plans work a row or a column at a time, and take thousands of times as long as those of a little more.
+    plans take a few rows or columns at a time, and much longer than those of a little more memory.
 
     Raises:
         ValueError: no plan fits a budget that the caller set; the message says the least that would do.
     """
-    least = least_budget(problem)
-    if least > problem.budget and problem.promised:
+    # Ranked by sizes that many batches share; what only just fits is ranked by its own.
+    plan = _best(problem.rounded()) or _best(problem)
+    if plan is None:
         raise ValueError(
-            f"memory_budget must be at least {least} bytes for N={problem.tokens} tokens, D={problem.hidden}, "
-            f"V={problem.vocabulary} ({usable_budget(problem)} for less than twice the time of the fastest plan); got "
-            f"{problem.budget}"
+            f"memory_budget must be at least {least_budget(problem)} bytes for N={problem.tokens} tokens, "
+            f"D={problem.hidden}, V={problem.vocabulary} ({usable_budget(problem)} for less than twice the time of the "
+            f"fastest plan); got {problem.budget}"
         )
+    return plan.fit(problem)
+
+
+@functools.lru_cache(maxsize=1024)
+def _best(problem: Problem) -> Plan | None:
+    """The plan to take; None where none fits the budget that the caller set."""
+    plans = list(candidates(problem))
+    least = max(_unscored_least(problem), min(plan.workspace for plan in plans))
+    if least > problem.budget and problem.promised:
+        return None
     allowed = problem.budget if problem.promised else max(problem.budget, least + least // 4)
-    fitting = [plan for plan in candidates(problem) if plan.workspace <= allowed]
+    fitting = [plan for plan in plans if plan.workspace <= allowed]
     cheapest = min(plan.seconds for plan in fitting)
     alike = [plan for plan in fitting if plan.seconds <= ALIKE * cheapest]
     return min(alike, key=lambda plan: (plan.workspace, plan.seconds))

@@ -7,7 +7,7 @@ no raw logits are written. It pays where passes over memory cost more than the k
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
@@ -44,6 +44,7 @@ class Problem:
         promised: whether the caller set the budget, which then holds or raises; if not, it gives way.
         device: constants.
         multiple: slices and groups are multiples of this, so that only the last tile of a product is cut.
+        largest: rows of the largest unit; 0: that of ``units``.
     """
 
     tokens: int
@@ -67,6 +68,19 @@ class Problem:
     skip_mass: float | None = None
     multiple: int = 256
     promised: bool = True
+    largest: int = 0
+
+    def rounded(self) -> "Problem":
+        """About this problem, no smaller in anything, for which plans are ranked: so they are ranked once for many."""
+        largest = self.largest or max(self.units, default=0)
+        return replace(
+            self,
+            tokens=round_up(self.tokens),
+            positions=round_up(self.positions),
+            unscored=round_up(self.unscored),
+            largest=round_up(largest),
+            units=(),
+        )
 
     @property
     def logits_itemsize(self) -> int:
@@ -103,6 +117,15 @@ class Problem:
         apart = self.narrow and itemsize == 2 and "weight" in self.gradients
         return 4 * min(rows, self.vocabulary) * self.hidden if apart else 0
 
+    def scratch(self, rows: int, columns: int) -> int:
+        """Bytes of the blocks of elementwise work on a chunk, on the rows and on the weight, and of numbers per row."""
+        chunk, weight = max(rows * columns, self.positions * self.hidden), mean_rows(self.vocabulary) * self.hidden
+        return min(self.device.scratch, max(self.itemsize, 4) * (3 * chunk + weight) + 256 * self.positions + 8192)
+
+    def chunk(self, rows: int, columns: int, itemsize: int) -> int:
+        """Bytes of a chunk of logits, or of Q."""
+        return self.device.allocation(rows * columns * itemsize)
+
     def copied(self, rows: int) -> int:
         """Bytes of gathered rows."""
         return rows * self.hidden * self.itemsize if self.gathered else 0
@@ -113,12 +136,12 @@ class Problem:
 
     def product_seconds(self, rows: int, columns: int, products: tuple[str, ...]) -> float:
         """Time of these products on ``rows`` × ``columns`` logits, weight and rows read once for each."""
-        entries = {"logits": rows * columns, "hidden": rows * self.hidden, "weight": columns * self.hidden}
-        operations = 2 * rows * columns * self.hidden
-        narrow = min(self.device.columns, self.vocabulary) / columns
-        slow = sum(max(1.0, narrow, self.device.outputs / max(entries[product], 1)) for product in products)
-        moved = len(products) * (rows + columns) * self.hidden * self.itemsize
-        return operations * slow / self.device.rates[self.itemsize] + moved / self.device.bandwidth
+        sizes = {
+            "logits": (rows, columns, self.hidden),
+            "hidden": (rows, self.hidden, columns),
+            "weight": (columns, self.hidden, rows),
+        }
+        return sum(self.device.product_seconds(*sizes[product], self.itemsize) for product in products)
 
     def chunk_seconds(self, rows: int, columns: int) -> float:
         """Time of a chunk's passes over memory: raw logits written, read, and written over."""
@@ -205,6 +228,11 @@ class Plan(ABC):
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """Plans of this kind for a problem, with their costs."""
 
+    @classmethod
+    @abstractmethod
+    def of(cls, problem: Problem, rows: int, columns: int, *, fused: bool = False, saved: int = 0) -> Self:
+        """The plan of these sizes, with its costs."""
+
     @abstractmethod
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """What is done, in order, in words; ``unit`` is what a group must not cut, in the plural."""
@@ -219,20 +247,43 @@ class Plan(ABC):
         """Gradients from what :meth:`forward` saved and a = ``grad_logp`` (N,)."""
         raise NotImplementedError(f"plan {self.name} has no backward of its own")
 
+    def fit(self, problem: Problem) -> Self:
+        """This plan for a problem that is no larger than the one it was made for, with the costs that it has there."""
+        return self.of(problem, self.rows, self.columns, fused=self.fused, saved=self.saved)
+
     @property
     def logits_fate(self) -> str:
         """See ``logits``; where this form differs from its kind."""
         return self.logits
 
 
-def cuts(length: int, multiple: int) -> list[int]:
-    """Sizes of about equal parts of ``length``, the number of parts growing by a half or a third; ``multiple``s."""
+def round_up(size: int) -> int:
+    """Up to a multiple of 1/32 of the next power of two; small numbers as they are."""
+    step = 1 << max(0, size.bit_length() - 5)
+    return -(-size // step) * step
+
+
+def mean_rows(vocabulary: int) -> int:
+    """Rows of the weight that its mean takes at a time, at most."""
+    return min(vocabulary, max(64, vocabulary // 16))
+
+
+def cuts(length: int, multiple: int, least: int = 1) -> list[int]:
+    """Sizes of about equal parts of ``length``, the number of parts growing by a half or a third; ``multiple``s.
+
+    None is smaller than ``least`` but for a ``length`` that is.
+    """
     sizes, parts = [], 1
-    while parts <= length:
+    while parts * min(least, max(length, 1)) <= length:
         even = -(-length // parts)
         sizes.append(min(length, -(-even // multiple) * multiple) if even > multiple else even)
         parts = max(parts + 1, parts * 3 // 2 if parts & (parts - 1) == 0 else 1 << parts.bit_length())
-    return sorted({*sizes, min(length, 1)}, reverse=True)
+    return sorted({*sizes, min(length, least)}, reverse=True)
+
+
+def column_cuts(vocabulary: int, multiple: int) -> list[int]:
+    """Columns of slices of the vocabulary, which are never of a few columns: such plans would never end."""
+    return cuts(vocabulary, multiple, min(64, max(1, vocabulary // 16)))
 
 
 def rounds(length: int, size: int) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
-from fused_pref.head.plans.problem import Forward, Plan, Problem, number, rounds
+from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, number, rounds
 from fused_pref.head.plans.vocab_major import VocabMajor
 from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import ROW_MAX, SUM_EXP
@@ -52,18 +52,21 @@ class Skipping(Plan):
         """Products and time are what skipping nothing would take."""
         if problem.skip_mass is None:
             return
-        p = problem
-        row = p.tokens * p.hidden
+        for columns in column_cuts(problem.vocabulary, problem.multiple):
+            # Tiles no wider than they must be.
+            if columns <= problem.device.columns:
+                yield cls.of(problem, problem.tokens, columns, fused=problem.fused)
+
+    @classmethod
+    def of(cls, problem: Problem, rows: int, columns: int, *, fused: bool = False, saved: int = 0) -> Self:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        p, plan = problem, VocabMajor.of(problem, rows, columns, fused=fused)
         # Beside the workspace of ``vocab_major``: the rows that need a tile, and for each row and tile statistics, mass
         # and order by mass.
-        selected = row * (p.itemsize + (max(p.itemsize, 4) if "hidden" in p.gradients else 0))
-        for plan in VocabMajor.candidates(p):
-            # Tiles no wider than they must be.
-            if plan.saved == 0 and plan.fused == p.fused and plan.columns <= p.device.columns:
-                workspace = plan.workspace + selected + 48 * rounds(p.vocabulary, plan.columns) * p.tokens
-                seconds = plan.seconds if p.tokens else 0.0
-                costs = (plan.products, workspace, seconds, plan.fused)
-                yield cls(plan.rows, plan.columns, *costs, skip_mass=problem.skip_mass)
+        selected = p.tokens * p.hidden * (p.itemsize + (max(p.itemsize, 4) if "hidden" in p.gradients else 0))
+        workspace = plan.workspace + selected + 48 * rounds(p.vocabulary, columns) * p.tokens
+        seconds = plan.seconds if p.tokens else 0.0
+        return cls(plan.rows, columns, plan.products, workspace, seconds, fused, skip_mass=p.skip_mass or 0.0)
 
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
-from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
+from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, number, rounds
 from fused_pref.layout import ValidRows
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import ranges
@@ -31,37 +31,39 @@ class VocabMajor(Plan):
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
         p = problem
-        gradients = p.gradient_products
-        hidden, weight = "hidden" in gradients, "weight" in gradients
-        row = p.tokens * p.hidden
-        sums = row * max(p.itemsize, 4) if hidden else 0
-        fixed = p.copied(p.tokens) + p.device.scratch + p.cast_weight + p.upcast(p.tokens, p.hidden)
-        for columns, fused in itertools.product(cuts(p.vocabulary, p.multiple), (False, True) if p.fused else (False,)):
+        forms = (False, True) if p.fused else (False,)
+        for columns, fused in itertools.product(column_cuts(p.vocabulary, p.multiple), forms):
             count = rounds(p.vocabulary, columns)
-            chunk = p.tokens * columns * p.logits_itemsize
-            partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
-            late = max(p.partial * row if hidden else 0, partial + p.transposed(p.tokens, columns))
-            backward = (row * p.scaled_itemsize if weight else 0) + sums + late
-            # A slice that is saved, and one that is computed again.
-            seconds = p.product_seconds(p.tokens, columns, ("logits", *gradients)) + p.chunk_seconds(p.tokens, columns)
-            twice = p.product_seconds(p.tokens, columns, ("logits", "logits", *gradients))
-            if fused:
-                twice += p.fused_seconds(p.tokens, columns, written=False)
-                twice += p.fused_seconds(p.tokens, columns, written=True)
-            else:
-                twice += 2 * p.chunk_seconds(p.tokens, columns)
             steps = range(9) if columns >= min(p.device.columns, p.vocabulary) else range(1)
             for saved in sorted({count * part // 8 for part in steps}):
-                again = count - saved
-                if fused and not again:
-                    continue
-                workspace = (
-                    fixed + saved * chunk + backward + (p.tokens * columns * p.q_itemsize(fused) if again else 0)
-                )
-                workspace = max(workspace, fixed + sums + p.labels(p.tokens, p.weight_itemsize))
-                time = saved * seconds + again * twice
-                products = 1 + len(gradients) + again / count
-                yield cls(p.tokens, columns, products, workspace, time, saved=saved, fused=fused)
+                if not (fused and saved == count):
+                    yield cls.of(p, p.tokens, columns, fused=fused, saved=saved)
+
+    @classmethod
+    def of(cls, problem: Problem, rows: int, columns: int, *, fused: bool = False, saved: int = 0) -> Self:
+        """See :class:`~fused_pref.head.plans.problem.Plan`."""
+        p, rows, gradients = problem, problem.tokens, problem.gradient_products
+        hidden, weight = "hidden" in gradients, "weight" in gradients
+        count = rounds(p.vocabulary, columns)
+        again = count - saved
+        sums = rows * p.hidden * max(p.itemsize, 4) if hidden else 0
+        fixed = p.copied(rows) + p.scratch(rows, columns) + p.cast_weight + p.upcast(rows, p.hidden) + sums
+        partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
+        late = max(p.partial * rows * p.hidden if hidden else 0, partial + p.transposed(rows, columns))
+        backward = late + (rows * p.hidden * p.scaled_itemsize if weight else 0)
+        chunks = saved * p.chunk(rows, columns, p.logits_itemsize)
+        chunks += p.chunk(rows, columns, p.q_itemsize(fused)) if again else 0
+        workspace = fixed + max(chunks + backward, p.labels(rows, p.weight_itemsize))
+        # Of a slice that is saved, and of one that is computed again.
+        once = p.product_seconds(rows, columns, ("logits", *gradients)) + p.chunk_seconds(rows, columns)
+        twice = p.product_seconds(rows, columns, ("logits", "logits", *gradients))
+        if fused:
+            twice += p.fused_seconds(rows, columns, written=False) + p.fused_seconds(rows, columns, written=True)
+        else:
+            twice += 2 * p.chunk_seconds(rows, columns)
+        products = 1 + len(gradients) + again / count
+        seconds = saved * once + again * twice
+        return cls(rows, columns, products, workspace, seconds, saved=saved, fused=fused)
 
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
