@@ -3,6 +3,7 @@
 Without a GPU, Triton's interpreter runs the kernels on CPU tensors; with one, ``-m gpu`` runs them compiled.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST
 
 
 def patch_once() -> None:
-    """Let Triton's interpreter remap its language once a launch and module.
+    """Let Triton's interpreter remap its language once a launch and module, and look a dtype up once.
 
-    It does so again in every helper that a program calls, which changes nothing and takes half of its time.
+    It does both again in every helper that a program calls, which changes nothing and takes half of its time.
     """
     from triton.runtime import interpreter
 
@@ -44,6 +45,7 @@ def patch_once() -> None:
         return launch(self, *args, **keywords)
 
     interpreter._patch_lang, executor.__call__ = patch_of, launch_of
+    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
