@@ -3,7 +3,7 @@
 Without a GPU, Triton's interpreter runs the kernels on CPU tensors; with one, ``-m gpu`` runs them compiled.
 """
 
-import functools
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST
 
 
 def patch_once() -> None:
-    """Let Triton's interpreter remap its language once a launch and module, and look a dtype up once.
+    """Let Triton's interpreter remap its language once a launch and module.
 
-    It does both again in every helper that a program calls, which changes nothing and takes half of its time.
+    It does so again in every helper that a program calls, which changes nothing and takes half of its time.
     """
     from triton.runtime import interpreter
 
@@ -45,7 +45,6 @@ def patch_once() -> None:
         return launch(self, *args, **keywords)
 
     interpreter._patch_lang, executor.__call__ = patch_of, launch_of
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
@@ -105,3 +104,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for number, item in enumerate(group):
             if len(group) > MANY and number % FEW:
                 item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays until the end, and no garbage collection looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """The interpreter's end may free it."""
+    gc.unfreeze()
