@@ -204,12 +204,13 @@ def test_each_gradient_is_written_once(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_table_names_every_row() -> None:
-    done = command("--targets", "sm_90")
+def test_table_names_every_row(rows: list[dict[str, Any]]) -> None:
+    done = command("--targets", "sm_90", "--cases", "packed")
     assert done.returncode == 0, done.stderr
     header, *lines = done.stdout.splitlines()
     assert header.split()[:3] == ["kernel", "case", "target"]
     assert all(line.startswith("_") and " sm_90 " in line for line in lines)
+    assert len(lines) == len([row for row in rows if row["target"] == "sm_90" and "packed" in row["case"]])
 
 
 @pytest.mark.slow

@@ -149,18 +149,32 @@ LABELS = {
 @pytest.mark.parametrize("name", LABELS)
 def test_labels(tmp_path: Path, name: str, setup: str) -> None:
     """With weights of prompts, which tell the classes apart too."""
-    options = options_of_bco(max_steps=2, **({"bf16": True} if setup == "defaults" else {}))
-    given = {"embedding_func": lambda texts: [[float(len(text)), float(text[1])] for text in texts]}
-    trainers = []
-    for data in (LABELS[name](), LABELS["booleans"]()):
-        args = BCOConfig(str(tmp_path), **options)
-        trainers.append(run(BCOTrainer, args, data, eval_dataset=data, compute_metrics=_seen, **given))
-        trainers[-1].evaluate()
-    mine, want = (trainer.state.log_history for trainer in trainers)
+    mine, weights = labelled(tmp_path, LABELS[name](), setup)
+    want, expected_weights = with_booleans(setup, tmp_path)
     for got, expected in zip(mine, want, strict=True):
         for key in ("loss", "eval_loss", "logps/chosen", "eval_rewards/rejected", "eval_good"):
             assert got.get(key) == expected.get(key)
-    assert list(trainers[0].train_dataset["sample_weight"]) == list(trainers[1].train_dataset["sample_weight"])
+    assert weights == expected_weights
+
+
+def labelled(folder: Path, data: Dataset, setup: str) -> tuple[list[dict[str, float]], list[float]]:
+    """What a run logs, and its weights."""
+    options = options_of_bco(max_steps=2, **({"bf16": True} if setup == "defaults" else {}))
+    given = {"embedding_func": lambda texts: [[float(len(text)), float(text[1])] for text in texts]}
+    args = BCOConfig(str(folder), **options)
+    trainer = run(BCOTrainer, args, data, eval_dataset=data, compute_metrics=_seen, **given)
+    trainer.evaluate()
+    return trainer.state.log_history, list(trainer.train_dataset["sample_weight"])
+
+
+BOOLEANS: dict[str, tuple[list[dict[str, float]], list[float]]] = {}
+
+
+def with_booleans(setup: str, folder: Path) -> tuple[list[dict[str, float]], list[float]]:
+    """The run that the others are held against, made once."""
+    if setup not in BOOLEANS:
+        BOOLEANS[setup] = labelled(folder, LABELS["booleans"](), setup)
+    return BOOLEANS[setup]
 
 
 def _seen(result: Any) -> dict[str, float]:
@@ -205,24 +219,35 @@ def _frozen(rows: list[Any]) -> np.ndarray:
     return array
 
 
-@pytest.mark.filterwarnings("error:.*(slow|writ):UserWarning")
-@pytest.mark.parametrize("name", EMBEDDINGS)
-def test_embeddings(tmp_path: Path, name: str) -> None:
+def weights_by(function: Any, folder: Path) -> list[float]:
+    trainer = BCOTrainer(
+        llama(),
+        args=BCOConfig(str(folder), **options_of_bco()),
+        train_dataset=unpaired(),
+        processing_class=speaker(),
+        embedding_func=function,
+    )
+    return list(trainer.train_dataset["sample_weight"])
+
+
+PLAIN: list[float] = []
+
+
+def weights_by_tensors(folder: Path) -> list[float]:
+    """Those that the others are held against, made once."""
+
     def plain(texts: list[str]) -> torch.Tensor:
         return torch.tensor([[float(len(text)), float(text.count("1"))] for text in texts])
 
-    trainers = [
-        BCOTrainer(
-            llama(),
-            args=BCOConfig(str(tmp_path), **options_of_bco()),
-            train_dataset=unpaired(),
-            processing_class=speaker(),
-            embedding_func=function,
-        )
-        for function in (EMBEDDINGS[name], plain)
-    ]
-    mine, want = (trainer.train_dataset["sample_weight"] for trainer in trainers)
-    assert list(mine) == list(want)
+    PLAIN[:] = PLAIN or weights_by(plain, folder)
+    return PLAIN
+
+
+@pytest.mark.filterwarnings("error:.*(slow|writ):UserWarning")
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embeddings(tmp_path: Path, name: str) -> None:
+    mine, want = weights_by(EMBEDDINGS[name], tmp_path), weights_by_tensors(tmp_path)
+    assert mine == want
     assert len(set(want)) > 2
     rows = unpaired()
     ratio = fp.DensityRatio().fit(EMBEDDINGS[name](rows["prompt"]), np.array(rows["label"]))
