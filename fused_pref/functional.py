@@ -31,7 +31,7 @@ from fused_pref.keywords import (
 from fused_pref.losses.pair import PairObjective, cpo_spec, dpo_spec
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.unpaired import BCOObjective, bco_spec
-from fused_pref.ops.interface import BCOSpec, PairSpec
+from fused_pref.ops.interface import BCOSpec
 from fused_pref.outputs import BCOOutput, PairOutput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -111,8 +111,8 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    spec = cpo_spec(keywords)
-    return _pair_loss(LogitsInputs.of(logits, labels, keywords, pairs=True), spec, keywords)
+    objective = PairObjective(cpo_spec(keywords), None, *pair_normalizers(keywords))
+    return LogitsInputs.of(logits, labels, keywords, pairs=True).evaluate(objective)
 
 
 @accepts(DPOLogitsKeywords)
@@ -133,9 +133,9 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    spec = dpo_spec(keywords)
+    spec, normalizers = dpo_spec(keywords), pair_normalizers(keywords)
     inputs = LogitsInputs.of(logits, labels, keywords, pairs=True)
-    return _pair_loss(inputs, spec, keywords, inputs.per_sequence("ref_logps", ref_logps))
+    return inputs.evaluate(PairObjective(spec, inputs.per_sequence("ref_logps", ref_logps), *normalizers))
 
 
 @accepts(BCOLogitsKeywords)
@@ -227,8 +227,8 @@ def linear_cpo_loss(
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    spec = cpo_spec(keywords)
-    return _pair_loss(LinearInputs.of(hidden, weight, labels, keywords, pairs=True), spec, keywords)
+    objective = PairObjective(cpo_spec(keywords), None, *pair_normalizers(keywords))
+    return LinearInputs.of(hidden, weight, labels, keywords, pairs=True).evaluate(objective)
 
 
 @accepts(DPOLinearKeywords)
@@ -251,9 +251,9 @@ def linear_dpo_loss(
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    spec = dpo_spec(keywords)
+    spec, normalizers = dpo_spec(keywords), pair_normalizers(keywords)
     inputs = LinearInputs.of(hidden, weight, labels, keywords, pairs=True)
-    return _pair_loss(inputs, spec, keywords, inputs.per_sequence("ref_logps", ref_logps))
+    return inputs.evaluate(PairObjective(spec, inputs.per_sequence("ref_logps", ref_logps), *normalizers))
 
 
 @accepts(BCOLinearKeywords)
@@ -290,35 +290,15 @@ def linear_bco_loss(
 
 
 def _token_logps(inputs: Inputs) -> Tensor:
-    logp, _ = inputs.tokens()
+    logp, *_ = inputs.tokens()
     validate.values("the log-prob of each token", logp, torch.isfinite, "finite")
     return logp[:, :-1] if inputs.spec.shift and inputs.cu_seqlens is None else logp
 
 
 def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
-    scores = inputs.scores()
+    logp, means, _ = inputs.tokens()
+    scores = inputs.scores(logp, means)
     return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(inputs.dtype)
-
-
-def _pair_loss(
-    inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Tensor | None = None
-) -> PairOutput:
-    normalizers = pair_normalizers(keywords)
-    objective = PairObjective(spec, ref_logps, *normalizers)
-    result, loss, dropped_mass = inputs.evaluate(objective)
-    pairs, means = inputs.sequences // 2, inputs.spec.logits_mean is not None
-    output = PairOutput(
-        loss=loss,
-        nll_loss=result.nll_loss,
-        chosen_logps=result.logps[:pairs],
-        rejected_logps=result.logps[pairs:],
-        chosen_rewards=result.rewards[:pairs],
-        rejected_rewards=result.rewards[pairs:],
-        chosen_logits_mean=result.chosen_logits_mean if means else None,
-        rejected_logits_mean=result.rejected_logits_mean if means else None,
-    )
-    output.dropped_mass = dropped_mass
-    return output
 
 
 def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Any, ref_logps: Any) -> BCOOutput:
@@ -330,20 +310,8 @@ def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desira
         sample_weight = inputs.per_sequence("sample_weight", sample_weight, good=_weighs, expected=">= 0")
     normalizers = bco_normalizers(keywords)
     delta = reward_shift(keywords, inputs.labels.device)
-    objective = BCOObjective(spec, desirable, ref_logps, delta, sample_weight, normalizers)
-    result, loss, dropped_mass = inputs.evaluate(objective)
-    means = inputs.spec.logits_mean is not None
-    output = BCOOutput(
-        loss=loss,
-        delta=result.delta,
-        logps=result.logps,
-        rewards=result.rewards,
-        chosen_logits_mean=result.chosen_logits_mean if means else None,
-        rejected_logits_mean=result.rejected_logits_mean if means else None,
-        chosen_count=result.chosen_count,
-        rejected_count=result.rejected_count,
-    )
-    output.desirable, output.dropped_mass = desirable, dropped_mass
+    output = inputs.evaluate(BCOObjective(spec, desirable, ref_logps, delta, sample_weight, *normalizers))
+    output.desirable = desirable
     return output
 
 
@@ -376,8 +344,8 @@ def pair_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None
     )
 
 
-def bco_normalizers(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The normalizer that the reduction uses; the other one is refused rather than ignored."""
+def bco_normalizers(keywords: Mapping[str, Any]) -> tuple[Any, Any]:
+    """``sequence_normalizer`` and ``class_normalizer``; one that the reduction does not use is refused, not ignored."""
     sequences, classes = keywords["sequence_normalizer"], keywords["class_normalizer"]
     reduction = keywords["reduction"]
     if sequences is not None and reduction != "mean":
@@ -392,4 +360,4 @@ def bco_normalizers(keywords: Mapping[str, Any]) -> dict[str, Any]:
         classes = tuple(validate.normalizer("class_normalizer", count, zero=True) for count in classes)
     if sequences is not None:
         sequences = validate.normalizer("sequence_normalizer", sequences)
-    return {"sequence_normalizer": sequences, "class_normalizer": classes}
+    return sequences, classes

@@ -76,7 +76,7 @@ class OnceDifferentiableFunction(torch.autograd.Function):
 class LinearTokenLogpsFunction(torch.autograd.Function):
     """(hidden, weight, bias, labels) → (logp, mean of z, dropped mass), per position; any upstream gradient.
 
-    The dropped mass is None but for plan ``skipping``.
+    The dropped mass is None without ``skip_mass``, 0 by any plan but ``skipping``.
     """
 
     @staticmethod
@@ -94,7 +94,8 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         ctx.call, ctx.rows, ctx.plan = head.call, rows, plan
         with working(head, rows):
             logp, means, forward = score(head, rows, plan, labels)
-        dropped = None if forward.dropped is None else rows.scatter(forward.dropped, labels)
+        dropped = None if head.call.spec.skip_mass is None else torch.zeros_like(means)
+        dropped = dropped if forward.dropped is None else rows.scatter(forward.dropped, labels)
         ctx.chunks = forward.chunks
         ctx.save_for_backward(hidden, weight, bias, *forward.saved)
         ctx.mark_non_differentiable(*(means,) if dropped is None else (means, dropped))

@@ -6,25 +6,28 @@ keep the number of scored tokens inside. A schema has no dataclasses: constants 
 wanted are empty tensors.
 """
 
-from dataclasses import replace
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_pref.head.engine import evaluate, plan_of, problem_of, score, working
+from fused_pref.head.engine import begin, evaluate, score, working
 from fused_pref.head.plans.grouped import Grouped
-from fused_pref.head.plans.head import GRADIENTS, Gradients, Head, HeadCall, late_dtype
-from fused_pref.layout import targets_of, valid_rows
-from fused_pref.losses.encoding import decode as decode_objective
-from fused_pref.losses.encoding import from_text, to_text
+from fused_pref.head.plans.head import GRADIENTS, Gradients, HeadCall, late_dtype
+from fused_pref.layout import targets_of
+from fused_pref.losses.pair import PairObjective
+from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.scores import Scores, saturate
-from fused_pref.ops.interface import ACCUMULATOR, Transform
+from fused_pref.losses.unpaired import BCOObjective
+from fused_pref.ops.interface import ACCUMULATOR, BCOSpec, PairSpec, Transform
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.spec import Spec
 
-transform_of = lru_cache(Transform)
+_transform = lru_cache(Transform)
 
 
 @torch.library.custom_op("fused_pref::token_logps_fwd", mutates_args=())
@@ -48,7 +51,7 @@ def token_logps_fwd(
         mean of z over the vocabulary, shape of ``labels``: 0 where ``logits_mean`` does not ask for it.
         Float32, float64 for float64 logits.
     """
-    transform = transform_of(activation, inner, outer)
+    transform = _transform(activation, inner, outer)
     if backend == "triton":
         from fused_pref.ops.triton import logprob
 
@@ -84,7 +87,7 @@ def token_logps_bwd(
 
     ``dlogits`` may be the logits; rows that score nothing are 0.
     """
-    transform = transform_of(activation, inner, outer)
+    transform = _transform(activation, inner, outer)
     if backend == "triton":
         from fused_pref.ops.triton import dlogits as kernel
 
@@ -95,23 +98,48 @@ def token_logps_bwd(
         torch_chunk.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
 
 
-def encode(call: HeadCall) -> str:
-    """A call as text, without ``skip_mass``: a graph skips nothing."""
-    spec, wanted = call.spec, [name for name in GRADIENTS if name in call.wanted]
-    t = spec.transform
-    constants = (spec.backend, spec.shift, spec.ignore_index, t.activation, t.inner, t.outer)
-    values = (*constants, spec.logits_mean, spec.memory_budget, spec.max_valid_tokens, str(call.dtype), call.unit)
-    return to_text((*values, *wanted))
+def encode(value: Any, tensors: list[Tensor]) -> str:
+    """Constants as text, by means that a compiler can see through: numbers, names, None, and dataclasses and tuples.
+
+    In place of a tensor the text has its number in the list, to which it is added; δ is that of now.
+    """
+    if isinstance(value, RewardShift):
+        value = value.current()
+    if isinstance(value, Tensor):
+        kind, parts = "Tensor", [len(tensors)]
+        tensors.append(value)
+    elif isinstance(value, torch.dtype):
+        kind, parts = "dtype", [str(value).removeprefix("torch.")]
+    elif isinstance(value, frozenset):
+        kind, parts = "frozenset", [name for name in GRADIENTS if name in value]
+    elif isinstance(value, tuple):
+        kind, parts = "tuple", list(value)
+    elif is_dataclass(value):
+        kind, parts = type(value).__name__, [getattr(value, field.name) for field in fields(value)]
+    else:
+        return f"{value!r}"
+    return f"({kind!r}, " + "".join([encode(part, tensors) + ", " for part in parts]) + ")"
 
 
-def decode(text: str) -> HeadCall:
-    """A call from text."""
-    values = from_text(text)
-    backend, shift, ignore_index, *transform = values[:6]
-    logits_mean, *sizes, dtype, unit = values[6:11]
-    wanted = values[11:]
-    spec = Spec(backend, shift, ignore_index, Transform(*transform), logits_mean, False, *sizes)
-    return HeadCall(spec, getattr(torch, dtype.removeprefix("torch.")), frozenset(wanted), unit)
+# What the first entry of a tuple in the text says that the others make.
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "dtype": lambda name: getattr(torch, name),
+    "frozenset": lambda *parts: frozenset(parts),
+    "tuple": lambda *parts: parts,
+    **{kind.__name__: kind for kind in (HeadCall, Spec, Transform, PairObjective, PairSpec, BCOObjective, BCOSpec)},
+}
+
+
+def decode(text: str, tensors: Sequence[Tensor] = ()) -> Any:
+    """The constants of :func:`encode`."""
+
+    def made(value: Any) -> Any:
+        if not isinstance(value, tuple):
+            return value
+        kind, *parts = value
+        return tensors[parts[0]] if kind == "Tensor" else _MAKERS[kind](*map(made, parts))
+
+    return made(ast.literal_eval(text))
 
 
 @torch.library.custom_op("fused_pref::linear_token_logps_fwd", mutates_args=())
@@ -120,10 +148,9 @@ def linear_token_logps_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
     request = decode(call)
-    head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
-    plan = replace(plan_of(problem_of(head, rows)), saved=0)
+    head, rows, plan = begin(request, hidden, weight, bias, labels, cu_seqlens)
     with working(head, rows):
-        logp, means, forward = score(head, rows, plan, labels)
+        logp, means, forward = score(head, rows, replace(plan, saved=0), labels)
     if not request.wanted:
         saved = hidden.new_empty(0, dtype=head.accumulator)
     elif request.wanted == {"hidden"}:
@@ -157,15 +184,14 @@ def linear_token_logps_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias."""
     request = decode(call)
-    head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
+    head, rows, plan = begin(request, hidden, weight, bias, labels, cu_seqlens)
     upstream = rows.gather(grad_logp)
     with working(head, rows):
         if request.wanted == {"hidden"}:
             own = saved if rows.indices is None else saved.index_select(0, rows.indices)
         else:
             own = torch.stack([rows.gather(row) for row in saved])
-        plan = replace(plan_of(problem_of(head, rows)), saved=0)
-        return _filled(plan.backward(head, rows, (own,), (), upstream), hidden)
+        return _filled(replace(plan, saved=0).backward(head, rows, (own,), (), upstream), hidden)
 
 
 @linear_token_logps_bwd.register_fake
@@ -182,21 +208,17 @@ def linear_known_gradients(
     cu_seqlens: Tensor | None,
     tensors: list[Tensor],
     constants: str,
-    call: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, mean of z, gradients of the loss) of an objective whose coefficients are known unit by unit."""
-    request, objective = decode(call), decode_objective(constants, tensors)
-    head, rows = Head(request, hidden, weight, bias), valid_rows(labels, cu_seqlens, request.spec)
-    plan = plan_of(problem_of(head, rows))
+    request, objective = decode(constants, tensors)
+    head, rows, plan = begin(request, hidden, weight, bias, labels, cu_seqlens)
     if isinstance(plan, Grouped):
         logp, means, gradients, _ = evaluate(head, rows, plan, labels, cu_seqlens, objective)
         return logp, means, *_filled(gradients, hidden)
     with working(head, rows):
         values, means, forward = score(head, rows, plan, labels)
-        whole = objective.for_parts(rows.counts)
-        slope = whole.evaluate(
-            Scores(rows.sums(values), rows.counts, None, None), request.spec.backend, head.accumulator
-        ).slope
+        scores = Scores(rows.sums(values), rows.counts, None, None)
+        _, slope = objective.for_parts(rows.counts).evaluate(scores, request.spec.backend, head.accumulator)
         upstream = rows.expand(saturate(slope, torch.float32)).to(values.dtype)
         gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
@@ -204,8 +226,8 @@ def linear_known_gradients(
 
 
 @linear_known_gradients.register_fake
-def _(hidden, weight, bias, labels, cu_seqlens, tensors, constants, call):  # type: ignore[no-untyped-def]
-    request = decode(call)
+def _(hidden, weight, bias, labels, cu_seqlens, tensors, constants):  # type: ignore[no-untyped-def]
+    request, _ = decode(constants, tensors)
     logp = hidden.new_empty(labels.shape, dtype=ACCUMULATOR[request.dtype])
     return logp, torch.empty_like(logp), *_fake_gradients(hidden, weight, bias, request, late=True)
 

@@ -14,15 +14,27 @@ from fused_pref.head.advice import advise, warn_of
 from fused_pref.head.budget import default_budget
 from fused_pref.head.plans import planner
 from fused_pref.head.plans.grouped import Grouped
-from fused_pref.head.plans.head import Gradients, Head
+from fused_pref.head.plans.head import Gradients, Head, HeadCall
 from fused_pref.head.plans.problem import Forward, Plan, Problem, mean_rows
 from fused_pref.head.plans.skipping import can_skip
-from fused_pref.layout import ValidRows
-from fused_pref.losses.encoding import Objective
+from fused_pref.layout import ValidRows, valid_rows
+from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.scores import Scores, gather, mean_sums, saturate
+from fused_pref.losses.unpaired import BCOObjective
 from fused_pref.ops.devices import device_at
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.torch.chunk import Rows, block_rows, ranges
+
+Objective = PairObjective | BCOObjective
+
+
+def begin(
+    call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Head, ValidRows, Plan]:
+    """The head of a call, the rows it has to project, and its plan."""
+    rows = valid_rows(labels, cu_seqlens, call.spec, 0 if call.shard is None else call.shard.first)
+    head = Head(call, hidden, weight, bias)
+    return head, rows, plan_of(problem_of(head, rows))
 
 
 def problem_of(head: Head, rows: ValidRows) -> Problem:
@@ -96,24 +108,25 @@ def score(head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tens
 def evaluate(
     head: Head, rows: ValidRows, plan: Grouped, labels: Tensor, cu_seqlens: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor, Gradients, Any]:
-    """Log-probs, means of z, gradients and result of an objective, evaluated once on each group of its units."""
+    """Log-probs, means of z, gradients and output of an objective, evaluated once on each group of its units."""
     spec, dtype, whole = head.call.spec, head.accumulator, objective.for_parts(rows.counts)
     # Of a single group all is known when it is evaluated, unless an activation hides the means; with a shard they come
     # from a collective of their own, which stays after those of the groups.
     single = len(plan.bounds) <= 2 and head.shard is None
-    means, known, results, sums = None, (None, None), [], []
+    means, known, sums = None, (None, None), []
+    outputs: list[Any] = []
 
     def slope(members: tuple[slice, ...] | None, own: Tensor) -> Tensor:
         if rows.overflow is not None:
             own = own.masked_fill(rows.overflow, torch.nan)
         validate.values("the log-prob of each sequence", own, torch.isfinite, "finite")
         sums.append(own)
-        if members is None:
-            results.append(whole.evaluate(Scores(own, rows.counts, *known), spec.backend, dtype))
-        else:
-            scores = Scores(own, gather(rows.counts, members), None, None)
-            results.append(whole.part(members).evaluate(scores, spec.backend, dtype))
-        return saturate(results[-1].slope, torch.float32)
+        part, counts, totals = whole, rows.counts, known
+        if members is not None:
+            part, counts, totals = whole.part(members), gather(rows.counts, members), (None, None)
+        output, found = part.evaluate(Scores(own, counts, *totals), spec.backend, dtype)
+        outputs.append(output)
+        return saturate(found, torch.float32)
 
     with working(head, rows):
         with torch.no_grad():
@@ -128,10 +141,10 @@ def evaluate(
             if means is None:
                 means = means_of(head, rows, labels, totals.view(labels.shape), unscored)
                 late = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
-                results = [objective.joined(results, Scores(whole_sums, rows.counts, *late), dtype)]
+                outputs = [objective.joined(outputs, Scores(whole_sums, rows.counts, *late), dtype)]
         # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
         objective.gather_statistics(whole_sums)
-    return logp.view(labels.shape), means, gradients, results[0]
+    return logp.view(labels.shape), means, gradients, outputs[0]
 
 
 def means_of(head: Head, rows: ValidRows, labels: Tensor, totals: Tensor | None, unscored: Tensor | None) -> Tensor:

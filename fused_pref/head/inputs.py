@@ -4,8 +4,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,29 +17,20 @@ from fused_pref.head.autograd import (
     LinearTokenLogpsFunction,
     TokenLogpsFunction,
 )
-from fused_pref.head.engine import evaluate, plan_of, problem_of
+from fused_pref.head.engine import Objective, begin, evaluate
 from fused_pref.head.plans.grouped import Grouped
-from fused_pref.head.plans.head import GRADIENTS, Head, HeadCall
+from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.vocab_parallel import Agreement
-from fused_pref.layout import valid_rows
-from fused_pref.losses.encoding import Objective, encode
 from fused_pref.losses.scores import Scores, sequence_scores
 from fused_pref.ops import backend
 from fused_pref.ops.interface import ACCUMULATOR
-from fused_pref.ranks import group_of, local_head, sum_over_ranks
+from fused_pref.ranks import group_of, sum_over_ranks
 from fused_pref.spec import Spec, linear_spec, logits_spec
 
-
-class Evaluated(NamedTuple):
-    """An objective's result on a batch, its differentiable loss, and what ``skip_mass`` leaves out of the gradient.
-
-    ``dropped_mass`` has the shape of the labels; None where nothing was asked for.
-    """
-
-    result: Any
-    loss: Tensor
-    dropped_mass: Tensor | None = None
+# Of every position, in the shape of the labels: log-prob with the gradient, mean of z over the vocabulary, and what
+# ``skip_mass`` leaves out of the gradient (None where nothing was asked for).
+Tokens = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -64,46 +54,33 @@ class Inputs(ABC):
     ) -> Tensor:
         """Validate an argument with one entry per sequence, (S,), under ``checks`` each entry, and detach it."""
         value = validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.labels.device).detach()
-        if validate.checking():
-            validate.values(name, value, good, expected)
+        validate.values(name, value, good, expected)
         return value
 
     @abstractmethod
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Log-probs with the gradient, and means of z over the vocabulary, both shaped like the labels."""
+    def tokens(self) -> Tokens:
+        """Score the tokens."""
 
-    def scores(self) -> Scores:
-        """Log-probs of the tokens, summed per sequence, with the gradient."""
-        return self._sums(*self.tokens())
-
-    @abstractmethod
-    def evaluate(self, objective: Objective) -> Evaluated:
-        """Score the tokens and evaluate the objective."""
-
-    def _evaluated(self, objective: Objective, scores: Scores, dropped_mass: Tensor | None = None) -> Evaluated:
-        result = objective.evaluate(scores._replace(sums=scores.sums.detach()), self.spec.backend, self.dtype)
-        return Evaluated(result, KnownSlopeFunction.apply(scores.sums, result.loss, result.slope), dropped_mass)  # type: ignore[arg-type]
-
-    def _sums(self, logp: Tensor, means: Tensor) -> Scores:
-        spec = self.spec
-        scores = sequence_scores(
-            logp,
-            means,
-            self.labels,
-            self.cu_seqlens,
-            backend=spec.backend,
-            logits_mean=spec.logits_mean,
-            shift=spec.shift,
-            ignore_index=spec.ignore_index,
-        )
+    def scores(self, logp: Tensor, means: Tensor) -> Scores:
+        """What :meth:`tokens` gives, summed per sequence."""
+        scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
         if self.cp_group is not None:
             known = [part for part in scores if part is not None]
             summed = sum_over_ranks(torch.stack([part.double() for part in known]), self.cp_group)
             both = [total.to(part.dtype) for total, part in zip(summed, known, strict=True)]
             scores = Scores(*both, *(None,) * (len(scores) - len(both)))
-        if validate.checking():
-            validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
+        validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
+
+    def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
+        """The objective's output for the tokens, scored by :meth:`tokens` if they are not given."""
+        logp, means, dropped = tokens or self.tokens()
+        scores = self.scores(logp, means)
+        output, slope = objective.evaluate(scores._replace(sums=scores.sums.detach()), self.spec.backend, self.dtype)
+        kind: Any = type(output)
+        output = kind(KnownSlopeFunction.apply(scores.sums, output.loss, slope), *output[1:])
+        output.dropped_mass = dropped
+        return output
 
 
 @dataclass(frozen=True)
@@ -129,14 +106,9 @@ class LogitsInputs(Inputs):
         spec = _resolved({"spec": spec, "dtype": logits.dtype, "device": logits.device, "means": means})
         return cls(labels, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[logits.dtype], logits)
 
-    def tokens(self) -> tuple[Tensor, Tensor]:
+    def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        return TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec)  # type: ignore[return-value]
-
-    def evaluate(self, objective: Objective) -> Evaluated:
-        """See :class:`Inputs`."""
-        logp, means = TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec)  # type: ignore[misc]
-        return self._evaluated(objective, self._sums(logp, means))
+        return *TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec), None  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -151,7 +123,7 @@ class LinearInputs(Inputs):
     weight: Tensor
     bias: Tensor | None
     operand_dtype: torch.dtype
-    wanted: tuple[str, ...]
+    wanted: frozenset[str]
     agreement: Agreement | None
 
     @classmethod
@@ -167,42 +139,47 @@ class LinearInputs(Inputs):
     ) -> "LinearInputs":
         """Validate; ``pairs``: S must be even; without ``means`` no mean of the logits is formed."""
         spec, cp_group = linear_spec(keywords), keywords["cp_group"]
-        bias, agreement = keywords["bias"], keywords["tp_group"]
+        bias, agreement = keywords["bias"], keywords.get("agreement")
         if cp_group is not None:
             cp_group = _cp_group(keywords)
         if bias is not None:
             validate.tensor_or_none("bias", bias, "(V,)")
-        if type(weight).__name__ == "DTensor":  # importing it takes longer than the rest of the library
-            hidden, weight, bias = local_head(hidden, weight, bias)
         batch = _batch("hidden", hidden, "D", labels, keywords, spec, pairs=pairs)
         hidden, labels, cu_seqlens, sequences = batch
-        dtype, kind = hidden.dtype, hidden.device.type
+        dtype, dtypes, kind = hidden.dtype, (hidden.dtype,), hidden.device.type
+        # Autocast casts what enters a product, but for float64; elsewhere the dtypes must agree.
         if dtype != torch.float64 and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        weight, bias = _head(weight, bias, hidden, dtype)
+            dtypes = tuple(each for each in validate.FLOATS if each != torch.float64)
+        symbol, features = f"(V, D={hidden.shape[-1]})", hidden.shape[-1]
+        weight = validate.tensor("weight", weight, symbol, None, dtypes, hidden.device)
+        if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
+            raise validate.fail("weight", f"{symbol} with V >= 1, like hidden", weight)
+        if bias is not None:
+            bias = validate.tensor("bias", bias, "(V,)", tuple(weight.shape[:1]), dtypes, hidden.device)
         if agreement is None:
             if validate.checking():
                 _check_labels(labels, weight.shape[0], spec)
             if spec.tp_partial:
                 raise ValueError("tp_partial needs tp_group, or a weight whose rows a DTensor shards; got neither")
         spec = _resolved({"spec": spec, "dtype": dtype, "device": hidden.device, "means": means})
-        wanted: tuple[str, ...] = ()
+        tensors, wanted = (hidden, weight, bias), frozenset()
         if torch.is_grad_enabled():  # and inside of a Function it is not
             asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-            wanted = tuple(itertools.compress(GRADIENTS, asked))
-        tensors = (hidden, weight, bias)
+            wanted = frozenset(itertools.compress(GRADIENTS, asked))
         return cls(
             labels, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[dtype], *tensors, dtype, wanted, agreement
         )
 
-    @cached_property
-    def shard(self) -> Shard | None:
-        """What this rank holds of a vocab-parallel head; None: all of it.
+    def call(self, unit: int) -> HeadCall:
+        """Begin a call of the head, all arguments being valid; ``unit`` is as of :class:`HeadCall`."""
+        shard = None if self.agreement is None else self.meet(self.agreement)
+        # A graph skips nothing.
+        spec = replace(self.spec, skip_mass=None) if torch.compiler.is_compiling() else self.spec
+        return HeadCall(spec, self.operand_dtype, self.wanted, unit, shard)
 
-        The ranks meet when this is first asked for, after all arguments have been validated.
-        """
-        if self.agreement is None:
-            return None
+    def meet(self, agreement: Agreement) -> Shard:
+        """The ranks of a vocab-parallel head meet here, for the first time in a call: what this rank holds of it."""
         asked = {
             "D": self.weight.shape[1],
             "dtype": self.hidden.dtype,
@@ -212,61 +189,43 @@ class LinearInputs(Inputs):
             "which gradients are wanted": sorted(self.wanted),
             "labels": self.labels,
         }
-        sizes, budget = self.agreement.meet(self.weight, asked, self.labels != self.spec.ignore_index)
+        sizes, budget = agreement.meet(self.weight, asked, self.labels != self.spec.ignore_index)
         _check_labels(self.labels, sum(sizes), self.spec)
-        return Shard(self.agreement.group, sizes, self.spec.tp_partial, budget)
+        return Shard(agreement.group, sizes, self.spec.tp_partial, budget)
 
-    def call(self, unit: int) -> HeadCall:
-        """What the head is asked for; ``unit`` is that of an objective, 0 if its slopes wait for the whole batch."""
-        shard = None if self.agreement is None else self.shard
-        return HeadCall(self.spec, self.operand_dtype, frozenset(self.wanted), unit, shard)
-
-    def tokens(self) -> tuple[Tensor, Tensor]:
+    def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        call = self.call(0)
+        call, batch = self.call(0), (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
         if torch.compiler.is_compiling():
-            batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
-            return custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call))  # type: ignore[return-value]
-        rows = valid_rows(self.labels, self.cu_seqlens, self.spec, 0 if call.shard is None else call.shard.first)
-        tensors = (self.hidden, self.weight, self.bias)
-        head = Head(call, *tensors)
-        logp, means, _ = LinearTokenLogpsFunction.apply(
-            *tensors, self.labels, head, rows, plan_of(problem_of(head, rows))
-        )  # type: ignore[misc]
-        return logp, means
+            return *custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call, [])), None  # type: ignore[misc]
+        return LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch))  # type: ignore[return-value]
 
-    def evaluate(self, objective: Objective) -> Evaluated:
+    def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
         """See :class:`Inputs`; where a unit's slopes do not wait for others, the head may form gradients at once."""
         # Where sequences are spread over ranks, their slopes are known once all of them have been summed.
-        call = self.call(objective.unit if self.cp_group is None else 0)
-        tensors, labels = (self.hidden, self.weight, self.bias), self.labels
-        if torch.compiler.is_compiling():
-            return self._evaluated_compiled(call, objective)
-        rows = valid_rows(labels, self.cu_seqlens, self.spec, 0 if call.shard is None else call.shard.first)
-        head = Head(call, *tensors)
-        plan = plan_of(problem_of(head, rows))
-        if not isinstance(plan, Grouped):
-            logp, means, dropped = LinearTokenLogpsFunction.apply(*tensors, labels, head, rows, plan)  # type: ignore[misc]
-            if dropped is None and self.spec.skip_mass is not None:
-                dropped = torch.zeros_like(means)
-            return self._evaluated(objective, self._sums(logp, means), dropped)
-        _, means, gradients, result = evaluate(head, rows, plan, labels, self.cu_seqlens, objective)
-        dropped = None if self.spec.skip_mass is None else torch.zeros_like(means)
-        loss = KnownGradientsFunction.apply(*tensors, result.loss, self.spec.backend, call.shard, *gradients)
-        return Evaluated(result, loss, dropped)  # type: ignore[arg-type]
-
-    def _evaluated_compiled(self, call: HeadCall, objective: Objective) -> Evaluated:
-        """The same in a graph, in which the objective is evaluated on the whole batch."""
-        if not call.unit or call.wanted <= {"hidden"}:
-            return self._evaluated(objective, self.scores())
+        unit = objective.unit if self.cp_group is None else 0
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
-        detached = [None if tensor is None else tensor.detach() for tensor in batch]
-        constants, tensors = encode(objective)
-        logp, means, *parts = custom_ops.linear_known_gradients(*detached, tensors, constants, custom_ops.encode(call))
-        result = objective.evaluate(self._sums(logp, means), self.spec.backend, self.dtype)
-        gradients = custom_ops.wanted_only(tuple(parts))
-        loss = KnownGradientsFunction.apply(*batch[:3], result.loss, self.spec.backend, None, *gradients)
-        return Evaluated(result, loss)  # type: ignore[arg-type]
+        if torch.compiler.is_compiling():
+            if not unit or self.wanted <= {"hidden"}:
+                return super().evaluate(objective)
+            # In a graph the objective is evaluated on the whole batch.
+            detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
+            constants = custom_ops.encode((self.call(unit), objective), tensors)
+            logp, means, *parts = custom_ops.linear_known_gradients(*detached, tensors, constants)
+            output, _ = objective.evaluate(self.scores(logp, means), self.spec.backend, self.dtype)
+            gradients, shard = custom_ops.wanted_only(tuple(parts)), None
+        else:
+            call = self.call(unit)
+            head, rows, plan = begin(call, *batch)
+            if not isinstance(plan, Grouped):
+                return super().evaluate(objective, LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan))  # type: ignore[arg-type]
+            _, means, gradients, output = evaluate(head, rows, plan, self.labels, self.cu_seqlens, objective)
+            shard = call.shard
+        kind: Any = type(output)
+        loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, shard, *gradients)
+        output = kind(loss, *output[1:])
+        output.dropped_mass = None if self.spec.skip_mass is None else torch.zeros_like(means)
+        return output
 
 
 def per_call(keywords: Mapping[str, Any]) -> None:
@@ -310,20 +269,6 @@ def _batch(
         name = "cu_seqlens" if packed else "labels"
         raise ValueError(f"{name} must hold S = 2B sequences, chosen then rejected; got S = {sequences}")
     return source, labels, cu_seqlens, sequences
-
-
-def _head(weight: Any, bias: Any, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Validate weight and bias; ``dtype`` is that of the products."""
-    device, features = hidden.device, hidden.shape[-1]
-    # Autocast casts what enters a product, but for float64; elsewhere the two must agree.
-    casts = dtype != torch.float64 and torch.is_autocast_enabled(device.type)
-    dtypes = tuple(kind for kind in validate.FLOATS if kind != torch.float64) if casts else (hidden.dtype,)
-    weight = validate.tensor("weight", weight, f"(V, D={features})", None, dtypes, device)
-    if weight.dim() != 2 or weight.shape[1] != features or weight.shape[0] == 0:
-        raise validate.fail("weight", f"(V, D={features}) with V >= 1, like hidden", weight)
-    if bias is not None:
-        bias = validate.tensor("bias", bias, "(V,)", tuple(weight.shape[:1]), dtypes, device)
-    return weight, bias
 
 
 def _check_labels(labels: Tensor, columns: int, spec: Spec) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_pref import validate
 from fused_pref.head import budget as budgets
 from fused_pref.head.budget import default_budget
-from fused_pref.ranks import gathered, head_group
+from fused_pref.ranks import gathered, head_group, local_head
 
 # What a rank sends, instead of its number of rows, when its arguments are malformed.
 REFUSED = -1
@@ -90,16 +90,16 @@ class Agreement:
 def agreed(function: Callable[..., Any], tensors: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
     """Call a function of (hidden, weight, labels, ...) and all keywords on each rank: an error on one reaches all.
 
-    In place of the group, ``tp_group`` is then the :class:`Agreement` of this call, None where no rank shares the head.
+    The function gets plain tensors, and the :class:`Agreement` of this call as one more keyword, ``agreement``, if
+    ranks share the head. They meet where :meth:`fused_pref.head.inputs.LinearInputs.call` says so.
     """
     hidden, weight, labels, *others = tensors
     group = head_group(weight, keywords["tp_group"])
-    if group is None:
-        return function(*tensors, **{**keywords, "tp_group": None})
     names = list(inspect.signature(function).parameters)[3:-1]
     asked = {"the function": function.__name__, **dict(zip(names, others, strict=False)), **_shared(keywords)}
-    with Agreement(group, asked, hidden, weight, labels) as agreement:
-        return function(*tensors, **{**keywords, "tp_group": agreement})
+    with contextlib.nullcontext() if group is None else Agreement(group, asked, hidden, weight, labels) as agreement:
+        hidden, weight, bias = local_head(hidden, weight, keywords["bias"])
+        return function(hidden, weight, labels, *others, **{**keywords, "bias": bias, "agreement": agreement})
 
 
 def _shared(keywords: Mapping[str, Any]) -> dict[str, Any]:

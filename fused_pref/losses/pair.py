@@ -8,7 +8,7 @@ loss is one function in ``PAIR_LOSSES`` and what CONTRIBUTING.md's recipe names 
 
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fused_pref import validate
 from fused_pref.keywords import CPOKeywords, DPOKeywords, choices
 from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
 from fused_pref.ops.interface import ALPHA_CLAMP, AVERAGED, PairSpec
+from fused_pref.outputs import PairOutput
 
 CPO_LOSS_TYPES = choices(CPOKeywords, "loss_type")
 DPO_LOSS_TYPES = choices(DPOKeywords, "loss_type")
@@ -49,16 +50,6 @@ def dpo_spec(keywords: Mapping[str, Any]) -> PairSpec:
         beta=validate.positive("beta", keywords["beta"]),
         label_smoothing=validate.within("label_smoothing", keywords["label_smoothing"], 0.0, 1.0),
     )
-
-
-class PairTerms(NamedTuple):
-    """A pairwise objective over S = 2B sequences, float64."""
-
-    loss: Tensor  # 0-d
-    slope: Tensor  # (S,) ∂loss/∂sums
-    nll_loss: Tensor  # 0-d
-    logps: Tensor  # (S,) averaged for ipo and simpo
-    rewards: Tensor  # (S,)
 
 
 def sigmoid(delta: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
@@ -101,69 +92,15 @@ def alpha_reward(logps: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return -torch.expm1(clamped) / alpha, torch.exp(clamped) * (power <= ALPHA_CLAMP)
 
 
-def pair_objective(
-    sums: Tensor,
-    counts: Tensor,
-    spec: PairSpec,
-    *,
-    ref_logps: Tensor | None = None,
-    pair_normalizer: float | Tensor | None = None,
-    token_normalizer: float | Tensor | None = None,
-) -> PairTerms:
-    """CPO or DPO from per-sequence sums, chosen sequences first.
-
-    Args:
-        sums: (S,) float64, log-probs summed over the completion.
-        counts: (S,) int64, scored tokens.
-        spec: the hyperparameters.
-        ref_logps: (S,) float64 sums of the reference model, for DPO.
-        pair_normalizer: replaces the number of pairs.
-        token_normalizer: replaces the number of scored chosen tokens.
-    """
-    pairs = sums.shape[0] // 2
-    pair_count = pairs if pair_normalizer is None else pair_normalizer
-    lengths = counts.clamp(min=1) if spec.loss_type in AVERAGED else 1
-    logps = sums / lengths
-    if ref_logps is None:
-        entering, transformed = alpha_reward(logps, spec.alpha) if spec.alpha else (logps, 1.0)
-        rewards = spec.beta * entering
-    else:
-        entering, transformed = (sums - ref_logps) / lengths, 1.0
-        rewards = spec.beta * (sums - ref_logps)
-    losses, slopes = PAIR_LOSSES[spec.loss_type](entering[:pairs] - entering[pairs:], spec)
-    loss = ratio(losses.sum(), pair_count)
-    slope = ratio(torch.cat((slopes, -slopes)) * transformed / lengths, pair_count)
-    nll = torch.zeros_like(loss)
-    if spec.cpo_alpha:
-        tokens = counts[:pairs].sum() if token_normalizer is None else token_normalizer
-        nll_count = tokens if spec.nll_reduction == "token" else pair_count
-        nll = -ratio(sums[:pairs].sum(), nll_count)
-        loss = loss + spec.cpo_alpha * nll
-        chosen = torch.cat((torch.ones_like(slopes), torch.zeros_like(slopes)))
-        slope = slope - ratio(spec.cpo_alpha * chosen, nll_count)
-    return PairTerms(loss, slope, nll, logps, rewards)
-
-
-class PairResult(NamedTuple):
-    """A pairwise objective, in the dtype of the results but for the float64 slope."""
-
-    loss: Tensor
-    nll_loss: Tensor
-    chosen_logits_mean: Tensor
-    rejected_logits_mean: Tensor
-    logps: Tensor  # (S,)
-    rewards: Tensor  # (S,)
-    slope: Tensor  # (S,) ∂loss/∂sums
-
-
 @dataclass(frozen=True)
 class PairObjective:
     """CPO or DPO with its tensors: a value that is evaluated on a batch, or once on each group of its pairs.
 
     Attributes:
         spec: the hyperparameters.
-        ref_logps: (S,) of DPO, else None.
-        pair_normalizer, token_normalizer: in place of the counts of pairs and of chosen tokens.
+        ref_logps: (S,) sums of the reference model, chosen sequences first, for DPO; else None.
+        pair_normalizer: replaces the number of pairs.
+        token_normalizer: replaces the number of scored chosen tokens.
     """
 
     # Sequences after which their slopes are known: a pair.
@@ -186,56 +123,53 @@ class PairObjective:
         """Of these runs of sequences, from :meth:`for_parts`."""
         return replace(self, ref_logps=None if self.ref_logps is None else gather(self.ref_logps, members))
 
-    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> PairResult:
-        """Loss, slope and all that is reported, from the same code; results in ``dtype``."""
+    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> tuple[PairOutput, Tensor]:
+        """What is reported, in ``dtype``, and the slope ∂loss/∂sums, (S,) float64, from the same code."""
         if backend == "triton":
-            normalizers = (*split(self.pair_normalizer), *split(self.token_normalizer))
-            loss, scalars, logps, rewards, slope = pair_objective_op(
-                *scores, self.ref_logps, *normalizers, *astuple(self.spec)
-            )
-            nll_loss, chosen_mean, rejected_mean = scalars.unbind()
-            return PairResult(loss, nll_loss, chosen_mean, rejected_mean, logps, rewards, slope)
-        sums = scores.sums
-        terms = pair_objective(
-            sums,
-            scores.counts,
-            self.spec,
-            ref_logps=None if self.ref_logps is None else self.ref_logps.double(),
-            pair_normalizer=self.pair_normalizer,
-            token_normalizer=self.token_normalizer,
-        )
-        chosen = torch.arange(sums.shape[0], device=sums.device) < sums.shape[0] // 2
-        return PairResult(
-            narrow(terms.loss, dtype),
-            narrow(terms.nll_loss, dtype),
-            *logits_means(scores, chosen, dtype),
-            narrow(terms.logps, dtype),
-            narrow(terms.rewards, dtype),
-            saturate(terms.slope, dtype),
-        )
+            return self._evaluate_triton(scores)
+        spec, sums, counts = self.spec, scores.sums, scores.counts
+        pairs = sums.shape[0] // 2
+        pair_count = pairs if self.pair_normalizer is None else self.pair_normalizer
+        lengths = counts.clamp(min=1) if spec.loss_type in AVERAGED else 1
+        logps = sums / lengths
+        if self.ref_logps is None:
+            entering, transformed = alpha_reward(logps, spec.alpha) if spec.alpha else (logps, 1.0)
+            rewards = spec.beta * entering
+        else:
+            log_ratios = sums - self.ref_logps.double()
+            entering, transformed, rewards = log_ratios / lengths, 1.0, spec.beta * log_ratios
+        losses, slopes = PAIR_LOSSES[spec.loss_type](entering[:pairs] - entering[pairs:], spec)
+        loss = ratio(losses.sum(), pair_count)
+        slope = ratio(torch.cat((slopes, -slopes)) * transformed / lengths, pair_count)
+        nll = torch.zeros_like(loss)
+        if spec.cpo_alpha:
+            tokens = counts[:pairs].sum() if self.token_normalizer is None else self.token_normalizer
+            nll_count = tokens if spec.nll_reduction == "token" else pair_count
+            nll = -ratio(sums[:pairs].sum(), nll_count)
+            loss = loss + spec.cpo_alpha * nll
+            chosen = torch.cat((torch.ones_like(slopes), torch.zeros_like(slopes)))
+            slope = slope - ratio(spec.cpo_alpha * chosen, nll_count)
+        sides: list[Any] = [*narrow(logps, dtype).chunk(2), *narrow(rewards, dtype).chunk(2)]
+        sides += logits_means(scores, None, dtype)
+        return PairOutput(narrow(loss, dtype), narrow(nll, dtype), *sides), saturate(slope, dtype)
 
-    def joined(self, parts: list[PairResult], scores: Scores, dtype: torch.dtype) -> PairResult:
+    def _evaluate_triton(self, scores: Scores) -> tuple[PairOutput, Tensor]:
+        normalizers = (*split(self.pair_normalizer), *split(self.token_normalizer))
+        loss, scalars, logps, rewards, slope = pair_objective_op(
+            *scores, self.ref_logps, *normalizers, *astuple(self.spec)
+        )
+        nll, *means = scalars.unbind()
+        sides: list[Any] = [*logps.chunk(2), *rewards.chunk(2), *(means if scores.totals is not None else (None, None))]
+        return PairOutput(loss, nll, *sides), slope
+
+    def joined(self, parts: list[PairOutput], scores: Scores, dtype: torch.dtype) -> PairOutput:
         """The results of all groups as those of the batch, whose scores give the means of the logits."""
         if len(parts) == 1 and scores.totals is None:
             return parts[0]
-
-        sequences = scores.counts.shape[0]
-
-        def in_order(name: str) -> Tensor:
-            halves = [getattr(part, name).chunk(2) for part in parts]
-            return torch.cat([half[side] for side in (0, 1) for half in halves])
-
-        def summed(name: str) -> Tensor:
-            return narrow(torch.stack([getattr(part, name) for part in parts]).double().sum(), dtype)
-
-        return PairResult(
-            summed("loss"),
-            summed("nll_loss"),
-            *logits_means(scores, torch.arange(sequences, device=scores.counts.device) < sequences // 2, dtype),
-            in_order("logps"),
-            in_order("rewards"),
-            in_order("slope"),
-        )
+        losses, nlls, *sides = zip(*(part[:6] for part in parts), strict=True)
+        sums = [narrow(torch.stack(values).double().sum(), dtype) for values in (losses, nlls)]
+        fields: list[Any] = [*sums, *map(torch.cat, sides), *logits_means(scores, None, dtype)]
+        return PairOutput(*fields)
 
     def gather_statistics(self, sums: Tensor) -> None:
         """Nothing: pairs have no state."""

@@ -1,6 +1,5 @@
 """BCO's reward shift δ as a module with exactly resumable state."""
 
-from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,26 +9,13 @@ from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.losses.state import ExactModule
+from fused_pref.ops.interface import ShiftMemory
 from fused_pref.ranks import group_of
 
 Kind = Literal["running_mean", "ema", "fixed"]
 Update = Literal["forward", "step"]
 KINDS = get_args(Kind)
 UPDATES = get_args(Update)
-
-
-@dataclass(frozen=True)
-class ShiftState:
-    """State of a shift: per class (desirable, undesirable), ``mean`` float64 (2,) and ``count`` int64 (2,).
-
-    ``running_mean`` uses the first entry alone, pooled over both classes. ``pending_sum`` and ``pending_count`` are
-    what forwards have gathered since the last :meth:`RewardShift.step`.
-    """
-
-    mean: Tensor
-    count: Tensor
-    pending_sum: Tensor
-    pending_count: Tensor
 
 
 class RewardShift(ExactModule):
@@ -117,33 +103,35 @@ class RewardShift(ExactModule):
 
     def current(self) -> Tensor:
         """δ as the state is now, 0-d float64."""
-        return self._delta(self._state)
+        return self._delta(self.memory)
 
     @property
-    def _state(self) -> ShiftState:
-        return ShiftState(self.mean, self.count, self.pending_sum, self.pending_count)
+    def memory(self) -> ShiftMemory:
+        """The state as it is now, and how a forward would change it."""
+        update = self.update if self.updating() else None
+        return ShiftMemory(self.mean, self.count, self.pending_sum, self.pending_count, self.kind, update, self.decay)
 
-    def peek(self, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, ShiftState | None]:
+    def peek(self, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, ShiftMemory | None]:
         """δ for a batch, and the state to :meth:`commit` once the batch has succeeded (None: unchanged)."""
-        state = self._state
-        if not self.updating():
+        state = self.memory
+        if state.update is None:
             return self._delta(state), None
         rewards = rewards.detach().double()
         members = torch.stack((desirable, ~desirable)) & rewards.isfinite()
         total = torch.where(members, rewards, 0).sum(1)
         number = members.sum(1)
         if self.update == "step":
-            gathered = replace(state, pending_sum=state.pending_sum + total, pending_count=state.pending_count + number)
-            return self._delta(state), gathered
+            pending = {"pending_sum": state.pending_sum + total, "pending_count": state.pending_count + number}
+            return self._delta(state), state._replace(**pending)
         folded = self._fold(state, *self._reduce(total, number))
         return self._delta(folded), folded
 
     @torch.no_grad()
-    def commit(self, state: ShiftState | None) -> None:
+    def commit(self, state: ShiftMemory | None) -> None:
         """Take over a state from :meth:`peek`."""
         if state is not None:
-            for field in fields(state):
-                getattr(self, field.name).copy_(getattr(state, field.name))
+            for name in self._buffers:
+                getattr(self, name).copy_(getattr(state, name))
 
     def step(self) -> None:
         """Fold in what was gathered since the last call, over all ranks; for ``update="step"``, else nothing.
@@ -152,17 +140,12 @@ class RewardShift(ExactModule):
         """
         if self.kind == "fixed" or self.update != "step":
             return
-        state = self._state
+        state = self.memory
         folded = self._fold(state, *self._reduce(state.pending_sum, state.pending_count))
-        self.commit(
-            replace(
-                folded,
-                pending_sum=torch.zeros_like(state.pending_sum),
-                pending_count=torch.zeros_like(state.pending_count),
-            )
-        )
+        pending = {"pending_sum": torch.zeros_like(state.pending_sum), "pending_count": torch.zeros_like(state.count)}
+        self.commit(folded._replace(**pending))
 
-    def _fold(self, state: ShiftState, total: Tensor, number: Tensor) -> ShiftState:
+    def _fold(self, state: ShiftMemory, total: Tensor, number: Tensor) -> ShiftMemory:
         if self.kind == "running_mean":
             total, number = F.pad(total.sum()[None], (0, 1)), F.pad(number.sum()[None], (0, 1))
         count = state.count + number
@@ -171,9 +154,9 @@ class RewardShift(ExactModule):
             moved = state.mean + (mean - state.mean) * (number.double() / count.clamp(min=1))
         else:
             moved = torch.where(state.count > 0, self.decay * state.mean + (1 - self.decay) * mean, mean)
-        return replace(state, mean=torch.where(number > 0, moved, state.mean), count=count)
+        return state._replace(mean=torch.where(number > 0, moved, state.mean), count=count)
 
-    def _delta(self, state: ShiftState) -> Tensor:
+    def _delta(self, state: ShiftMemory) -> Tensor:
         if self.kind == "fixed":
             return torch.full_like(state.mean[0], self.value)
         if self.kind == "running_mean":

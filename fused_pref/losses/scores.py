@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_pref import layout
 from fused_pref.ops.interface import LARGEST
+from fused_pref.spec import Spec
 
 
 class Scores(NamedTuple):
@@ -24,27 +25,16 @@ class Scores(NamedTuple):
     positions: Tensor | None  # (S,) int64 positions in those sums
 
 
-def sequence_scores(
-    logp: Tensor,
-    means: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    backend: str,
-    logits_mean: str | None,
-    shift: bool,
-    ignore_index: int,
-) -> Scores:
+def sequence_scores(logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: Spec) -> Scores:
     """Sum what was computed per token over each sequence; arguments shaped like ``labels``."""
-    if backend == "triton":
-        scores = Scores(
-            *SequenceScoresFunction.apply(logp, means, labels, cu_seqlens, logits_mean, shift, ignore_index)
-        )
-        return scores if logits_mean else scores._replace(totals=None, positions=None)
+    if spec.backend == "triton":
+        constants = (spec.logits_mean, spec.shift, spec.ignore_index)
+        scores = Scores(*SequenceScoresFunction.apply(logp, means, labels, cu_seqlens, *constants))
+        return scores if spec.logits_mean else scores._replace(totals=None, positions=None)
+    targets = layout.targets_of(labels, cu_seqlens, shift=spec.shift, ignore_index=spec.ignore_index)
+    counts = layout.sequence_sums(targets != spec.ignore_index, cu_seqlens).long()
     sums = layout.sequence_sums(logp, cu_seqlens)
-    targets = layout.targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-    counts = layout.sequence_sums(targets != ignore_index, cu_seqlens).long()
-    return Scores(sums, counts, *mean_sums(means, counts, labels, cu_seqlens, logits_mean))
+    return Scores(sums, counts, *mean_sums(means, counts, labels, cu_seqlens, spec.logits_mean))
 
 
 def mean_sums(
@@ -59,11 +49,15 @@ def mean_sums(
     return layout.sequence_sums(means, cu_seqlens), positions
 
 
-def logits_means(scores: Scores, chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean of z over the chosen sequences and over the others; 0 where they have no position, or none is known."""
+def logits_means(scores: Scores, chosen: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Mean of z over the chosen sequences (None: the first half) and over the others, 0 where they have no position.
+
+    Both are None where the scores have no totals.
+    """
     if scores.totals is None or scores.positions is None:
-        nothing = scores.sums.new_zeros((), dtype=dtype)
-        return nothing, nothing
+        return None, None
+    if chosen is None:
+        chosen = torch.arange(scores.sums.shape[0], device=scores.sums.device) < scores.sums.shape[0] // 2
     means = []
     for members in (chosen, ~chosen):
         total, positions = scores.totals.where(members, 0).sum(), scores.positions.where(members, 0).sum()
@@ -162,7 +156,7 @@ def _(logp, means, labels, cu_seqlens, *constants):  # type: ignore[no-untyped-d
     return sums, counts, torch.empty_like(sums), torch.empty_like(counts)
 
 
-@torch.library.custom_op("fused_pref::spread", mutates_args=())
+@torch.library.custom_op("fused_pref::expand", mutates_args=())
 def expand_op(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     """Each sequence's value at its positions, (N_total,) float32."""
     from fused_pref.ops.triton import sequences

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.keywords import BCOKeywords, choices
-from fused_pref.losses.reward_shift import RewardShift, ShiftState
+from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
 from fused_pref.ops.interface import BCOSpec, ShiftMemory
+from fused_pref.outputs import BCOOutput
 
 BCO_REDUCTIONS = choices(BCOKeywords, "reduction")
 
@@ -25,61 +26,6 @@ def bco_spec(keywords: Mapping[str, Any]) -> BCOSpec:
     )
 
 
-class BCOTerms(NamedTuple):
-    """The BCO objective over S sequences, float64."""
-
-    loss: Tensor  # 0-d
-    slope: Tensor  # (S,) ∂loss/∂sums
-
-
-def bco_objective(
-    rewards: Tensor,
-    desirable: Tensor,
-    delta: Tensor | float,
-    spec: BCOSpec,
-    *,
-    sample_weight: Tensor | None = None,
-    sequence_normalizer: float | Tensor | None = None,
-    class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
-) -> BCOTerms:
-    """BCO from rewards β(logps − ref_logps): −logσ(r − δ) for desirable, −logσ(−(r − δ)) for undesirable sequences.
-
-    Args:
-        rewards: (S,) float64.
-        desirable: (S,) bool.
-        delta: the reward shift, 0-d float64 or a number.
-        spec: the hyperparameters.
-        sample_weight: (S,) float64 factors on the losses.
-        sequence_normalizer: replaces S in ``reduction="mean"``.
-        class_normalizer: replaces the class counts in ``reduction="class_mean"``.
-    """
-    sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
-    losses, slopes = logistic_loss(sign * (rewards - delta), 0.0)
-    slope = spec.beta * sign * slopes
-    if sample_weight is not None:
-        losses, slope = losses * sample_weight, slope * sample_weight
-    if spec.reduction == "mean":
-        count = max(rewards.shape[0], 1) if sequence_normalizer is None else sequence_normalizer
-        return BCOTerms(ratio(losses.sum(), count), ratio(slope, count))
-    positives, negatives = class_normalizer or (desirable.sum(), (~desirable).sum())
-    loss = ratio(losses.where(desirable, 0).sum(), positives) + ratio(losses.where(~desirable, 0).sum(), negatives)
-    return BCOTerms(loss, torch.where(desirable, ratio(slope, positives), ratio(slope, negatives)))
-
-
-class BCOResult(NamedTuple):
-    """The BCO objective, in the dtype of the results but for the float64 slope and int64 counts."""
-
-    loss: Tensor
-    delta: Tensor
-    chosen_logits_mean: Tensor
-    rejected_logits_mean: Tensor
-    chosen_count: Tensor
-    rejected_count: Tensor
-    logps: Tensor  # (S,)
-    rewards: Tensor  # (S,)
-    slope: Tensor  # (S,) ∂loss/∂sums
-
-
 @dataclass(frozen=True)
 class BCOObjective:
     """BCO with its tensors: a value that is evaluated on a batch, or once on each group of its sequences.
@@ -87,10 +33,11 @@ class BCOObjective:
     Attributes:
         spec: the hyperparameters.
         desirable: (S,) bool.
-        ref_logps: (S,).
+        ref_logps: (S,) sums of the reference model.
         delta: the reward shift.
-        sample_weight: (S,) factors, or None.
-        normalizers: ``sequence_normalizer`` and ``class_normalizer``.
+        sample_weight: (S,) factors on the losses, or None.
+        sequence_normalizer: replaces S in ``reduction="mean"``.
+        class_normalizer: replaces the class counts in ``reduction="class_mean"``.
     """
 
     spec: BCOSpec
@@ -98,7 +45,8 @@ class BCOObjective:
     ref_logps: Tensor
     delta: RewardShift | Tensor | float
     sample_weight: Tensor | None
-    normalizers: Mapping[str, Any]
+    sequence_normalizer: float | Tensor | None
+    class_normalizer: tuple[float | Tensor, float | Tensor] | None
 
     @property
     def unit(self) -> int:
@@ -106,19 +54,15 @@ class BCOObjective:
         moves = isinstance(self.delta, RewardShift) and self.delta.update == "forward" and self.delta.learning()
         return 0 if moves else 1
 
-    @property
-    def current_delta(self) -> Tensor | float:
-        """δ before this batch."""
-        return self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
-
     def for_parts(self, counts: Tensor) -> "BCOObjective":
         """The same with the δ of now, whose parts are normalised by the whole batch; counts (S,) of scored tokens."""
-        normalizers = dict(self.normalizers)
-        if self.spec.reduction == "mean" and normalizers["sequence_normalizer"] is None:
-            normalizers["sequence_normalizer"] = counts.shape[0]
-        if self.spec.reduction == "class_mean" and normalizers["class_normalizer"] is None:
-            normalizers["class_normalizer"] = (self.desirable.sum(), (~self.desirable).sum())
-        return replace(self, delta=self.current_delta, normalizers=normalizers)
+        sequences, classes = self.sequence_normalizer, self.class_normalizer
+        if self.spec.reduction == "mean":
+            sequences = counts.shape[0] if sequences is None else sequences
+        elif classes is None:
+            classes = (self.desirable.sum(), (~self.desirable).sum())
+        delta = self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
+        return replace(self, delta=delta, sequence_normalizer=sequences, class_normalizer=classes)
 
     def part(self, members: tuple[slice, ...]) -> "BCOObjective":
         """Of these runs of sequences, from :meth:`for_parts`."""
@@ -129,53 +73,49 @@ class BCOObjective:
             sample_weight=None if self.sample_weight is None else gather(self.sample_weight, members),
         )
 
-    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> BCOResult:
-        """Loss, slope and all that is reported, from the same code; results in ``dtype``.
+    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> tuple[BCOOutput, Tensor]:
+        """What is reported, in ``dtype``, and the slope ∂loss/∂sums, (S,) float64, from the same code.
 
         A :class:`RewardShift` is updated here, as the last thing that can fail.
         """
         if backend == "triton" and not (isinstance(self.delta, RewardShift) and self.delta.collective):
             return self._evaluate_triton(scores)
-        rewards = self.spec.beta * (scores.sums - self.ref_logps.double())
-        state: ShiftState | None = None
-        used = self.delta
-        if isinstance(self.delta, RewardShift):
-            used, state = self.delta.peek(rewards, self.desirable)
-        used = torch.as_tensor(used, dtype=torch.float64, device=rewards.device)
-        weight = None if self.sample_weight is None else self.sample_weight.double()
-        terms = bco_objective(rewards, self.desirable, used, self.spec, sample_weight=weight, **self.normalizers)
-        result = BCOResult(
-            narrow(terms.loss, dtype),
-            narrow(used, dtype),
-            *logits_means(scores, self.desirable, dtype),
-            self.desirable.sum(),
-            (~self.desirable).sum(),
-            narrow(scores.sums, dtype),
-            narrow(rewards, dtype),
-            saturate(terms.slope, dtype),
-        )
+        desirable, rewards = self.desirable, self.spec.beta * (scores.sums - self.ref_logps.double())
+        delta, state = self.delta, None
+        if isinstance(delta, RewardShift):
+            delta, state = delta.peek(rewards, desirable)
+        used = torch.as_tensor(delta, dtype=torch.float64, device=rewards.device)
+        sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
+        losses, slopes = logistic_loss(sign * (rewards - used), 0.0)
+        slope = self.spec.beta * sign * slopes
+        if self.sample_weight is not None:
+            weight = self.sample_weight.double()
+            losses, slope = losses * weight, slope * weight
+        counts = (desirable.sum(), (~desirable).sum())
+        if self.spec.reduction == "mean":
+            number = max(rewards.shape[0], 1) if self.sequence_normalizer is None else self.sequence_normalizer
+            loss, slope = ratio(losses.sum(), number), ratio(slope, number)
+        else:
+            positives, negatives = self.class_normalizer or counts
+            chosen, rejected = losses.where(desirable, 0).sum(), losses.where(~desirable, 0).sum()
+            loss = ratio(chosen, positives) + ratio(rejected, negatives)
+            slope = torch.where(desirable, ratio(slope, positives), ratio(slope, negatives))
+        means = logits_means(scores, desirable, dtype)
+        each = (narrow(scores.sums, dtype), narrow(rewards, dtype))
+        output = BCOOutput(narrow(loss, dtype), narrow(used, dtype), *each, *means, *counts)
         if isinstance(self.delta, RewardShift):
             self.delta.commit(state)
-        return result
+        return output, saturate(slope, dtype)
 
-    def joined(self, parts: list[BCOResult], scores: Scores, dtype: torch.dtype) -> BCOResult:
+    def joined(self, parts: list[BCOOutput], scores: Scores, dtype: torch.dtype) -> BCOOutput:
         """The results of all groups as those of the batch, whose scores give the means of the logits."""
         if len(parts) == 1 and scores.totals is None:
             return parts[0]
-
-        def in_order(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts])
-
-        return BCOResult(
-            narrow(torch.stack([part.loss for part in parts]).double().sum(), dtype),
-            parts[0].delta,
-            *logits_means(scores, self.desirable, dtype),
-            self.desirable.sum(),
-            (~self.desirable).sum(),
-            in_order("logps"),
-            in_order("rewards"),
-            in_order("slope"),
-        )
+        losses, deltas, *each = zip(*(part[:4] for part in parts), strict=True)
+        loss = narrow(torch.stack(losses).double().sum(), dtype)
+        means, counts = logits_means(scores, self.desirable, dtype), (self.desirable.sum(), (~self.desirable).sum())
+        fields: list[Any] = [loss, deltas[0], *map(torch.cat, each), *means, *counts]
+        return BCOOutput(*fields)
 
     def gather_statistics(self, sums: Tensor) -> None:
         """Let a RewardShift that moves with its step know the batch, from the sums (S,) of its completions."""
@@ -183,16 +123,12 @@ class BCOObjective:
             _, state = self.delta.peek(self.spec.beta * (sums - self.ref_logps.double()), self.desirable)
             self.delta.commit(state)
 
-    def _evaluate_triton(self, scores: Scores) -> BCOResult:
+    def _evaluate_triton(self, scores: Scores) -> tuple[BCOOutput, Tensor]:
         delta: Any = self.delta
         shift: Any = (*[None] * 4, "fixed", None, 0.0)
         if isinstance(delta, RewardShift):
-            if delta.kind != "fixed":
-                update = delta.update if delta.updating() else None
-                state = (delta.mean, delta.count, delta.pending_sum, delta.pending_count)
-                shift = ShiftMemory(*state, delta.kind, update, delta.decay)
+            shift = shift if delta.kind == "fixed" else delta.memory
             delta = delta.value
-        positive, negative = self.normalizers["class_normalizer"] or (None, None)
         loss, scalars, numbers, logps, rewards, slope = bco_objective_op(
             scores.sums,
             scores.totals,
@@ -202,14 +138,13 @@ class BCOObjective:
             self.sample_weight,
             *split(delta),
             *shift,
-            *split(self.normalizers["sequence_normalizer"]),
-            *split(positive),
-            *split(negative),
+            *split(self.sequence_normalizer),
+            *(part for number in self.class_normalizer or (None, None) for part in split(number)),
             *astuple(self.spec),
         )
-        used, chosen_mean, rejected_mean = scalars.unbind()
-        chosen, rejected = numbers.unbind()
-        return BCOResult(loss, used, chosen_mean, rejected_mean, chosen, rejected, logps, rewards, slope)
+        used, *means = scalars.unbind()
+        fields: list[Any] = [*(means if scores.totals is not None else (None, None)), *numbers.unbind()]
+        return BCOOutput(loss, used, logps, rewards, *fields), slope
 
 
 @torch.library.custom_op(

@@ -87,11 +87,14 @@ class BCOSpec:
 
 
 class ShiftMemory(NamedTuple):
-    """State of a RewardShift where it is, and how a batch changes it; see :mod:`fused_pref.losses.reward_shift`."""
+    """State of a :class:`~fused_pref.losses.reward_shift.RewardShift`, and how a batch changes it.
+
+    Entries are of desirable and undesirable sequences; ``running_mean`` uses the first alone, pooled over both.
+    """
 
     mean: Tensor  # (2,) float64
     count: Tensor  # (2,) int64
-    pending_sum: Tensor  # (2,) float64
+    pending_sum: Tensor  # (2,) float64, of rewards gathered since the last step
     pending_count: Tensor  # (2,) int64
     kind: str
     update: str | None  # None: this batch changes nothing
