@@ -204,27 +204,27 @@ class LinearInputs(Inputs):
         """See :class:`Inputs`; where a unit's slopes do not wait for others, the head may form gradients at once."""
         # Where sequences are spread over ranks, their slopes are known once all of them have been summed.
         unit = objective.unit if self.cp_group is None else 0
+        compiling = torch.compiler.is_compiling()
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
-        if torch.compiler.is_compiling():
-            if not unit or self.wanted <= {"hidden"}:
-                return super().evaluate(objective)
+        if compiling and (not unit or self.wanted <= {"hidden"}):
+            return super().evaluate(objective)
+        call = self.call(unit)
+        if compiling:
             # In a graph the objective is evaluated on the whole batch.
             detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
-            constants = custom_ops.encode((self.call(unit), objective), tensors)
+            constants = custom_ops.encode((call, objective), tensors)
             logp, means, *parts = custom_ops.linear_known_gradients(*detached, tensors, constants)
             output, _ = objective.evaluate(self.scores(logp, means), self.spec.backend, self.dtype)
-            gradients, shard = custom_ops.wanted_only(tuple(parts)), None
+            gradients = custom_ops.wanted_only(tuple(parts))
         else:
-            call = self.call(unit)
             head, rows, plan = begin(call, *batch)
             if not isinstance(plan, Grouped):
                 return super().evaluate(objective, LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan))  # type: ignore[arg-type]
             _, means, gradients, output = evaluate(head, rows, plan, self.labels, self.cu_seqlens, objective)
-            shard = call.shard
         kind: Any = type(output)
-        loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, shard, *gradients)
+        loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, call.shard, *gradients)
         output = kind(loss, *output[1:])
-        output.dropped_mass = None if self.spec.skip_mass is None else torch.zeros_like(means)
+        output.dropped_mass = None if call.spec.skip_mass is None else torch.zeros_like(means)
         return output
 
 

@@ -57,7 +57,7 @@ class FrozenHead(Plan):
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for group in ranges(len(rows.targets), self.rows):
             h, targets = head.take(rows, group), rows.targets[group]
-            q, multiple = head.update_statistics(statistics[:, group], memory, h, targets, fused=self.fused)
+            q, multiple = head.statistics_and_q(statistics[:, group], memory, h, targets, fused=self.fused)
             target_q = torch_chunk.take_targets(q, targets, 0)
             add_product(u[group], q, head.w, fresh=True)
             _, one_minus_p = head.finish(statistics[:, group], targets)

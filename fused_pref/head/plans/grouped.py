@@ -96,7 +96,7 @@ class Grouped(Plan):
             group = rows if members is None else rows.part(members)
             h = head.take(group)
             statistics = torch_chunk.new_statistics(len(group.targets), h, head.accumulator)
-            q, multiple = head.update_statistics(statistics, memory, h, group.targets, fused=self.fused)
+            q, multiple = head.statistics_and_q(statistics, memory, h, group.targets, fused=self.fused)
             values, one_minus_p = head.finish(statistics, group.targets)
             one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
             group.scatter_(logp, values)

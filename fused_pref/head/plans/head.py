@@ -121,10 +121,10 @@ class Head:
         z = memory[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         return project(z, h, w, None if self.b is None else self.b[columns])
 
-    def update_statistics(
+    def statistics_and_q(
         self, statistics: Tensor, memory: Tensor, h: Tensor, targets: Tensor, *, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Statistics of whole rows, and their Q (n, V) times the second result, (n,), None for 1."""
+        """Update the statistics of whole rows; gives their Q (n, V) times the second result, (n,), None for 1."""
         if fused:
             width = padded(self.columns)
             out = memory[: h.shape[0] * width].view(h.shape[0], width)
@@ -134,10 +134,9 @@ class Head:
             return out[:, : self.columns], multiple
         z = self.project(memory, h)
         q = overlay(z, self.dtype)
-        if self.shard is None:
-            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum, out=q)
-        else:
-            self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum)
+        out = q if self.shard is None else None
+        self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum, out=out)
+        if self.shard is not None:
             self.shard.merge(statistics, logit_sum=self.logit_sum)
             self.kernels.gradient(q, z, statistics, targets, 0, self.transform)
         return q, None

@@ -59,27 +59,20 @@ class Logprob(Plan):
 
     def forward(self, head: Head, rows: ValidRows) -> Forward:
         """A slice of the vocabulary at a time."""
-        statistics = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator)
+        targets = rows.targets
+        statistics = torch_chunk.new_statistics(len(targets), head.hidden, head.accumulator)
         if self.fused:
-            head.fused.update_statistics(
-                statistics, head.operands_of(rows), rows.targets, 0, head.transform, logit_sum=head.logit_sum
-            )
-            if head.shard is not None:
-                head.shard.merge(statistics, logit_sum=head.logit_sum)
-            return Forward(statistics)
-        memory = head.new_chunk(self.rows, self.columns)
-        for group in ranges(len(rows.targets), self.rows):
-            h = head.take(rows, group)
-            for columns in ranges(head.columns, self.columns):
-                z = head.project(memory, h, columns)
-                head.kernels.update_statistics(
-                    statistics[:, group],
-                    z,
-                    rows.targets[group],
-                    columns.start,
-                    head.transform,
-                    logit_sum=head.logit_sum,
-                )
+            operands = head.operands_of(rows)
+            head.fused.update_statistics(statistics, operands, targets, 0, head.transform, logit_sum=head.logit_sum)
+        else:
+            memory = head.new_chunk(self.rows, self.columns)
+            for group in ranges(len(targets), self.rows):
+                h = head.take(rows, group)
+                for columns in ranges(head.columns, self.columns):
+                    z = head.project(memory, h, columns)
+                    head.kernels.update_statistics(
+                        statistics[:, group], z, targets[group], columns.start, head.transform, logit_sum=head.logit_sum
+                    )
         if head.shard is not None:
             head.shard.merge(statistics, logit_sum=head.logit_sum)
         return Forward(statistics)

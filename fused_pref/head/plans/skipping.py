@@ -109,10 +109,61 @@ class Skipping(Plan):
             into.hidden.zero_()  # added to: no tile has all rows
         if self.fused and len(rows.targets):
             target_q = None
-            add_on_device(head, rows, self.columns, statistics, live, h, factor, into)
+            self._add_on_device(head, rows, statistics, live, h, factor, into)
         else:
-            target_q = add_on_host(head, rows, self.columns, statistics, live, h, factor, into)
+            target_q = self._add_on_host(head, rows, statistics, live, h, factor, into)
         return into.gradients(head, rows, factor, target_q)
+
+    def _add_on_host(
+        self, head: Head, rows: ValidRows, statistics: Tensor, live: Tensor, h: Tensor, factor: Tensor, into: Sums
+    ) -> Tensor:
+        """By products whose sizes the host reads, which costs nothing on a CPU.
+
+        Returns:
+            (N,) the targets' entries of Q, which are not in the sums.
+        """
+        target_q, memory = torch.zeros_like(factor), head.new_chunk(len(rows.targets), self.columns)
+        dw, db, sums = into
+        for tile, columns in zip(live, ranges(head.columns, self.columns), strict=True):
+            selected = tile.nonzero()[:, 0]
+            x, own, targets = h[selected], factor[selected], rows.targets[selected]
+            z = head.project(memory, x, columns)
+            q = overlay(z, head.dtype)
+            head.kernels.gradient(q, z, statistics[:, selected], targets, columns.start, head.transform)
+            if dw is not None:
+                scaled, scale = scaled_rows(head, x, own)
+                add_product(dw[columns], q.t(), scaled, fresh=True, scale=scale)
+            if db is not None:
+                db[columns] = head.bias_gradient(q, own)
+            if sums is not None:
+                target_q.index_add_(0, selected, torch_chunk.take_targets(q, targets, columns.start))
+                part = torch.empty(x.shape, dtype=head.arithmetic.product, device=x.device)
+                add_product(part, q, head.w[columns], fresh=True)
+                sums.index_add_(0, selected, part.to(sums.dtype))
+        return target_q
+
+    def _add_on_device(
+        self, head: Head, rows: ValidRows, statistics: Tensor, live: Tensor, h: Tensor, factor: Tensor, into: Sums
+    ) -> None:
+        """By kernels that read the sizes: for each tile the rows that need it come first in a list. Nothing waits."""
+        from fused_pref.ops.triton import selected
+
+        order = (~live).to(torch.uint8).argsort(dim=1, stable=True)
+        counts = live.sum(1, dtype=torch.int32)
+        targets, row_maxes = rows.targets[order], statistics[: SUM_EXP + 1, order]
+        x, scale = scaled_rows(head, h, factor) if into.dw is not None else (h, None)
+        memory = head.new_chunk(len(rows.targets), self.columns, fused=True)
+        for k, columns in enumerate(ranges(head.columns, self.columns)):
+            width = columns.stop - columns.start
+            q = memory[: len(rows.targets) * padded(width)].view(len(rows.targets), padded(width))[:, :width]
+            operands, count = head.operands(h, columns, order[k]), counts[k]
+            head.fused.gradient(q, operands, row_maxes[:, k], targets[k], columns.start, head.transform, count)
+            if into.dw is not None:
+                selected.weight_product(into.dw[columns], q, x, order[k], count, scale)
+            if into.db is not None:
+                selected.bias_product(into.db[columns], q, factor, order[k], count)
+            if into.hidden is not None:
+                selected.hidden_product(into.hidden, q, head.w[columns], order[k], count)
 
 
 def can_skip(head: Head) -> bool:
@@ -149,70 +200,3 @@ def dropped(mass: Tensor, targets: Tensor, columns: int, skip_mass: float) -> tu
     live = torch.empty_like(light).scatter_(0, order, ~light)
     # In float64, which holds the units exactly: the quotient of integers has the default dtype, whatever that is.
     return live, (lost.masked_fill_(~light, 0).amax(0).double() / UNITS).to(mass.dtype)
-
-
-def add_on_host(
-    head: Head,
-    rows: ValidRows,
-    tile_columns: int,
-    statistics: Tensor,
-    live: Tensor,
-    h: Tensor,
-    factor: Tensor,
-    into: Sums,
-) -> Tensor:
-    """By products whose sizes the host reads, which costs nothing on a CPU.
-
-    Returns:
-        (N,) the targets' entries of Q, which are not in the sums.
-    """
-    target_q, memory = torch.zeros_like(factor), head.new_chunk(len(rows.targets), tile_columns)
-    dw, db, sums = into
-    for tile, columns in zip(live, ranges(head.columns, tile_columns), strict=True):
-        selected = tile.nonzero()[:, 0]
-        x, own, targets = h[selected], factor[selected], rows.targets[selected]
-        z = head.project(memory, x, columns)
-        q = overlay(z, head.dtype)
-        head.kernels.gradient(q, z, statistics[:, selected], targets, columns.start, head.transform)
-        if dw is not None:
-            scaled, scale = scaled_rows(head, x, own)
-            add_product(dw[columns], q.t(), scaled, fresh=True, scale=scale)
-        if db is not None:
-            db[columns] = head.bias_gradient(q, own)
-        if sums is not None:
-            target_q.index_add_(0, selected, torch_chunk.take_targets(q, targets, columns.start))
-            part = torch.empty(x.shape, dtype=head.arithmetic.product, device=x.device)
-            add_product(part, q, head.w[columns], fresh=True)
-            sums.index_add_(0, selected, part.to(sums.dtype))
-    return target_q
-
-
-def add_on_device(
-    head: Head,
-    rows: ValidRows,
-    tile_columns: int,
-    statistics: Tensor,
-    live: Tensor,
-    h: Tensor,
-    factor: Tensor,
-    into: Sums,
-) -> None:
-    """By kernels that read the sizes: for each tile the rows that need it come first in a list. Nothing waits."""
-    from fused_pref.ops.triton import selected
-
-    order = (~live).to(torch.uint8).argsort(dim=1, stable=True)
-    counts = live.sum(1, dtype=torch.int32)
-    targets, row_maxes = rows.targets[order], statistics[: SUM_EXP + 1, order]
-    x, scale = scaled_rows(head, h, factor) if into.dw is not None else (h, None)
-    memory = head.new_chunk(len(rows.targets), tile_columns, fused=True)
-    for k, columns in enumerate(ranges(head.columns, tile_columns)):
-        width = columns.stop - columns.start
-        q = memory[: len(rows.targets) * padded(width)].view(len(rows.targets), padded(width))[:, :width]
-        operands, count = head.operands(h, columns, order[k]), counts[k]
-        head.fused.gradient(q, operands, row_maxes[:, k], targets[k], columns.start, head.transform, count)
-        if into.dw is not None:
-            selected.weight_product(into.dw[columns], q, x, order[k], count, scale)
-        if into.db is not None:
-            selected.bias_product(into.db[columns], q, factor, order[k], count)
-        if into.hidden is not None:
-            selected.hidden_product(into.hidden, q, head.w[columns], order[k], count)
