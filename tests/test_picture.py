@@ -42,13 +42,13 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "vocab_major, all kept": ({**SMALL, "objective": "bco"}, (f"{picture.KEPT}: 1 of 1 slices, 0.2 MiB",)),
     "vocab_major, fused": (
-        {**GPU, "memory_budget": 1002 << 20},
-        (f"{picture.KEPT}: 1 of 12 slices, 336.0 MiB", picture.AGAIN, "168.0 MiB"),
+        {**GPU, "memory_budget": 1400 << 20},
+        (f"{picture.KEPT}: 1 of 8 slices, 504.0 MiB", picture.AGAIN, "252.0 MiB"),
     ),
     "skipping": ({**GPU, "skip_mass": 2**-9}, (picture.NEEDED, "in 32 slices of at most 4,096", "64.0 MiB")),
     "many groups": (
         {**GPU, "gradients": (), "device": "cpu", "tokens": 65536, "memory_budget": 2**21},
-        ("in 256 groups of at most 256", picture.ONCE),
+        ("in 128 groups of at most 512", picture.ONCE),
     ),
     "no token": ({**GPU, "tokens": 0}, ("no scored token, no logits", "N = 0")),
     "one of each": ({"hidden": 1, "vocab": 1, "tokens": 1, "device": "cpu", "sequences": 2}, ("N = 1", "V = 1")),
@@ -127,8 +127,8 @@ def test_the_parts_are_to_scale(tmp_path: Path) -> None:
     assert uneven.edges[-1] == 98
     assert picture.cuts(fp.explain(**CASES["huge"][0]))[1].edges == (0, 128256)
     many = picture.cuts(fp.explain(**CASES["many groups"][0]))
-    assert (many[0].count, many[0].edges) == (256, ())
-    assert len(many[1].edges) == 64
+    assert (many[0].count, many[0].edges) == (128, ())
+    assert (many[1].count, many[1].edges) == (126, ())
 
 
 def test_held_bytes() -> None:

@@ -15,7 +15,7 @@ from fused_pref.head.budget import default_budget
 from fused_pref.head.plans import planner
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import Gradients, Head, HeadCall
-from fused_pref.head.plans.problem import Forward, Plan, Problem, mean_rows
+from fused_pref.head.plans.problem import Forward, Plan, Problem
 from fused_pref.head.plans.skipping import can_skip
 from fused_pref.layout import ValidRows, valid_rows
 from fused_pref.losses.pair import PairObjective
@@ -195,8 +195,9 @@ def linear_means(head: Head) -> Tensor:
     w, dtype = head.w, head.accumulator
     if w.device.type == "cpu":
         # Summing down columns is slow on a CPU: blocks are added up first.
-        total = torch.zeros((min(block_rows(w.device, w.shape[1]), mean_rows(head.columns)), w.shape[1]), dtype=dtype)
-        for rows in ranges(head.columns, total.shape[0]):
+        block = min(block_rows(w.device, w.shape[1]), head.columns, max(64, head.columns // 16))
+        total = torch.zeros((block, w.shape[1]), dtype=dtype)
+        for rows in ranges(head.columns, block):
             total[: rows.stop - rows.start] += w[rows]
         mean = total.sum(0).div_(head.columns)
     else:

@@ -43,12 +43,12 @@ class Device:
     processors: int = 0
     launch: float = 0.0
 
-    def product_seconds(self, rows: int, columns: int, terms: int, itemsize: int) -> float:
-        """Time of a product (rows, terms) · (terms, columns) whose operands are read once."""
+    def product_seconds(self, rows: int, columns: int, terms: int, itemsize: int, slow: float) -> float:
+        """Time of a product (rows, terms) · (terms, columns) that reads its operands once; of a CPU ``slow`` times."""
         seconds = 2 * rows * columns * terms / self.rates[itemsize]
         moved = (rows + columns) * terms * itemsize
         if not self.processors:
-            return seconds * max(1.0, self.outputs / max(rows * columns, 1)) + moved / self.bandwidth
+            return seconds * max(slow, self.outputs / max(rows * columns, 1)) + moved / self.bandwidth
         # Tiles of 128 x 256 go in waves over the processors; where they are few, cuBLAS splits the terms.
         tiles = -(-rows // 128) * -(-columns // 256) or 1
         splits = max(1, min(self.processors // tiles, terms // 1024))

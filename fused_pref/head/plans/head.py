@@ -112,8 +112,10 @@ class Head:
     def new_chunk(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
         """Memory for logits, (rows · columns,); ``fused``: for Q alone."""
         dtype, columns = (self.dtype, padded(columns)) if fused else (self.arithmetic.logits, columns)
-        size = device_at(self.hidden.device).allocation(rows * columns * dtype.itemsize)
-        return torch.empty(size // dtype.itemsize, dtype=dtype, device=self.hidden.device)
+        entries, device = rows * columns, self.hidden.device
+        if device.type != "cpu":
+            entries = device_at(device).allocation(entries * dtype.itemsize) // dtype.itemsize
+        return torch.empty(entries, dtype=dtype, device=device)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_chunk`."""

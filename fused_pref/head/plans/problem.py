@@ -119,7 +119,9 @@ class Problem:
 
     def scratch(self, rows: int, columns: int) -> int:
         """Bytes of the blocks of elementwise work on a chunk, on the rows and on the weight, and of numbers per row."""
-        chunk, weight = max(rows * columns, self.positions * self.hidden), mean_rows(self.vocabulary) * self.hidden
+        chunk = max(rows * columns, self.positions * self.hidden)
+        # The mean of the weight takes a 16th of it at a time.
+        weight = min(self.vocabulary, max(64, self.vocabulary // 16)) * self.hidden
         return min(self.device.scratch, max(self.itemsize, 4) * (3 * chunk + weight) + 256 * self.positions + 8192)
 
     def chunk(self, rows: int, columns: int, itemsize: int) -> int:
@@ -141,7 +143,8 @@ class Problem:
             "hidden": (rows, self.hidden, columns),
             "weight": (columns, self.hidden, rows),
         }
-        return sum(self.device.product_seconds(*sizes[product], self.itemsize) for product in products)
+        slow = max(1.0, min(self.device.columns, self.vocabulary) / columns)
+        return sum(self.device.product_seconds(*sizes[product], self.itemsize, slow) for product in products)
 
     def chunk_seconds(self, rows: int, columns: int) -> float:
         """Time of a chunk's passes over memory: raw logits written, read, and written over."""
@@ -261,11 +264,6 @@ def round_up(size: int) -> int:
     """Up to a multiple of 1/32 of the next power of two; small numbers as they are."""
     step = 1 << max(0, size.bit_length() - 5)
     return -(-size // step) * step
-
-
-def mean_rows(vocabulary: int) -> int:
-    """Rows of the weight that its mean takes at a time, at most."""
-    return min(vocabulary, max(64, vocabulary // 16))
 
 
 def cuts(length: int, multiple: int, least: int = 1) -> list[int]:
