@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_pref.ops.interface import TargetRows, Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
+from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import aligned, factors
 
 
@@ -157,7 +158,8 @@ def update_statistics(
     if rows == 0:
         return
     config = configs.choose(configs.FORWARD, logits.device, logits.dtype, columns)
-    _chunk_statistics_kernel[rows,](
+    launch(
+        _chunk_statistics_kernel, (rows,), logits.device,
         logits, targets, statistics, columns, first, logits.stride(0), targets.stride(0), statistics.stride(0),
         **factors(transform), ALIGNED=aligned(logits), WITH_LOGIT_SUM=logit_sum, BLOCK=config.block, **config.options,
     )  # fmt: skip
@@ -173,7 +175,8 @@ def gradient(
     if rows == 0:
         return
     config = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)
-    _chunk_gradient_kernel[rows,](
+    launch(
+        _chunk_gradient_kernel, (rows,), logits.device,
         logits, targets, statistics, out, columns, first, logits.stride(0), targets.stride(0), statistics.stride(0),
         out.stride(0), **factors(transform), ALIGNED=aligned(logits) and aligned(out), BLOCK=config.block,
         **config.options,
@@ -194,7 +197,8 @@ def scatter_rows(
         else (target_rows.weight.shape[0], target_rows.targets.stride(0), *target_rows.weight.stride())
     )
     config = configs.choose(configs.BACKWARD, out.device, out.dtype, features)
-    _scatter_rows_kernel[rows,](
+    launch(
+        _scatter_rows_kernel, (rows,), out.device,
         source, factor, indices, targets, target_q, weight, out, features, *source.stride(), out.stride(0), *sizes,
         ALIGNED=all(aligned(x) for x in (source, out, weight) if x is not None), BLOCK=config.block,
         **config.options,
@@ -209,7 +213,8 @@ def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> N
     ordered, order = targets.sort(stable=True)
     ends = torch.searchsorted(ordered, ordered, right=True)
     config = configs.choose(configs.BACKWARD, dw.device, dw.dtype, features)
-    _add_target_rows_kernel[rows, triton.cdiv(features, config.block)](
+    launch(
+        _add_target_rows_kernel, (rows, triton.cdiv(features, config.block)), dw.device,
         dw, h, factor, ordered, ends, order, features, dw.shape[0], dw.stride(0), *h.stride(), BLOCK=config.block,
         **config.options,
     )  # fmt: skip

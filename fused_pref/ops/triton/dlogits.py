@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs, tune
 from fused_pref.ops.triton.helpers import column_of, exp, row_offset, target_of, transform, transform_backward
+from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import aligned, factors, geometry
 
 
@@ -85,8 +86,9 @@ def token_logps_bwd(
         "dlogits_stride_v": dlogits.stride(-1),
     }
 
-    def launch(config: configs.Config) -> None:
-        _token_logps_bwd_kernel[rows, triton.cdiv(columns, config.block)](
+    def with_config(config: configs.Config) -> None:
+        launch(
+            _token_logps_bwd_kernel, (rows, triton.cdiv(columns, config.block)), logits.device,
             logits, labels, cu_seqlens, statistics, grad_logp, dlogits,
             rows=rows, ignore_index=ignore_index, **batch, **strides, **factors(transform),
             PACKED=packed, SHIFT=shift, ALIGNED=aligned(logits) and aligned(dlogits),
@@ -96,5 +98,5 @@ def token_logps_bwd(
     default = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)
     if dlogits.data_ptr() != logits.data_ptr():  # in place it can be launched only once
         key = ("token_logps_bwd", logits.device, logits.dtype, columns)
-        default = tune.tuned(*key, default, configs.CANDIDATES, launch)
-    launch(default)
+        default = tune.tuned(*key, default, configs.CANDIDATES, with_config)
+    with_config(default)

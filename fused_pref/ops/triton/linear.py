@@ -32,6 +32,7 @@ from fused_pref.ops.triton.gemm import (
     vocabulary_splits,
 )
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
+from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import factors
 
 # Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they may rise: far enough
@@ -207,10 +208,10 @@ def update_statistics(
         return statistics.new_empty((0, 3, operands.rows))
     _target_logits(statistics, operands, targets, first, transform)
 
-    def launch(tile: configs.Tile) -> Tensor:
+    def with_tile(tile: configs.Tile) -> Tensor:
         return _partials(operands, targets, first, transform, logit_sum, tile, split_columns=split_columns)
 
-    partials = launch(_tuned("linear_statistics", operands, configs.STATISTICS_TILE, transform, launch))
+    partials = with_tile(_tuned("linear_statistics", operands, configs.STATISTICS_TILE, transform, with_tile))
     row_max = torch.maximum(statistics[ROW_MAX], partials[:, 0].amax(0))
     statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
     statistics[SUM_EXP] += (partials[:, 1] * (partials[:, 0] - row_max).exp_()).sum(0)
@@ -234,14 +235,15 @@ def gradient(
     if rows == 0 or columns == 0:
         return
 
-    def launch(tile: configs.Tile) -> None:
-        _linear_gradient_kernel[triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),](
+    def with_tile(tile: configs.Tile) -> None:
+        launch(
+            _linear_gradient_kernel, (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),), out.device,
             indices=operands.indices, count=count, targets=targets, statistics=statistics, out=out, first=first,
             statistics_stride=statistics.stride(0), out_stride=out.stride(0), **arguments(operands, tile),
             **factors(transform), **tile.options,
         )  # fmt: skip
 
-    launch(_tuned("linear_gradient", operands, configs.GRADIENT_TILE, transform, launch))
+    with_tile(_tuned("linear_gradient", operands, configs.GRADIENT_TILE, transform, with_tile))
 
 
 def exponentials(
@@ -277,11 +279,11 @@ def exponentials(
         low = _partials(probe, targets, 0, transform, False, probe_tile)[:, 0].amax(0)
         low.clamp_(min=torch.finfo(torch.float32).min)
 
-        def launch(tile: configs.Tile) -> Tensor:
+        def with_tile(tile: configs.Tile) -> Tensor:
             return _partials(operands, targets, 0, transform, logit_sum, tile, Exponentials(out, low))
 
-        tile = _tuned("linear_exponentials", operands, configs.EXPONENTIALS_TILE, transform, launch)
-        partials = launch(tile)
+        tile = _tuned("linear_exponentials", operands, configs.EXPONENTIALS_TILE, transform, with_tile)
+        partials = with_tile(tile)
         row_max = partials[:, 0].amax(0)
         high = torch.where(row_max - low > REACH, row_max, low)
         _partials(operands, targets, 0, transform, logit_sum, tile, Exponentials(out, high, low, partials))
@@ -339,7 +341,8 @@ def _partials(
         tile = replace(tile, rows=min(tile.rows, 64))
     if partials is None:
         partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device)
-    _linear_statistics_kernel[triton.cdiv(rows, tile.rows) * splits,](
+    launch(
+        _linear_statistics_kernel, (triton.cdiv(rows, tile.rows) * splits,), device,
         indices=operands.indices, targets=targets, partials=partials, pivots=pivots, before=before, out=out,
         first=first, splits=splits, split_columns=split_columns, width=0 if out is None else out.shape[1],
         out_stride=0 if out is None else out.stride(0), WITH_LOGIT_SUM=logit_sum, **arguments(operands, tile),
@@ -353,7 +356,7 @@ def _tuned(
     operands: Operands,
     table: dict[tuple[str, int], configs.Tile],
     transform: Transform,
-    launch: Callable[[configs.Tile], object],
+    with_tile: Callable[[configs.Tile], object],
 ) -> configs.Tile:
     """The tile of a table, or what a search prefers."""
     default, hidden = tile_of(operands, table, transform), operands.hidden
@@ -364,13 +367,14 @@ def _tuned(
     }
     name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
     candidates = configs.tile_candidates(default, hidden.dtype)
-    return tune.tuned(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, launch)
+    return tune.tuned(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, with_tile)
 
 
 def _target_logits(statistics: Tensor, operands: Operands, targets: Tensor, first: int, transform: Transform) -> None:
     """Launch the targets' z."""
     hidden, weight = operands.hidden, operands.weight
-    _linear_target_logit_kernel[operands.rows,](
+    launch(
+        _linear_target_logit_kernel, (operands.rows,), hidden.device,
         hidden, weight, operands.bias, operands.indices, targets, statistics[TARGET_LOGIT], operands.columns,
         hidden.shape[1], hidden.stride(0), weight.stride(0), first, **factors(transform),
         BLOCK=min(configs.TARGET_PRODUCT.block, triton.next_power_of_2(hidden.shape[1])),

@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs, tune
 from fused_pref.ops.triton.helpers import column_of, exp, log1p, row_offset, target_of, transform
+from fused_pref.ops.triton.launch import launch
 
 
 @triton.jit
@@ -201,7 +202,7 @@ def token_logps_fwd(
     batch = geometry(logits, labels, cu_seqlens)
     flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": logits_mean, **factors(transform)}
 
-    def launch(config: configs.Config) -> None:
+    def with_config(config: configs.Config) -> None:
         chunks = triton.cdiv(columns, config.block)
         # Four programs for every processor keep its memory busy; each has at least two blocks.
         splits = max(1, min(triton.cdiv(4 * configs.processors(device), rows), chunks // 2))
@@ -209,17 +210,19 @@ def token_logps_fwd(
         splits = triton.cdiv(columns, split_columns)
         partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device) if splits > 1 else None
         arguments = (logits, labels, cu_seqlens, logp, statistics, means if logits_mean else None, partials)
-        _token_logps_fwd_kernel[rows, splits](
+        launch(
+            _token_logps_fwd_kernel, (rows, splits), device,
             *arguments, rows=rows, split_columns=split_columns, ignore_index=ignore_index, **batch, **flags,
             ALIGNED=aligned(logits), BLOCK=config.block, **config.options,
         )  # fmt: skip
         if splits > 1:
             combine = configs.Config(triton.next_power_of_2(splits), 1)
-            _token_logps_combine_kernel[rows,](
+            launch(
+                _token_logps_combine_kernel, (rows,), device,
                 *arguments, rows=rows, splits=splits, ignore_index=ignore_index, **batch, **flags,
                 BLOCK=combine.block, **combine.options,
             )  # fmt: skip
 
     default = configs.choose(configs.FORWARD, device, logits.dtype, columns)
-    launch(tune.tuned("token_logps_fwd", device, logits.dtype, columns, default, configs.CANDIDATES, launch))
+    with_config(tune.tuned("token_logps_fwd", device, logits.dtype, columns, default, configs.CANDIDATES, with_config))
     return logp, statistics, means

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_pref.ops.interface import AVERAGED, BCOSpec, PairSpec, ShiftMemory
 from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
 
 
@@ -314,7 +315,8 @@ def pair_objective(
     rewards, slope, pairs = torch.empty_like(logps), torch.empty_like(sums), sequences // 2
     pair_count, pair_pointer = value_and_pointer(pairs if pair_normalizer is None else pair_normalizer, device)
     token_count, token_pointer = value_and_pointer(token_normalizer, device)
-    _pair_objective_kernel[1,](
+    launch(
+        _pair_objective_kernel, (1,), device,
         sums, counts, totals, positions, ref_logps, pair_pointer, token_pointer, loss, scalars, logps, rewards, slope,
         pairs=pairs, pair_count=pair_count, token_count=token_count, beta=spec.beta, smoothing=spec.label_smoothing,
         cpo_alpha=spec.cpo_alpha, gamma=spec.simpo_gamma, alpha=spec.alpha,
@@ -359,7 +361,8 @@ def bco_objective(
     else:
         state, kind, update, decay = [None] * 4, "fixed", None, 0.0
         delta_value, delta_pointer = value_and_pointer(delta, device)
-    _bco_objective_kernel[1,](
+    launch(
+        _bco_objective_kernel, (1,), device,
         sums, totals, positions, desirable, ref_logps, sample_weight, delta_pointer, *state,
         sequence_pointer, positive_pointer, negative_pointer, loss, scalars, numbers, logps, rewards, slope,
         sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,

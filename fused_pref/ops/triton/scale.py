@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.launch import launch
 
 
 @triton.jit
@@ -29,7 +30,8 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     number = gradient.numel()
     if number:
         config = configs.choose(configs.BACKWARD, gradient.device, gradient.dtype, number)
-        _scale_kernel[triton.cdiv(number, config.block),](
-            gradient, upstream, number, BLOCK=config.block, **config.options
-        )
+        launch(
+            _scale_kernel, (triton.cdiv(number, config.block),), gradient.device,
+            gradient, upstream, number, BLOCK=config.block, **config.options,
+        )  # fmt: skip
     return gradient

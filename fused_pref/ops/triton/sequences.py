@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.launch import launch
 
 
 @triton.jit
@@ -91,7 +92,8 @@ def sequence_scores(
     totals, positions = torch.empty_like(sums), torch.empty_like(counts)
     asked = logits_mean is not None
     if sequences:
-        _sequence_scores_kernel[sequences,](
+        launch(
+            _sequence_scores_kernel, (sequences,), logp.device,
             logp, means if asked else None, labels, cu_seqlens,
             sums, counts, totals if asked else None, positions if asked else None,
             length=labels.shape[-1], labels_stride_s=0 if packed else labels.stride(0),
@@ -106,7 +108,8 @@ def expand(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     """Each sequence's value at its positions, (N_total,) float32. One launch."""
     tokens = torch.empty(total, dtype=torch.float32, device=values.device)
     if values.shape[0]:
-        _expand_kernel[values.shape[0],](
-            values, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options
-        )
+        launch(
+            _expand_kernel, (values.shape[0],), values.device,
+            values, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
+        )  # fmt: skip
     return tokens

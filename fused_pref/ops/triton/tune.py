@@ -22,6 +22,7 @@ from triton.errors import TritonError
 
 from fused_pref import files
 from fused_pref.ops.triton.configs import Config, Tile
+from fused_pref.ops.triton.launch import on
 
 # Layout of the file.
 VERSION = 1
@@ -101,7 +102,7 @@ def tuned(
     if key not in _known or not (_search is None or searched):
         kept = None if _search else load().get(key)
         # Nothing is launched that this release would not try by itself.
-        _known[key] = next((c for c in choices if asdict(c) == kept), None) or _fastest(key, choices, launch)
+        _known[key] = next((c for c in choices if asdict(c) == kept), None) or _fastest(key, device, choices, launch)
     return _known[key]  # type: ignore[return-value]
 
 
@@ -124,9 +125,12 @@ def search(step: Callable[[], object], *, timer: Timer | None = None) -> list[Ti
         _search = before
 
 
-def _fastest(key: str, choices: list[AnyConfig], launch: Callable[[AnyConfig], object]) -> AnyConfig:
+def _fastest(
+    key: str, device: torch.device, choices: list[AnyConfig], launch: Callable[[AnyConfig], object]
+) -> AnyConfig:
     timer = _timer()
-    timings = [Timing(key, config, _time(timer, launch, config)) for config in choices]
+    with on(device):  # whose time is measured
+        timings = [Timing(key, config, _time(timer, launch, config)) for config in choices]
     if _search is not None:
         _search.timings.extend(timings)
     best = min(range(len(choices)), key=lambda i: timings[i].milliseconds)
