@@ -28,6 +28,9 @@ from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.spec import Spec
 
 _transform = lru_cache(Transform)
+# Of ops that read how many tokens are scored: `torch.compile(mode="reduce-overhead")` must not capture them in a CUDA
+# graph, where nothing can be read.
+READS = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("fused_pref::token_logps_fwd", mutates_args=())
@@ -142,7 +145,7 @@ def decode(text: str, tensors: Sequence[Tensor] = ()) -> Any:
     return made(ast.literal_eval(text))
 
 
-@torch.library.custom_op("fused_pref::linear_token_logps_fwd", mutates_args=())
+@torch.library.custom_op("fused_pref::linear_token_logps_fwd", mutates_args=(), tags=READS)
 def linear_token_logps_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, call: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +174,7 @@ def _(hidden, weight, bias, labels, cu_seqlens, call):  # type: ignore[no-untype
     return logp, torch.empty_like(logp), hidden.new_empty(shape if request.wanted else 0, dtype=dtype)
 
 
-@torch.library.custom_op("fused_pref::linear_token_logps_bwd", mutates_args=())
+@torch.library.custom_op("fused_pref::linear_token_logps_bwd", mutates_args=(), tags=READS)
 def linear_token_logps_bwd(
     hidden: Tensor,
     weight: Tensor,
@@ -199,7 +202,7 @@ def _(hidden, weight, bias, labels, cu_seqlens, saved, grad_logp, call):  # type
     return _fake_gradients(hidden, weight, bias, decode(call), late=False)
 
 
-@torch.library.custom_op("fused_pref::linear_known_gradients", mutates_args=())
+@torch.library.custom_op("fused_pref::linear_known_gradients", mutates_args=(), tags=READS)
 def linear_known_gradients(
     hidden: Tensor,
     weight: Tensor,

@@ -8,7 +8,7 @@ ranks exchange more: then all of them raise the same error.
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Agreement:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TypeError | ValueError) and not self.met:
             with contextlib.suppress(RuntimeError):  # what is refused says more than ranks that do not answer
-                gathered(torch.tensor([REFUSED, 0, 0, 0], device=self.device), self.group)
+                gathered(integers((REFUSED, 0, 0, 0), self.device), self.group)
                 _exchanged(f"{type(error).__name__}: {error}", self.group)
 
     def meet(self, weight: Tensor, asked: Mapping[str, Any], scored: Tensor) -> tuple[tuple[int, ...], int]:
@@ -72,10 +72,10 @@ class Agreement:
         texts = {name: _text(value) for name, value in asked.items()}
         digest = int.from_bytes(hashlib.blake2b(repr(texts).encode(), digest_size=8).digest(), "big", signed=True)
         exact = {name: value for name, value in asked.items() if _is_exact(value)}
-        sums = {name: checksum(value.flatten()).to(weight.device) for name, value in exact.items()}
+        sums = {name: _placed(checksum(value.flatten()), weight.device) for name, value in exact.items()}
         budget = default_budget(budgets.memory_of(weight.device), *weight.shape, weight.dtype.itemsize)
-        numbers = torch.tensor([weight.shape[0], budget, digest, 0], device=weight.device)
-        numbers[3] = checksum(torch.stack(list(sums.values())))
+        total = checksum(torch.stack(list(sums.values())))[None]
+        numbers = torch.cat((integers((weight.shape[0], budget, digest), weight.device), total))
         ranks = gathered(numbers, group).tolist()
         if any(rank[0] == REFUSED or rank[2:] != ranks[0][2:] for rank in ranks):
             shown = {
@@ -113,6 +113,16 @@ def _shared(keywords: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in OWN:
             result[name] = value
     return result
+
+
+def integers(values: Iterable[int], device: torch.device | None) -> Tensor:
+    """Int64 values on a device, by a fill each: copying them there would wait."""
+    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+
+
+def _placed(value: Tensor, device: torch.device) -> Tensor:
+    """A 0-d integer on a device, to which one of the host comes as :func:`integers` do."""
+    return integers((int(value),), device)[0] if value.device.type == "cpu" != device.type else value.to(device)
 
 
 def checksum(values: Tensor) -> Tensor:

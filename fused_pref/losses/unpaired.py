@@ -84,7 +84,8 @@ class BCOObjective:
         delta, state = self.delta, None
         if isinstance(delta, RewardShift):
             delta, state = delta.peek(rewards, desirable)
-        used = torch.as_tensor(delta, dtype=torch.float64, device=rewards.device)
+        # A number goes to the device with the launch that adds it: copying it there would wait.
+        used = rewards.new_zeros((), dtype=torch.float64) + delta
         sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
         losses, slopes = logistic_loss(sign * (rewards - used), 0.0)
         slope = self.spec.beta * sign * slopes
