@@ -13,6 +13,7 @@ COMMANDS = {
         "benchmarks.static.command",
         "what compiled code and the plans predict, for GPUs that need not be there",
     ),
+    "replay": ("benchmarks.replay.command", "what every plan and loss launches and allocates on a GPU, without one"),
     "report": ("benchmarks.report.command", "everything this machine can tell, within minutes, kept as it is finished"),
 }
 

@@ -183,17 +183,20 @@ def scatter_rows(
 ) -> None:
     """See :meth:`fused_pref.ops.interface.RowOps.scatter_rows`."""
     for part in ranges(source.shape[0], block_rows(source.device, source.shape[1])):
-        # Operands of one dtype: a product of two is slow on a CPU.
-        block = source[part].to(factor.dtype)
-        if target_rows is not None:
+        # Operands of one dtype: a product of two is slow on a CPU. No more than two blocks are alive at once.
+        if target_rows is None:
+            block = source[part].to(factor.dtype)
+        else:
             targets = target_rows.targets[part].long()
             valid = (targets >= 0) & (targets < target_rows.weight.shape[0])
-            own = target_rows.weight.index_select(0, targets.where(valid, 0)).to(factor.dtype)
-            block = own.mul_(target_rows.q[part, None]).add_(block)
+            block = target_rows.weight.index_select(0, targets.where(valid, 0)).to(factor.dtype)
+            block.mul_(target_rows.q[part, None]).add_(source[part].to(factor.dtype))
         if indices is None:
             torch.mul(block, factor[part, None], out=out[part])
         else:
-            out.index_copy_(0, indices[part], (block * factor[part, None]).to(out.dtype))
+            block = block * factor[part, None]
+            out.index_copy_(0, indices[part], block.to(out.dtype))
+        del block
 
 
 def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
