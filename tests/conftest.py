@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+# Or compiled code runs in an emulator of an MI300X.
+EMULATED = os.environ.get("FUSED_PREF_EMULATE") == "gfx942"
+if EMULATED:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Nothing is looked up in a hub, and nothing is drawn on the console.
@@ -48,6 +52,13 @@ def patch_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     patch_once()
+
+def pytest_configure(config: pytest.Config) -> None:
+    if EMULATED:
+        from gfx942 import plugin
+
+        config.pluginmanager.register(plugin)
+
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

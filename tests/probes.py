@@ -1,7 +1,7 @@
 """What a step launches, and which memory its kernels touch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.traffic import computes
+from fused_pref.ops.backend import interpreted
 from fused_pref.ops.triton import configs, dlogits, logprob, objective, sequences
 
 LAUNCHERS = [
@@ -27,6 +28,8 @@ SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal"
 # Kernels whose programs may write the same value to one place: rows beyond the valid ones under ``max_valid_tokens``
 # all stand for one row that is not scored, whose gradient is 0.
 ALIKE = {"_scatter_rows_kernel"}
+# Warps of a program where a test chooses its blocks: an interpreter has none, compiled code has to share its values.
+WARPS = 4
 # Class of the kernels: compiled or interpreted functions.
 KERNEL: Any = type(logprob._token_logps_fwd_kernel)
 
@@ -219,15 +222,20 @@ def memory() -> Iterator[Memory]:
         yield watch
 
 
+def watching(device: str) -> AbstractContextManager[Memory | None]:
+    """Watch the kernels on ``device`` where they are interpreted; None where they are compiled."""
+    return memory() if interpreted(torch.device(device)) else nullcontext()
+
+
 def small_blocks(patch: pytest.MonkeyPatch, block: int, processors: int) -> None:
     """Blocks of this many entries, and a device with this many processors: 0 never splits a row."""
-    patch.setattr(configs, "choose", lambda table, device, dtype, columns: configs.Config(block, 1))
+    patch.setattr(configs, "choose", lambda table, device, dtype, columns: configs.Config(block, WARPS))
     patch.setattr(configs, "processors", lambda device: processors)
 
 
 def small_reductions(patch: pytest.MonkeyPatch, block: int) -> None:
     """Reductions that take this many tokens or sequences at a time."""
-    patch.setattr(configs, "REDUCTION", configs.Config(block, 1))
+    patch.setattr(configs, "REDUCTION", configs.Config(block, WARPS))
 
 
 def poisoned(tensor: Tensor) -> bool:

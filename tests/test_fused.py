@@ -1,14 +1,13 @@
 """Fused products of the linear head against float64: every plan forced in turn, and the kernels by themselves."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from harness import IGNORE, assert_gradient, assert_values, make_hidden, peak_bytes, run_linear
-from probes import Memory, memory
+from probes import Memory, watching
 from test_linear import only, parity
 
 import fused_pref as fp
@@ -47,7 +46,7 @@ INF, NAN = torch.inf, torch.nan
 @pytest.fixture(autouse=True)
 def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
     """Interpreted kernels may touch nothing but the tensors of their launch."""
-    with memory() if kernel_device == "cpu" else nullcontext() as watched:
+    with watching(kernel_device) as watched:
         yield watched
 
 

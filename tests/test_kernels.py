@@ -4,13 +4,12 @@ Parity of every option is in ``test_logits.py`` and ``test_degenerate.py``, whic
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from harness import IGNORE, assert_gradient, assert_parity, assert_values, make_batch, reference_logps, run
-from probes import Memory, memory, small_blocks, small_reductions
+from probes import Memory, small_blocks, small_reductions, watching
 
 import fused_pref as fp
 from fused_pref.ops.triton import dlogits, logprob, sequences
@@ -23,7 +22,7 @@ INF, NAN = torch.inf, torch.nan
 @pytest.fixture(autouse=True)
 def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
     """Interpreted kernels may touch nothing but the tensors of their launch."""
-    with memory() if kernel_device == "cpu" else nullcontext() as watched:
+    with watching(kernel_device) as watched:
         yield watched
 
 

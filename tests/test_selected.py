@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from harness import make_hidden, reference_logps
-from probes import Memory, launches, memory
+from probes import Memory, launches, watching
 from torch import Tensor
 
 from fused_pref.head import engine
@@ -28,7 +27,7 @@ SHAPES = [(1, 1, 1, 1), (5, 31, 2, 0), (17, 16, 67, 17), (40, 8, 33, 18), (33, 4
 @pytest.fixture(autouse=True)
 def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
     """Interpreted kernels may touch nothing but the tensors of their launch."""
-    with memory() if kernel_device == "cpu" else nullcontext() as watched:
+    with watching(kernel_device) as watched:
         yield watched
 
 

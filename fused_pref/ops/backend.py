@@ -6,6 +6,9 @@ import importlib.util
 import torch
 
 DEVICES = ("cuda", "xpu")
+# The architecture that CPU tensors stand for, None outside of tests: kernels are compiled for it, and an emulator runs
+# the code (tests/gfx942). Without one, Triton's interpreter runs the kernels on CPU tensors.
+EMULATED: str | None = None
 
 
 @functools.cache
@@ -17,10 +20,15 @@ def _triton_installed() -> bool:
 
 
 @functools.cache
-def _interpreted() -> bool:
+def _interpreter_chosen() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def interpreted(device: torch.device) -> bool:
+    """Whether kernels on ``device`` are interpreted: that needs other launches than compiled code."""
+    return device.type == "cpu" and EMULATED is None
 
 
 def triton_obstacle(device: torch.device) -> str | None:
@@ -31,7 +39,7 @@ def triton_obstacle(device: torch.device) -> str | None:
         return None
     if device.type != "cpu":
         return f"it has no kernels for {device.type} tensors"
-    if not _interpreted():
+    if interpreted(device) and not _interpreter_chosen():
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
     return None
 
@@ -39,7 +47,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations and costs a device uses; an unknown one uses those of an older one."""
     if device.type != "cuda":
-        return "sm_90"
+        return EMULATED or "sm_90"
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-from fused_pref.ops.backend import architecture
+from fused_pref.ops.backend import architecture, interpreted
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def processors(device: torch.device) -> int:
 
 def choose(table: dict[tuple[str, int], Config], device: torch.device, dtype: torch.dtype, columns: int) -> Config:
     """The default configuration for a device, cut to the vocabulary."""
-    if device.type == "cpu":
+    if interpreted(device):
         return INTERPRETER
     config = table[architecture(device), dtype.itemsize]
     return Config(min(config.block, max(1024, triton.next_power_of_2(columns))), config.num_warps)
@@ -167,7 +167,7 @@ def tile(
     table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch.Tensor, *, high_pressure: bool
 ) -> Tile:
     """The default tile for hidden (n, D) · weight (v, D)ᵀ; ``high_pressure``: its epilogue needs more registers."""
-    if hidden.device.type == "cpu":
+    if interpreted(hidden.device):
         return INTERPRETER_TILE
     own = (HIGH_PRESSURE_TILE if high_pressure or weight.shape[0] % 16 else table)[
         architecture(hidden.device), hidden.dtype.itemsize

@@ -148,7 +148,7 @@ def constants(x: Tensor, tile: configs.Tile) -> dict[str, Any]:
     return {
         "PRECISION": precision(x.dtype),
         # The interpreter multiplies the bits of 16-bit entries.
-        "UPCAST": x.device.type == "cpu" and x.dtype.itemsize == 2,
+        "UPCAST": configs.interpreted(x.device) and x.dtype.itemsize == 2,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,

@@ -158,7 +158,7 @@ def bias_product(out: Tensor, q: Tensor, factor: Tensor, indices: Tensor, count:
 
 
 def _tile(q: Tensor, other: Tensor) -> configs.Tile:
-    if q.device.type == "cpu":
+    if configs.interpreted(q.device):
         return configs.INTERPRETER_TILE
     if not (configs.rows_aligned(q) and configs.rows_aligned(other)):
         return configs.UNALIGNED_TILE
