@@ -808,7 +808,7 @@ static void run_workgroup(Machine& m, std::vector<Wave*>& waves) {
             any = false;
             for (size_t k = 0; k < waves.size(); k++) {
                 Wave& w = *waves[m.launch.order == 1 ? waves.size() - 1 - k : k];
-                for (bool once = m.launch.order == 2; running(&w); any = true) if (step(w), once) break;
+                for (int once = m.launch.order == 2, k = 0; running(&w) && !(once && k); k++) step(w), any = true;
             }
         }
         const Wave* first = nullptr;

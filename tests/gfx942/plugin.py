@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -21,13 +21,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Run a test, then judge its launches; :func:`emulator.LAUNCHES` is emptied by tests that expect findings."""
+    """Run a test, then judge its launches."""
     emulator.LAUNCHES.clear()
     yield
     TOTAL.update(launches=len(emulator.LAUNCHES), instructions=sum(int(x.count.sum()) for x in emulator.LAUNCHES))
     found = [x for x in emulator.LAUNCHES if x.found]
     TOTAL.update(findings=sum(x.found.total() for x in found))
     assert not found, "\n".join(f"{x.kernel} {dict(x.found)}: {x.examples[:2]}" for x in found[:4])
+
+
+@pytest.fixture
+def emulated() -> Iterator[Callable[[], Counter[str]]]:
+    """A function that gives what launches so far have found, and forgets them; the order of waves is a test's own."""
+
+    def findings() -> Counter[str]:
+        found = sum((x.found for x in emulator.LAUNCHES), Counter())
+        emulator.LAUNCHES.clear()
+        return found
+
+    yield findings
+    emulator.OPTIONS.update(inexact=0, order=0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
