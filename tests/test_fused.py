@@ -282,6 +282,11 @@ def operands(
 SHAPES = [(1, 1, 1), (1, 31, 2), (2, 257, 33), (17, 16, 67), (40, 8, 129), (33, 48, 32)]
 
 
+def rounding(depth: int) -> float:
+    """What a chain of as many multiply-adds in float32 may be off: their errors add up as a random walk."""
+    return 2e-6 * max(1.0, depth / 32) ** 0.5
+
+
 @pytest.mark.parametrize("processors", [1, 3, 50])
 @pytest.mark.parametrize("by_index", [False, True])
 @pytest.mark.parametrize("constants", [Transform(), transform_of(TRANSFORMS[1]), Transform("linear", 2.0)], ids=str)
@@ -314,7 +319,7 @@ def test_statistics_and_gradient(
         own = gemm.Operands(head.hidden, head.weight[:cut], None if head.bias is None else head.bias[:cut], None)
         linear.gradient(q, own, statistics, targets, 0, constants)
         chunk.gradient(true_q, x[:, :cut].clone(), truth, targets, 0, constants)
-        assert_gradient(q, true_q, 2e-6)
+        assert_gradient(q, true_q, rounding(shape[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -340,7 +345,9 @@ def test_exponentials(
     if watch is not None:
         # Nothing has risen above the pivots: the second pass writes nothing.
         assert len(watch.within(q, watch.written)) == rows * columns
-    assert_gradient(q.double() / multiple.double()[:, None], true_q, 2**-7 if dtype == torch.bfloat16 else 5e-6)
+    assert_gradient(
+        q.double() / multiple.double()[:, None], true_q, 2**-7 if dtype == torch.bfloat16 else rounding(shape[1])
+    )
     if not constants:
         own = q.gather(1, targets[:, None])[:, 0].to(multiple.dtype)
         assert torch.equal(own, -multiple)

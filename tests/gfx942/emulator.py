@@ -6,15 +6,10 @@ of waves between barriers, and those of workgroups, which may run in any order.
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
 import struct
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +19,9 @@ from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from gfx942.build import library
 from gfx942.program import I32, U32, U64, Instruction, Program
 
-HERE = Path(__file__).parent
 POISON = 0x7FA5C3E1
 # What is found, in the order of ``Kind`` in machine.h.
 KINDS = [
@@ -77,31 +72,7 @@ LAUNCHES: list[Launched] = []
 OPTIONS = {"inexact": 0, "order": 0}
 
 
-def compiler() -> str | None:
-    """The machine's C++ compiler."""
-    return os.environ.get("CXX") or next(filter(shutil.which, ("clang++", "g++", "c++")), None)
-
-
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The emulator, built once for each state of its source."""
-    command = [compiler() or "c++", "-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing",
-               "-march=native", "-shared", "-fPIC"]  # fmt: skip
-    sources = [HERE / "machine.cpp", HERE / "machine.h"]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(command).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_pref"
-    built = folder / f"gfx942-{key}.so"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = built.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial), str(sources[0])], check=True)
-        partial.replace(built)
-    found = ctypes.CDLL(str(built))
-    assert [found.size_of(k) for k in range(3)] == [ctypes.sizeof(x) for x in (Instruction, Start, Finding)]
-    return found
-
-
-@functools.lru_cache(maxsize=None)
 def program_of(assembly: str) -> Program:
     """The program of a kernel's assembly."""
     return Program(assembly, library().operation_number)
@@ -139,8 +110,14 @@ def launch(assembly: str, grid: tuple[int, ...], signature: dict[str, Any], argu
     first = 2 * settings["user_sgpr_kernarg_segment_ptr"]
     user[:first] = [base & 0xFFFFFFFF, base >> 32][:first]
     offset = settings.get("user_sgpr_kernarg_preload_offset", 0)
-    user[first : first + program.preload] = np.frombuffer(memory, np.uint32, program.preload, base - ctypes.addressof(memory) + 4 * offset)
-    count, found, findings = np.zeros(len(program.text), np.uint64), np.zeros(len(KINDS) + 1, np.uint64), (Finding * 64)()
+    user[first : first + program.preload] = np.frombuffer(
+        memory, np.uint32, program.preload, base - ctypes.addressof(memory) + 4 * offset
+    )
+    count, found, findings = (
+        np.zeros(len(program.text), np.uint64),
+        np.zeros(len(KINDS) + 1, np.uint64),
+        (Finding * 64)(),
+    )
     number = library().run(
         ctypes.byref(
             Start(
@@ -218,6 +195,8 @@ class Driver(DriverBase):
 
 def install() -> None:
     """Make the emulator Triton's device; the function that a kernel's launcher gets is its assembly."""
+    sizes = [library().size_of(k) for k in range(3)]
+    assert sizes == [ctypes.sizeof(x) for x in (Instruction, Start, Finding)]
     driver.set_active(Driver())
     load = CompiledKernel._init_handles
 

@@ -32,7 +32,9 @@ def _chunk_statistics_kernel(
     end = columns // WIDTH * WIDTH
     seen = statistics + row
     statistics_stride = tl.cast(statistics_stride, tl.int64)
-    start_max = tl.load(seen)
+    # Volatile loads are waited for where they stand: every thread has read the statistics before one of them writes.
+    start_max = tl.load(seen, volatile=True)
+    start_sum = tl.load(seen + statistics_stride, volatile=True)
     row_max = start_max
     # Kept apart per lane: only the maximum is reduced inside the loop.
     sum_exp = tl.zeros([BLOCK], tl.float32)
@@ -47,15 +49,16 @@ def _chunk_statistics_kernel(
         risen = tl.maximum(row_max, tl.max(z, 0))
         sum_exp = sum_exp * exp(row_max - risen) + exp(z - risen)
         row_max = risen
-    tl.store(
-        seen + statistics_stride, tl.load(seen + statistics_stride) * exp(start_max - row_max) + tl.sum(sum_exp, 0)
-    )
+    total = start_sum * exp(start_max - row_max) + tl.sum(sum_exp, 0)
+    start_logit_sum = tl.load(seen + 3 * statistics_stride, volatile=True) if WITH_LOGIT_SUM else 0.0
+    tl.debug_barrier()
+    tl.store(seen + statistics_stride, total)
     tl.store(seen, row_max)
     here = (y >= 0) & (y < columns)
     target_logit = tl.load(base + y, mask=here, other=0.0).to(tl.float32)
     tl.store(seen + 2 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=here)
     if WITH_LOGIT_SUM:
-        tl.store(seen + 3 * statistics_stride, tl.load(seen + 3 * statistics_stride) + tl.sum(logit_sum, 0))
+        tl.store(seen + 3 * statistics_stride, start_logit_sum + tl.sum(logit_sum, 0))
 
 
 @triton.jit
@@ -80,6 +83,10 @@ def _chunk_gradient_kernel(
         x = tl.load(source + cols, mask=cols < end, other=0.0).to(tl.float32)
         # Narrow entries are written where wide ones were read: not before every thread has read its own.
         tl.debug_barrier()
+        if start == 0:
+            # Only the first block lies over itself. A barrier does not wait for loads under way, a sum of what was
+            # loaded does. That there are more NaNs than entries is never so, which a compiler does not know.
+            y -= tl.sum((x != x).to(tl.int32), 0) > BLOCK
         q = exp(transform(x, inner, outer, TRANSFORM) - row_max) * inverse
         q = activation_backward(tl.where(cols == y, -1.0, q), x, inner, outer, TRANSFORM)
         tl.store(out_row + cols, q.to(out.dtype.element_ty), mask=cols < end)

@@ -196,28 +196,34 @@ def _moving_shift(
     w_added, w_new, l_added, l_new, decay, KIND: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
     """δ of a RewardShift after the update that this batch, of these sums and numbers, makes to its state."""
-    w_mean = tl.load(shift_mean)
-    l_mean = tl.load(shift_mean + 1)
-    w_seen = tl.load(shift_count)
-    l_seen = tl.load(shift_count + 1)
-    # Every thread has read the state before one of them writes it.
-    tl.debug_barrier()
+    # Volatile loads are waited for where they stand: every thread has read the state before one of them writes it.
+    w_mean = tl.load(shift_mean, volatile=True)
+    l_mean = tl.load(shift_mean + 1, volatile=True)
+    w_seen = tl.load(shift_count, volatile=True)
+    l_seen = tl.load(shift_count + 1, volatile=True)
     if UPDATE == "step":
-        tl.store(pending_sum, tl.load(pending_sum) + w_added)
-        tl.store(pending_sum + 1, tl.load(pending_sum + 1) + l_added)
-        tl.store(pending_count, tl.load(pending_count) + w_new)
-        tl.store(pending_count + 1, tl.load(pending_count + 1) + l_new)
+        w_added += tl.load(pending_sum, volatile=True)
+        l_added += tl.load(pending_sum + 1, volatile=True)
+        w_new += tl.load(pending_count, volatile=True)
+        l_new += tl.load(pending_count + 1, volatile=True)
+        tl.debug_barrier()
+        tl.store(pending_sum, w_added)
+        tl.store(pending_sum + 1, l_added)
+        tl.store(pending_count, w_new)
+        tl.store(pending_count + 1, l_new)
     if UPDATE == "forward":
         if KIND == "running_mean":
             w_added += l_added
             w_new += l_new
         else:
             l_mean, l_seen = _folded(l_mean, l_seen, l_added, l_new, decay, KIND)
-            tl.store(shift_mean + 1, l_mean)
-            tl.store(shift_count + 1, l_seen)
         w_mean, w_seen = _folded(w_mean, w_seen, w_added, w_new, decay, KIND)
+        tl.debug_barrier()
         tl.store(shift_mean, w_mean)
         tl.store(shift_count, w_seen)
+        if KIND != "running_mean":
+            tl.store(shift_mean + 1, l_mean)
+            tl.store(shift_count + 1, l_seen)
     if KIND == "running_mean":
         return w_mean
     else:
