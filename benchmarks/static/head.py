@@ -36,9 +36,9 @@ def code_of(launch: Launch, compiled: triton.compiler.CompiledKernel) -> Code:
     listing = Listing.of(compiled)
     multiplying = [loop for loop in listing.loops if listing.count(MATRIX, *loop)]
     first, last = min(multiplying, key=lambda loop: loop[1] - loop[0])
-    # Beyond the last return stand the slow paths of waits.
-    returns = (i for i, operation in enumerate(listing.code) if re.search("EXIT|s_endpgm", operation))
-    whole = (0, max(returns) + 1)
+    # Beyond the last return of SASS stand the slow paths of waits; AMD's code goes on behind an early one.
+    returns = [i + 1 for i, operation in enumerate(listing.code) if re.search("EXIT", operation)]
+    whole = (0, max(returns, default=len(listing.code)))
     around = [(a, b) for a, b in multiplying if a < first and last < b <= whole[1]]
     over_tiles = "statistics" in launch.kernel.__name__ and around
     start, end = min(around, key=lambda loop: loop[1] - loop[0]) if over_tiles else whole

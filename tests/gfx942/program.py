@@ -131,6 +131,7 @@ class Program:
         self.settings = {m[1]: int(m[2], 0) for m in re.finditer(r"^\t\t\.amdhsa_(\w+) (\d+)$", assembly, re.M)}
         modes = {"float_round_mode_32": 0, "float_denorm_mode_32": 3, "float_denorm_mode_16_64": 3, "ieee_mode": 1}
         assert modes.items() <= self.settings.items(), "another mode of floats than is emulated"
+        self.assembly = assembly
         self.text: list[str] = []
         self.sources: list[tuple[str, int]] = []
         self.labels: dict[str, int] = {}
