@@ -20,7 +20,7 @@ HEAD = (
 )
 # Tests, and the fewest launches of compiled code that they make.
 PARTS = {
-    "the emulator itself": (["tests/gfx942"], 40),
+    "the emulator itself": (["tests/test_gfx942.py", "tests/test_static_counts.py"], 40),
     "kernels": (["tests/test_kernels.py", "tests/test_scatter_rows.py", "-m", "not slow"], 200),
     "shifts": (["tests/test_kernels.py", "tests/test_in_place.py", "-k", "shift or in_place"], 40),
     "fused head": (["tests/test_fused.py", "-k", HEAD], 200),

@@ -1,7 +1,7 @@
 """Launches of Triton on CPU tensors by code for gfx942: :func:`install` makes the emulator Triton's device.
 
-Of every launch :data:`LAUNCHES` keeps what was executed and what was found. Accesses are compared within a launch: those
-of waves between barriers, and those of workgroups, which may run in any order.
+Of every launch :data:`LAUNCHES` keeps what was executed and what was found. Accesses are compared within a launch:
+those of waves between barriers, and those of workgroups, which may run in any order.
 """
 
 import ctypes
@@ -26,7 +26,8 @@ POISON = 0x7FA5C3E1
 # What is found, in the order of ``Kind`` in machine.h.
 KINDS = [
     "", "out of bounds", "LDS out of bounds", "LDS read before written", "LDS race",
-    "LDS access not waited for before the barrier", "race between workgroups", "race", "not waited for before the barrier",
+    "LDS access not waited for before the barrier", "race between workgroups", "race",
+    "not waited for before the barrier",
     "register read before its load was waited for", "waves at different barriers", "DPP of an inactive lane", "endless",
     "high half of a constant", "misaligned", "unsupported", "same value stored twice",
 ]  # fmt: skip

@@ -31,12 +31,16 @@ struct Half {  // an operand of 16 bits; how it is computed with is float32
 };
 template <class T> constexpr bool FLOAT = std::is_floating_point_v<T> || std::is_same_v<T, Half>;
 template <class T> using Bits = std::conditional_t<sizeof(T) == 8, u64, u32>;
-template <class T> constexpr Bits<T> SIGN = sizeof(T) == 8 ? Bits<T>(1ull << 63) : std::is_same_v<T, Half> ? 0x8000 : 1u << 31;
+template <class T> constexpr Bits<T> SIGN = sizeof(T) == 8 ? Bits<T>(1ull << 63) : std::is_same_v<T, Half>
+    ? 0x8000 : 1u << 31;
 template <class T> int exponent(T x) {
-    return sizeof(T) == 8 ? std::bit_cast<Bits<T>>(x) >> (sizeof(T) == 8 ? 52 : 0) & 2047 : std::bit_cast<Bits<T>>(x) >> 23 & 255;
+    return sizeof(T) == 8 ? std::bit_cast<Bits<T>>(x) >> (sizeof(T) == 8
+        ? 52 : 0) & 2047 : std::bit_cast<Bits<T>>(x) >> 23 & 255;
 }
-template <class T> T quiet(T x) { return std::bit_cast<T>(std::bit_cast<Bits<T>>(x) | (SIGN<T> >> (sizeof(T) == 8 ? 12 : 9))); }
-template <class T> bool signalling(T x) { return x != x && std::bit_cast<Bits<T>>(quiet(x)) != std::bit_cast<Bits<T>>(x); }
+template <class T> T quiet(T x) { return std::bit_cast<T>(std::bit_cast<Bits<T>>(x) | (SIGN<T> >> (sizeof(T) == 8
+    ? 12 : 9))); }
+template <class T> bool signalling(T x) { return x != x
+    && std::bit_cast<Bits<T>>(quiet(x)) != std::bit_cast<Bits<T>>(x); }
 // A signalling NaN gives its quieted self; a number wins over a quiet NaN; −0 < +0.
 template <class T> T larger(T x, T y) {
     if (signalling(x) || signalling(y)) return quiet(signalling(x) ? x : y);
@@ -69,7 +73,8 @@ static f32 inexact(f32 x, f32 result) {
     return subnormal(moved) || !std::isfinite(moved) ? result : moved;
 }
 // What the machine's reciprocals of float64 keep: about 24 digits.
-static f64 short_f64(f64 x) { return std::isfinite(x) ? std::bit_cast<f64>(std::bit_cast<u64>(x) & ~((1ull << 28) - 1)) : x; }
+static f64 short_f64(f64 x) { return std::isfinite(x)
+    ? std::bit_cast<f64>(std::bit_cast<u64>(x) & ~((1ull << 28) - 1)) : x; }
 template <class T> u32 class_of(T x) {
     constexpr u64 QUIET = sizeof(T) == 8 ? 51 : 22;
     if (x != x) return std::bit_cast<Bits<T>>(x) >> QUIET & 1 ? 2 : 1;
@@ -92,7 +97,8 @@ static u32 permuted(u32 high, u32 low, u32 choice) {
     u32 out = 0;
     for (int k = 0; k < 4; k++) {
         u32 c = choice >> 8 * k & 255;
-        u32 byte = c >= 13 ? 255 : c == 12 ? 0 : c >= 8 ? (from >> (16 * (c - 8) + 15) & 1 ? 255 : 0) : from >> 8 * c & 255;
+        u32 byte = c >= 13 ? 255 : c == 12 ? 0 : c >= 8 ? (from >> (16 * (c - 8) + 15) & 1
+            ? 255 : 0) : from >> 8 * c & 255;
         out |= byte << 8 * k;
     }
     return out;
@@ -437,7 +443,8 @@ template <int M, Entry TYPE, int PER_LANE> void mfma(Wave& w, const Instruction&
         return TYPE == FLOAT16 ? from_half(half) : to_f32(TYPE == BFLOAT16 ? half << 16 : x);
     };
     for (int k = 0; k < 3; k++)
-        if (i.source[k].place == VECTOR) check_vector(w, i, i.source[k].index, k == 2 ? OUT : NARROW ? PER_LANE / 2 : PER_LANE);
+        if (i.source[k].place == VECTOR) check_vector(w, i, i.source[k].index, k == 2 ? OUT : NARROW
+            ? PER_LANE / 2 : PER_LANE);
     EACH for (int e = 0; e < PER_LANE; e++) {
         int k = l / M * PER_LANE + e;
         a[k][l % M] = entry(0, e, l), b[k][l % M] = entry(1, e, l);
@@ -458,7 +465,7 @@ static void word(Wave& w, const Instruction& i, int k, int second, u32* out) {
     if (o.place == VECTOR) check_vector(w, i, r), std::memcpy(out, w.v[r], sizeof w.v[r]);
     else std::fill_n(out, LANES, o.place == SCALAR ? scalar_register(w, i, r) : o.bits);
 }
-// Two float32 in a register pair; op_sel and op_sel_hi say which half of each source enters the low and the high result.
+// Two float32 in a register pair; op_sel and op_sel_hi choose the halves for the low and the high result.
 template <class F> void packed(const std::string& name, F) {
     define(name, [](Wave& w, const Instruction& i) {
         f32 in[3][LANES];
@@ -531,7 +538,8 @@ template <class T> void define_bitwise(const std::string& type) {
 }
 template <class T> void define_ordered(const std::string& type) {
     using K = std::conditional_t<std::is_signed_v<T>, i16, u16>;
-    S2(T, T, T, "s_min_" + type, (scc = x < y, std::min(x, y))) S2(T, T, T, "s_max_" + type, (scc = x > y, std::max(x, y)))
+    S2(T, T, T, "s_min_" + type, (scc = x < y, std::min(x, y)))
+    S2(T, T, T, "s_max_" + type, (scc = x > y, std::max(x, y)))
     TEST(T, T, "s_cmp_eq_" + type, x == y) TEST(T, T, "s_cmp_lg_" + type, x != y) TEST(T, T, "s_cmp_gt_" + type, x > y)
     TEST(T, T, "s_cmp_ge_" + type, x >= y) TEST(T, T, "s_cmp_lt_" + type, x < y) TEST(T, T, "s_cmp_le_" + type, x <= y)
     TEST(T, K, "s_cmpk_eq_" + type, x == T(y)) TEST(T, K, "s_cmpk_lg_" + type, x != T(y))
@@ -549,8 +557,10 @@ static void define_scalar() {
     scalar<u32, u32, u32>("s_addc_u32", [](u32& scc, u64 x, u32 y) { return x += scc + u64(y), scc = x >> 32, x; });
     scalar<u32, u32, u32>("s_subb_u32", [](u32& scc, u64 x, u32 y) { return x -= scc + u64(y), scc = x >> 63, x; });
     S2(u32, u32, u32, "s_mul_i32", x * y) S2(u32, u32, u32, "s_mul_hi_u32", u64(x) * y >> 32)
-    S2(u32, i32, i32, "s_mul_hi_i32", i64(x) * y >> 32) LOGIC(u32, u32, "s_absdiff_i32", i32(x) > i32(y) ? x - y : y - x)
-    S2(u32, u32, u32, "s_bfm_b32", ((1u << (x & 31)) - 1) << (y & 31)) logic<u32>("s_abs_i32", [](u32 x) { return i32(x) < 0 ? -x : x; });
+    S2(u32, i32, i32, "s_mul_hi_i32", i64(x) * y >> 32)
+    LOGIC(u32, u32, "s_absdiff_i32", i32(x) > i32(y) ? x - y : y - x)
+    S2(u32, u32, u32, "s_bfm_b32", ((1u << (x & 31)) - 1) << (y & 31))
+    logic<u32>("s_abs_i32", [](u32 x) { return i32(x) < 0 ? -x : x; });
     S1(u32, u32, "s_sext_i32_i8", i8(x)) S1(u32, u32, "s_sext_i32_i16", i16(x)) S1(u32, i16, "s_movk_i32", x)
     TEST(u64, u64, "s_cmp_eq_u64", x == y) TEST(u64, u64, "s_cmp_lg_u64", x != y)
     S2(u32, u32, u32, "s_lshl1_add_u32", (scc = ((u64(x) << 1) + y) >> 32 != 0, (x << 1) + y))
@@ -580,7 +590,8 @@ static void define_scalar() {
         if (i.lgkmcnt == 0 || (i.lgkmcnt > 0 && !w.scalar_loads)) retire(w, w.lgkm, i.lgkmcnt);
         w.scalar_loads &= i.lgkmcnt != 0;
     });
-    define("s_barrier", [](Wave& w, const Instruction& i) { w.waiting = true, w.barrier = i32(&i - w.machine->launch.code); });
+    define("s_barrier", [](Wave& w, const Instruction& i) { w.waiting = true,
+        w.barrier = i32(&i - w.machine->launch.code); });
     define("s_endpgm", [](Wave& w, const Instruction&) { w.done = true; });
     jump("s_branch", [](Wave&, const Instruction&) { return true; });
     jump("s_cbranch_scc0", [](Wave& w, const Instruction&) { return !w.scc; });
@@ -603,7 +614,8 @@ static void define_integer() {
     I2("v_lshlrev_b32", y << (x & 31)) I2("v_lshrrev_b32", y >> (x & 31))
     V2(u32, u32, i32, "v_ashrrev_i32", y >> (x & 31)) V2(u64, u32, i64, "v_ashrrev_i64", y >> (x & 63))
     V2(u64, u32, u64, "v_lshlrev_b64", y << (x & 63)) V2(u64, u32, u64, "v_lshrrev_b64", y >> (x & 63))
-    V2(u16, u16, u16, "v_add_u16", x + y) V2(u16, u16, u16, "v_sub_u16", x - y) V2(u16, u16, u16, "v_mul_lo_u16", u32(x) * y)
+    V2(u16, u16, u16, "v_add_u16", x + y) V2(u16, u16, u16, "v_sub_u16", x - y)
+    V2(u16, u16, u16, "v_mul_lo_u16", u32(x) * y)
     V2(u16, u16, u16, "v_lshlrev_b16", y << (x & 15)) V2(u16, u16, u16, "v_lshrrev_b16", y >> (x & 15))
     I2("v_bfm_b32", ((1u << (x & 31)) - 1) << (y & 31)) I2("v_bcnt_u32_b32", std::popcount(x) + y)
     I3("v_add3_u32", x + y + z) I3("v_add_lshl_u32", (x + y) << (z & 31)) I3("v_lshl_add_u32", (x << (y & 31)) + z)
@@ -667,13 +679,16 @@ template <class T> void define_comparisons(const char* type) {
     }
 }
 template <class T> void define_floats(const std::string& type) {
-    V2(T, T, T, "v_add_" + type, x + y) V2(T, T, T, "v_mul_" + type, x * y) V3(T, T, T, T, "v_fma_" + type, std::fma(x, y, z))
+    V2(T, T, T, "v_add_" + type, x + y) V2(T, T, T, "v_mul_" + type, x * y)
+    V3(T, T, T, T, "v_fma_" + type, std::fma(x, y, z))
     V2(T, T, T, "v_max_" + type, larger(x, y)) V2(T, T, T, "v_min_" + type, smaller(x, y))
     V1(T, T, "v_rndne_" + type, std::nearbyint(x)) V1(T, T, "v_floor_" + type, std::floor(x))
     V1(T, T, "v_ceil_" + type, std::ceil(x)) V1(T, T, "v_trunc_" + type, std::trunc(x))
-    V1(T, T, "v_fract_" + type, x - std::floor(x)) V2(T, T, i32, "v_ldexp_" + type, std::ldexp(x, std::clamp(y, -5000, 5000)))
+    V1(T, T, "v_fract_" + type, x - std::floor(x))
+    V2(T, T, i32, "v_ldexp_" + type, std::ldexp(x, std::clamp(y, -5000, 5000)))
     vector<T, T>("v_frexp_mant_" + type, [](T x) { int e; return std::isfinite(x) ? std::frexp(x, &e) : x; });
-    vector<i32, T>("v_frexp_exp_i32_" + type, [](T x) { int e = 0; return std::isfinite(x) ? std::frexp(x, &e), e : 0; });
+    vector<i32, T>("v_frexp_exp_i32_" + type, [](T x) { int e = 0; return std::isfinite(x)
+        ? std::frexp(x, &e), e : 0; });
     V2(bool, T, u32, "v_cmp_class_" + type, class_of(x) & y) V3(T, T, T, T, "v_div_fixup_" + type, div_fixup(x, y, z))
     V1(i32, T, "v_cvt_i32_" + type, clamped<i32>(x)) V1(u32, T, "v_cvt_u32_" + type, clamped<u32>(x))
     V1(T, i32, "v_cvt_" + type + "_i32", x) V1(T, u32, "v_cvt_" + type + "_u32", x)
@@ -695,13 +710,16 @@ static void define_float() {
     V2(f32, f32, f32, "v_sub_f32", x - y) V2(f32, f32, f32, "v_subrev_f32", y - x)
     V2(f32, f32, f32, "v_mul_legacy_f32", x == 0 || y == 0 ? 0 : x * y)
     V3(f32, f32, f32, f32, "v_fmaak_f32", std::fma(x, y, z)) V3(f32, f32, f32, f32, "v_fmamk_f32", std::fma(x, y, z))
-    V3(f32, f32, f32, f32, "v_max3_f32", larger(larger(x, y), z)) V3(f32, f32, f32, f32, "v_med3_f32", middle_float(x, y, z))
+    V3(f32, f32, f32, f32, "v_max3_f32", larger(larger(x, y), z))
+    V3(f32, f32, f32, f32, "v_med3_f32", middle_float(x, y, z))
     V3(f32, f32, f32, f32, "v_min3_f32", smaller(smaller(x, y), z))
-    packed("v_pk_add_f32", [](f32 x, f32 y, f32) { return x + y; }), packed("v_pk_mul_f32", [](f32 x, f32 y, f32) { return x * y; });
+    packed("v_pk_add_f32", [](f32 x, f32 y, f32) { return x + y; }),
+    packed("v_pk_mul_f32", [](f32 x, f32 y, f32) { return x * y; });
     packed("v_pk_fma_f32", [](f32 x, f32 y, f32 z) { return std::fma(x, y, z); });
     // Subnormal operands and results of these are flushed to 0.
     V1(f32, f32, "v_exp_f32", flushed(inexact(x, f32(std::exp2(f64(flushed(x)))))))
-    V1(f32, f32, "v_log_f32", inexact(x, f32(std::log2(f64(flushed(x)))))) V1(f32, f32, "v_sqrt_f32", inexact(x, std::sqrt(x)))
+    V1(f32, f32, "v_log_f32", inexact(x, f32(std::log2(f64(flushed(x))))))
+    V1(f32, f32, "v_sqrt_f32", inexact(x, std::sqrt(x)))
     V1(f32, f32, "v_rcp_f32", flushed(inexact(x, f32(1 / f64(flushed(x))))))
     V1(f32, f32, "v_rsq_f32", inexact(x, f32(1 / std::sqrt(f64(flushed(x))))))
     // The division of integers relies on an ulp, which a rounded value and another ulp is not.
@@ -710,7 +728,8 @@ static void define_float() {
     V1(f64, f64, "v_sqrt_f64", short_f64(std::sqrt(x)))
     V1(f32, u32, "v_cvt_f32_ubyte0", x & 255) V1(f32, u32, "v_cvt_f32_ubyte1", x >> 8 & 255)
     V1(f64, f32, "v_cvt_f64_f32", x) V1(f32, f64, "v_cvt_f32_f64", x) V1(u32, f32, "v_cvt_f16_f32", to_half(x))
-    V1(f32, Half, "v_cvt_f32_f16", x) V2(u32, f32, f32, "v_cvt_pkrtz_f16_f32", to_half(x, true) | to_half(y, true) << 16)
+    V1(f32, Half, "v_cvt_f32_f16", x)
+    V2(u32, f32, f32, "v_cvt_pkrtz_f16_f32", to_half(x, true) | to_half(y, true) << 16)
     define("v_fma_mix_f32", [](Wave& w, const Instruction& i) {
         Row<f32> out;
         Row<f64> sum = mixed(w, i);
@@ -740,7 +759,8 @@ template <Access A, bool STORE> void define_access(const std::string& suffix) {
 }
 template <int BYTES> void define_words(const std::string& global, const std::string& lds_suffix) {
     define_access<Access{BYTES}, false>("load_" + global), define_access<Access{BYTES}, true>("store_" + global);
-    define("ds_read_" + lds_suffix, lds<Access{BYTES}, false>), define("ds_write_" + lds_suffix, lds<Access{BYTES}, true>);
+    define("ds_read_" + lds_suffix, lds<Access{BYTES}, false>),
+    define("ds_write_" + lds_suffix, lds<Access{BYTES}, true>);
     if constexpr (BYTES <= 8) {
         define("ds_read2_" + lds_suffix, lds<Access{BYTES}, false, true>);
         define("ds_write2_" + lds_suffix, lds<Access{BYTES}, true, true>);
@@ -753,15 +773,18 @@ static void define_memory() {
     define_words<12>("dwordx3", "b96"), define_words<16>("dwordx4", "b128");
     define_access<Access{1}, false>("load_ubyte"), define_access<Access{1, true}, false>("load_sbyte");
     define_access<Access{2}, false>("load_ushort"), define_access<Access{2, true}, false>("load_sshort");
-    define_access<Access{2, false, 1}, false>("load_short_d16"), define_access<Access{2, false, 2}, false>("load_short_d16_hi");
+    define_access<Access{2, false, 1}, false>("load_short_d16"),
+    define_access<Access{2, false, 2}, false>("load_short_d16_hi");
     define_access<Access{1}, true>("store_byte"), define_access<Access{1, false, 2}, true>("store_byte_d16_hi");
     define_access<Access{2}, true>("store_short"), define_access<Access{2, false, 2}, true>("store_short_d16_hi");
     define("ds_read_u8", lds<Access{1}, false>), define("ds_read_i8", lds<Access{1, true}, false>);
     define("ds_read_u16", lds<Access{2}, false>), define("ds_read_i16", lds<Access{2, true}, false>);
-    define("ds_read_u16_d16", lds<Access{2, false, 1}, false>), define("ds_read_u16_d16_hi", lds<Access{2, false, 2}, false>);
+    define("ds_read_u16_d16", lds<Access{2, false, 1}, false>),
+    define("ds_read_u16_d16_hi", lds<Access{2, false, 2}, false>);
     define("ds_write_b8", lds<Access{1}, true>), define("ds_write_b8_d16_hi", lds<Access{1, false, 2}, true>);
     define("ds_write_b16", lds<Access{2}, true>), define("ds_write_b16_d16_hi", lds<Access{2, false, 2}, true>);
-    define("s_load_dword", scalar_load<1>), define("s_load_dwordx2", scalar_load<2>), define("s_load_dwordx4", scalar_load<4>);
+    define("s_load_dword", scalar_load<1>), define("s_load_dwordx2", scalar_load<2>),
+    define("s_load_dwordx4", scalar_load<4>);
     define("s_load_dwordx8", scalar_load<8>), define("s_load_dwordx16", scalar_load<16>);
     define("ds_swizzle_b32", [](Wave& w, const Instruction& i) {
         Row<int> from;
@@ -828,14 +851,16 @@ extern "C" int operation_number(const char* name) {
     auto it = numbers.find(name);
     return it == numbers.end() ? -1 : it->second;
 }
-extern "C" int size_of(int what) { return what == 0 ? sizeof(Instruction) : what == 1 ? sizeof(Launch) : sizeof(Finding); }
+extern "C" int size_of(int what) { return what == 0 ? sizeof(Instruction) : what == 1
+    ? sizeof(Launch) : sizeof(Finding); }
 extern "C" int run(const Launch* given) {
     const Launch& launch = *given;
     std::fenv_t environment;
     std::fegetenv(&environment), std::fesetenv(FE_DFL_ENV);
     ulps = launch.inexact;
     Machine m{launch, {}, {}, {}, {}, {}, {}, {}};
-    for (int k = 0; k < launch.regions_size; k++) m.regions.push_back({launch.regions[2 * k], launch.regions[2 * k + 1]});
+    for (int k = 0; k < launch.regions_size; k++) m.regions.push_back({launch.regions[2 * k],
+        launch.regions[2 * k + 1]});
     for (int k = 0; k < launch.shadowed_size; k++) {
         u64 low = launch.shadowed[2 * k], high = launch.shadowed[2 * k + 1];
         m.shadows.push_back({low, high, 1, std::vector<Cell>((high - low) / 2 + 2), RACE, NOT_WAITED});
@@ -845,7 +870,8 @@ extern "C" int run(const Launch* given) {
         waves.push_back(new Wave());
         waves[k]->number = k, waves[k]->machine = &m;
     }
-    for (u32 z = 0; z < launch.grid[2]; z++) for (u32 y = 0; y < launch.grid[1]; y++) for (u32 x = 0; x < launch.grid[0]; x++) {
+    for (u32 z = 0; z < launch.grid[2]; z++) for (u32 y = 0; y < launch.grid[1]; y++)
+        for (u32 x = 0; x < launch.grid[0]; x++) {
         m.records.clear(), m.lds.assign(launch.lds, 0), m.lds_written.assign(launch.lds, 0);
         for (u32 k = 0; k < launch.lds; k++) m.lds[k] = u8(POISON >> 8 * (k & 3));
         m.lds_shadow = {0, launch.lds, 0, std::vector<Cell>(launch.lds), LDS_RACE, LDS_NOT_WAITED};

@@ -80,7 +80,7 @@ struct Region {
     u64 low, high;
 };
 
-// What emulator.py hands over for a launch; `order` of the waves: 0 rising, 1 falling, 2 one instruction of each in turn.
+// What emulator.py hands over for a launch; order of the waves: 0 rising, 1 falling, 2 one instruction of each in turn.
 struct Launch {
     const Instruction* code;
     const u64 *regions, *shadowed;  // pairs: what may be touched, and what is watched
