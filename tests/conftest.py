@@ -53,6 +53,7 @@ def patch_once() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     patch_once()
 
+
 def pytest_configure(config: pytest.Config) -> None:
     if EMULATED:
         from gfx942 import plugin
