@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_pref.head.plans.shard import Shard
 from fused_pref.layout import ValidRows
-from fused_pref.ops.devices import device_at
+from fused_pref.ops.devices import GPU
 from fused_pref.ops.interface import ACCUMULATOR, FusedOps, Operands, RowOps, TargetRows
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import Rows, block_rows, padded, ranges
@@ -114,7 +114,7 @@ class Head:
         dtype, columns = (self.dtype, padded(columns)) if fused else (self.arithmetic.logits, columns)
         entries, device = rows * columns, self.hidden.device
         if device.type != "cpu":
-            entries = device_at(device).allocation(entries * dtype.itemsize) // dtype.itemsize
+            entries = GPU.allocation(entries * dtype.itemsize) // dtype.itemsize
         return torch.empty(entries, dtype=dtype, device=device)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
