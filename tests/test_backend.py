@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def test_float64_comes_first() -> None:
         ("auto", torch.float32, "cpu", "torch"),
         ("auto", torch.float32, "cuda", "triton"),
         ("auto", torch.float64, "cuda", "torch"),
-        ("auto", torch.bfloat16, "xpu", "triton"),
+        ("auto", torch.bfloat16, "xpu", "torch"),
+        ("triton", torch.bfloat16, "xpu", "triton"),
         ("auto", torch.float32, "mps", "torch"),
         ("torch", torch.float32, "cuda", "torch"),
         ("triton", torch.float16, "cuda", "triton"),
@@ -59,6 +61,17 @@ def test_float64_comes_first() -> None:
 )
 def test_choice(backend: str, dtype: torch.dtype, device: str, chosen: str) -> None:
     assert backends.resolve(backend, dtype, torch.device(device)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [("gfx942:sramecc+:xnack-", "triton"), ("gfx950", "triton"), ("gfx90a", "torch"), ("gfx1100", "torch")],
+)
+def test_hip_devices_that_nobody_has_looked_at(name: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert backends.resolve("auto", torch.float32, torch.device("cuda")) == chosen
+    assert backends.resolve("triton", torch.float32, torch.device("cuda")) == "triton"
 
 
 def test_devices_without_kernels() -> None:

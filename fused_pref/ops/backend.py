@@ -6,6 +6,8 @@ import importlib.util
 import torch
 
 DEVICES = ("cuda", "xpu")
+# HIP devices like the one that kernels are compiled, inspected and executed in an emulator for.
+HIP = ("gfx942", "gfx950")
 # The architecture that CPU tensors stand for, None outside of tests: kernels are compiled for it, and an emulator runs
 # the code (tests/gfx942). Without one, Triton's interpreter runs the kernels on CPU tensors.
 EMULATED: str | None = None
@@ -44,6 +46,13 @@ def triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def taken_by_auto(device: torch.device) -> bool:
+    """Whether ``backend="auto"`` takes kernels: not on XPU, nor on other HIP devices, until somebody has measured them."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return device.type == "cuda"
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] in HIP
+
+
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations and costs a device uses; an unknown one uses those of an older one."""
     if device.type != "cuda":
@@ -56,7 +65,7 @@ def architecture(device: torch.device) -> str:
 
 
 def resolve(backend: str, dtype: torch.dtype, device: torch.device) -> str:
-    """``"triton"`` or ``"torch"`` for a validated backend; ``"auto"`` is Triton on the devices it compiles for.
+    """``"triton"`` or ``"torch"`` for a validated backend; ``"auto"`` is Triton on CUDA and :data:`HIP` devices.
 
     Raises:
         TypeError: ``backend="triton"`` with float64.
@@ -64,7 +73,7 @@ def resolve(backend: str, dtype: torch.dtype, device: torch.device) -> str:
     """
     if backend == "triton" and dtype == torch.float64:
         raise TypeError('backend="triton" computes in float32; for float64 inputs use backend="torch" or "auto"')
-    if backend == "torch" or dtype == torch.float64 or (backend == "auto" and device.type not in DEVICES):
+    if backend == "torch" or dtype == torch.float64 or (backend == "auto" and not taken_by_auto(device)):
         return "torch"
     obstacle = triton_obstacle(device)
     if obstacle is None:
