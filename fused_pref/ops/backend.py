@@ -47,7 +47,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 
 def taken_by_auto(device: torch.device) -> bool:
-    """Whether ``backend="auto"`` takes kernels: not on XPU, nor on other HIP devices, until somebody has measured them."""
+    """Whether ``backend="auto"`` takes kernels: not on XPU, nor on other HIP devices, until they are measured there."""
     if device.type != "cuda" or torch.version.hip is None:
         return device.type == "cuda"
     return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] in HIP
