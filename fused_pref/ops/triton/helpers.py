@@ -66,7 +66,7 @@ def transform_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def sequence_of(row, length):
-    """The sequence (int64) of a row (int64) where all have this length; a grid's rows divide in 32 bits, at a fifth."""
+    """The sequence (int64) of a row (int64) where all have this length; the rows of a grid are less than 2³¹."""
     return (row.to(tl.int32) // length).to(tl.int64)
 
 
