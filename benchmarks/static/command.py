@@ -8,6 +8,7 @@ from fused_pref.cli.usage import UsageError
 PARTS = {
     "kernels": "Every kernel: what its code uses",
     "logits": "Logits kernels: roofline",
+    "order": "Fused products of the linear head: order of tiles",
     "head": "Fused products of the linear head: roofline",
     "plans": "Plans of the linear head",
 }
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(obstacle)
     import triton
 
-    from benchmarks.static import gpus, head, kernels, logits, plans
+    from benchmarks.static import gpus, head, kernels, logits, order, plans
 
     plans.load(args.measured)
     print("# Predictions from compiled code, not measured\n")
@@ -47,5 +48,8 @@ def run(args: argparse.Namespace) -> int:
         if part == "plans":
             print(plans.page(args.targets, args.measured), flush=True)
         else:
-            print({"kernels": kernels, "logits": logits, "head": head}[part].page(args.targets), flush=True)
+            print(
+                {"kernels": kernels, "logits": logits, "order": order, "head": head}[part].page(args.targets),
+                flush=True,
+            )
     return 0

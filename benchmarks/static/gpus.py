@@ -27,6 +27,8 @@ class Gpu:
         shared: bytes of shared memory of a processor.
         registers: per processor.
         issue: lanes that issue an instruction in a cycle, and those that evaluate exponentials.
+        dies: to which programs go in turn, each with a cache of its own before the last one.
+        die_cache: bytes of each of those caches.
         threads: that a processor holds.
     """
 
@@ -36,6 +38,8 @@ class Gpu:
     shared: int
     registers: int
     issue: tuple[int, int]
+    dies: int = 1
+    die_cache: int = 0
     threads: int = 2048
 
     def programs(self, used: dict[str, Any], lanes: int) -> int:
@@ -49,7 +53,7 @@ GPUS = {
     "sm_80": Gpu("A100", 108, 1.41e9, 163 << 10, 65536, (128, 16)),
     "sm_90": Gpu("H200", 132, 1.7e9, 227 << 10, 65536, (128, 16)),
     "sm_100": Gpu("B200", 148, 1.85e9, 227 << 10, 65536, (128, 16)),
-    "gfx942": Gpu("MI300X", 304, 2.1e9, 64 << 10, 131072, (64, 16)),
+    "gfx942": Gpu("MI300X", 304, 2.1e9, 64 << 10, 131072, (64, 16), 8, 4 << 20),
 }
 
 

@@ -14,6 +14,8 @@ import torch
 import triton
 
 from benchmarks.static.gpus import GPUS, LATENCY, MATRIX, SPECIAL, Listing, lanes_of, table
+from benchmarks.static.order import Order
+from benchmarks.static.order import moved as order_moved
 from fused_pref.cli.kernels import cases, compile
 from fused_pref.cli.kernels.compile import Launch
 from fused_pref.ops import devices
@@ -71,9 +73,11 @@ def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator
         waves = -(-programs // (gpu.processors * resident))
         compute = waves * per_program * max(resident * product, alone)
         logits = ROWS * columns
-        moved = (columns * features * -(-blocks // sizes["GROUP"]) + ROWS * features) * 2
+        operands = (2 * tile_rows * features, 2 * tile_columns * features)
+        order = Order(blocks, chunks, splits or chunks, sizes["GROUP"], *operands)
+        moved, _ = order_moved(order, target, resident)
+        cached = blocks * chunks * sum(operands)
         moved += 2 * logits if launch.keywords.get("out") is not None else 0
-        cached = blocks * chunks * (tile_rows + tile_columns) * features * 2
         floor = 2 * logits * features / rate
         predicted = max(compute, moved / bandwidth)
         yield [
@@ -111,7 +115,8 @@ N = {ROWS}, bf16.
 The floor is cuBLAS's GEMM of the same size, alone. A tile is predicted to take its product at that rate, then
 its epilogue (instructions counted in the compiled code, and {LATENCY * 1e6:g} µs for the first loads of the next tile),
 which a second program on the processor hides if there is room for one; tiles come in whole waves. That the second-level
-cache keeps up is assumed: a column says what it would have to give, and a cache that gives less is the bound instead.
+cache keeps up is assumed: a column says what it would have to give, and a cache that gives less is the bound instead. Bytes moved are those of the
+simulation above.
 """
 
 

@@ -58,6 +58,7 @@ class Defaults:
         high_pressure: of those whose epilogue needs more registers: an activation, a bias, an unaligned end of columns.
         selected: of products of selected rows, by pointers.
         exact: of all products of float32.
+        cache: bytes of the last cache before memory, by the data sheet.
     """
 
     forward: dict[int, Config]
@@ -67,6 +68,7 @@ class Defaults:
     high_pressure: Tile
     selected: Tile
     exact: Tile = Tile(64, 64, 16, 16, 8, 3, False)
+    cache: int = 40 << 20
 
 
 _WIDE, _SQUARE = Tile(128, 256, 64, 16, 8, 3, True), Tile(128, 128, 64, 16, 8, 3, True)
@@ -87,6 +89,7 @@ DEFAULTS = {
     "sm_90": Defaults(
         forward={2: _LARGE, 4: _LARGE},
         backward={2: _LARGE, 4: _SMALL},
+        cache=50 << 20,
         statistics=_WIDE,
         exponentials=_WIDE,
         high_pressure=_SQUARE,
@@ -95,6 +98,7 @@ DEFAULTS = {
     "sm_100": Defaults(
         forward={2: _LARGE, 4: _LARGE},
         backward={2: _LARGE, 4: _SMALL},
+        cache=126 << 20,
         statistics=_TWICE,
         exponentials=_TWICE,
         high_pressure=_SQUARE,
@@ -103,6 +107,7 @@ DEFAULTS = {
     "gfx942": Defaults(
         forward={2: _LARGE, 4: _SMALL},
         backward={2: _LARGE, 4: _SMALL},
+        cache=256 << 20,
         statistics=Tile(256, 128, 64, 16, 8, 2, False),
         exponentials=_MI300,
         high_pressure=_MI300,
@@ -153,6 +158,11 @@ def processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return INTERPRETER_PROCESSORS
+
+
+def cache(device: torch.device) -> int:
+    """Bytes of the last cache before memory."""
+    return DEFAULTS[architecture(device)].cache
 
 
 def choose(table: dict[tuple[str, int], Config], device: torch.device, dtype: torch.dtype, columns: int) -> Config:

@@ -123,13 +123,39 @@ def arguments(operands: Operands, tile: configs.Tile) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def vocabulary_splits(blocks: int, chunks: int, processors: int) -> int:
-    """Into how many parts the ``chunks`` tiles of a row block go, so that the last processor is done the soonest.
+def vocabulary_splits(
+    blocks: int, tiles: int, processors: int, group: int, row_bytes: int, column_bytes: int, cache: int
+) -> int:
+    """Into how many parts the vocabulary's tiles go: the last processor is done about the soonest, and little is read.
 
-    The fewest such parts, and no more than eight programs for each processor.
+    Of the numbers within 2% of the fewest tile steps, the one that reads the least from memory. A program reads its row
+    block again for every tile: from the cache, if that holds the row blocks at work and a tile for each split.
+    ``benchmarks/static.md`` has what a simulation of the cache says of the choice.
+
+    Args:
+        blocks: row blocks.
+        tiles: of the vocabulary, which each row block is multiplied with.
+        processors: of the device.
+        group: row blocks that share a split before the next ones begin.
+        row_bytes: of a row block of the hidden states.
+        column_bytes: of a tile of the weight.
+        cache: bytes of the device's last cache.
     """
-    most = max(1, min(chunks, triton.cdiv(8 * processors, blocks)))
-    return min(range(1, most + 1), key=lambda n: triton.cdiv(blocks * n, processors) * triton.cdiv(chunks, n))
+
+    def steps(splits: int) -> int:
+        return triton.cdiv(blocks * splits, processors) * triton.cdiv(tiles, splits)
+
+    def moved(splits: int) -> float:
+        # Those at work may begin and end within a group.
+        rows = min(blocks, triton.cdiv(processors, splits) + group)
+        weight = tiles * column_bytes * max(1.0, blocks * splits / processors)
+        fits = rows * row_bytes + splits * column_bytes <= cache
+        return weight + row_bytes * (blocks if fits else rows * steps(splits))
+
+    most = max(triton.cdiv(8 * processors, blocks), triton.cdiv(processors, min(group, blocks)))
+    counts = range(1, max(1, min(tiles, most)) + 1)
+    enough = 1.02 * min(map(steps, counts))
+    return min((n for n in counts if steps(n) <= enough), key=moved)
 
 
 def describable(x: Tensor) -> bool:

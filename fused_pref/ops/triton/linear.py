@@ -329,7 +329,9 @@ def _partials(
     rows, device = operands.rows, operands.hidden.device
     blocks, chunks = triton.cdiv(rows, tile.rows), triton.cdiv(operands.columns, tile.columns)
     if split_columns is None:
-        parts = vocabulary_splits(blocks, chunks, configs.processors(device))
+        width = operands.hidden.shape[1] * operands.hidden.itemsize
+        sizes = (tile.group, tile.rows * width, tile.columns * width, configs.cache(device))
+        parts = vocabulary_splits(blocks, chunks, configs.processors(device), *sizes)
         split_columns = triton.cdiv(chunks, parts) * tile.columns
     splits = triton.cdiv(operands.columns, split_columns)
     out = pivots = before = partials = None
