@@ -27,7 +27,9 @@ Normalizer = float | Tensor | None
 
 
 class ObjectiveModule(nn.Module):
-    """Keeps an objective's keywords, checked at construction; one that is given per call, not None, takes precedence.
+    """Keeps an objective's keywords; one that is given per call, not None, takes precedence.
+
+    A malformed keyword raises ``ValueError`` or ``TypeError`` at construction.
 
     Tensors among them (``bias``, normalizers) are kept as they are: no parameters, not moved by ``.to()``, not saved.
 
@@ -75,11 +77,7 @@ class ShiftModule(ObjectiveModule):
 
 
 class CPOLoss(ObjectiveModule):
-    """:func:`fused_pref.cpo_loss` as a module.
-
-    Raises:
-        ValueError, TypeError: a malformed keyword, at construction.
-    """
+    """:func:`fused_pref.cpo_loss` as a module."""
 
     function = staticmethod(functional.cpo_loss)
 
@@ -107,11 +105,7 @@ class CPOLoss(ObjectiveModule):
 
 
 class DPOLoss(ObjectiveModule):
-    """:func:`fused_pref.dpo_loss` as a module.
-
-    Raises:
-        ValueError, TypeError: a malformed keyword, at construction.
-    """
+    """:func:`fused_pref.dpo_loss` as a module."""
 
     function = staticmethod(functional.dpo_loss)
 
@@ -141,11 +135,7 @@ class DPOLoss(ObjectiveModule):
 
 
 class BCOLoss(ShiftModule):
-    """:func:`fused_pref.bco_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule.
-
-    Raises:
-        ValueError, TypeError: a malformed keyword, at construction.
-    """
+    """:func:`fused_pref.bco_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule."""
 
     function = staticmethod(functional.bco_loss)
 
@@ -179,11 +169,7 @@ class BCOLoss(ShiftModule):
 
 
 class LinearCPOLoss(ObjectiveModule):
-    """:func:`fused_pref.linear_cpo_loss` as a module.
-
-    Raises:
-        ValueError, TypeError: a malformed keyword, at construction.
-    """
+    """:func:`fused_pref.linear_cpo_loss` as a module."""
 
     function = staticmethod(functional.linear_cpo_loss)
 
@@ -215,11 +201,7 @@ class LinearCPOLoss(ObjectiveModule):
 
 
 class LinearDPOLoss(ObjectiveModule):
-    """:func:`fused_pref.linear_dpo_loss` as a module.
-
-    Raises:
-        ValueError, TypeError: a malformed keyword, at construction.
-    """
+    """:func:`fused_pref.linear_dpo_loss` as a module."""
 
     function = staticmethod(functional.linear_dpo_loss)
 
@@ -253,11 +235,7 @@ class LinearDPOLoss(ObjectiveModule):
 
 
 class LinearBCOLoss(ShiftModule):
-    """:func:`fused_pref.linear_bco_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule.
-
-    Raises:
-        ValueError, TypeError: a malformed keyword, at construction.
-    """
+    """:func:`fused_pref.linear_bco_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule."""
 
     function = staticmethod(functional.linear_bco_loss)
 

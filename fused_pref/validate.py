@@ -173,19 +173,6 @@ def choices(name: str, value: Any, allowed: tuple[Any, ...], *, empty: bool = Tr
             raise fail(name, f"of {allowed}", entry)
 
 
-def available(name: str, value: Any) -> None:
-    """A device, or its name, on which tensors can be made here."""
-    expected = "a device that is available here"
-    if not isinstance(value, str | torch.device):
-        raise fail(name, expected, value, TypeError)
-    try:
-        meta = torch.empty(0, device=value).is_meta
-    except (RuntimeError, AssertionError, ImportError) as error:  # a build without a device says so by an assertion
-        raise fail(name, expected, value) from error
-    if meta:
-        raise fail(name, "a device that holds values", value)
-
-
 def tensor(
     name: str,
     value: Any,

@@ -11,14 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fused_pref import validate
 from fused_pref.cli.peers import PEERS, ours, ours_of_logits
 from fused_pref.cli.usage import UsageError
 from fused_pref.head.plans import planner
 from fused_pref.head.plans.problem import Plan
 from fused_pref.ops.backend import triton_obstacle
 from fused_pref.testing import problems
-from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Parity, compare
+from fused_pref.testing.parity import BOUNDS, SEEDS, TITLES, Line, Parity, available, compare
 from fused_pref.testing.problems import LOGITS, WORKS, Loss, Problem, Sizes
 
 # Plans by kind of work; each is taken in its largest form, and in groups or slices.
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; 0 if no line is worse than its peers, else 1."""
     try:
         sizes = Sizes.parse(args.shape)
-        validate.available("--device", args.device)
+        available("--device", args.device)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if args.seeds < 1:

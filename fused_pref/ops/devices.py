@@ -33,10 +33,10 @@ class Device:
     name: str
     rates: dict[int, float]
     bandwidth: float
-    columns: int
-    mixed: bool
-    scratch: int
     measured: str
+    columns: int = 2048
+    mixed: bool = False
+    scratch: int = 2**20
     memory: int | None = None
     epilogue: float = math.inf
     outputs: int = 0
@@ -72,31 +72,12 @@ class Device:
 def _gpu(
     measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, epilogue: float
 ) -> Device:
-    return Device(
-        name="gpu",
-        rates={2: half, 4: single, 8: single / 10},
-        bandwidth=bandwidth,
-        columns=4096,
-        mixed=True,
-        scratch=2**25,
-        measured=measured,
-        memory=gibibytes << 30,
-        epilogue=epilogue,
-        processors=processors,
-        launch=5e-6,
-    )
+    sizes = {"columns": 4096, "scratch": 2**25, "memory": gibibytes << 30, "processors": processors}
+    rates = {2: half, 4: single, 8: single / 10}
+    return Device("gpu", rates, bandwidth, measured, mixed=True, epilogue=epilogue, launch=5e-6, **sizes)
 
 
-CPU = Device(
-    name="cpu",
-    rates={2: 2.2e12, 4: 4.0e11, 8: 2.0e11},
-    bandwidth=5.0e10,
-    columns=2048,
-    mixed=False,
-    scratch=2**20,
-    measured="2 cores with AMX",
-    outputs=768 * 1024,
-)
+CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, "2 cores with AMX", outputs=768 * 1024)
 # By architecture. Where nothing was measured: 0.8 (0.6 on an MI300X) of the data sheet's operations and 0.9 of its
 # bandwidth.
 GPUS = {

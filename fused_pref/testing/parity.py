@@ -85,6 +85,19 @@ class Parity:
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def available(name: str, value: Any) -> None:
+    """A device, or its name, on which tensors can be made here."""
+    expected = "a device that is available here"
+    if not isinstance(value, str | torch.device):
+        raise validate.fail(name, expected, value, TypeError)
+    try:
+        meta = torch.empty(0, device=value).is_meta
+    except (RuntimeError, AssertionError, ImportError) as error:  # a build without a device says so by an assertion
+        raise validate.fail(name, expected, value) from error
+    if meta:
+        raise validate.fail(name, "a device that holds values", value)
+
+
 def compare(
     name: str,
     gradients: tuple[str, ...],
@@ -195,7 +208,7 @@ def check_parity(
     four = isinstance(shape, Sequence) and len(shape) == 4
     if not four or any(validate.integer("shape", size) < 1 for size in shape) or shape[0] % 2:
         raise validate.fail("shape", "(S, T, D, V), each >= 1 and S even", shape)
-    validate.available("device", device)
+    available("device", device)
     validate.at_least("seeds", seeds, 1)
     validate.flag("raise_exception", raise_exception)
     lines = []
