@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.head.engine import begin, evaluate, score, working
+from fused_pref.head.engine import begin, evaluate_groups, score, working
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, Gradients, HeadCall, late_dtype
 from fused_pref.layout import targets_of
@@ -216,7 +216,7 @@ def linear_known_gradients(
     request, objective = decode(constants, tensors)
     head, rows, plan = begin(request, hidden, weight, bias, labels, cu_seqlens)
     if isinstance(plan, Grouped):
-        logp, means, gradients, _ = evaluate(head, rows, plan, labels, cu_seqlens, objective)
+        logp, means, gradients, _ = evaluate_groups(head, rows, plan, labels, cu_seqlens, objective)
         return logp, means, *_filled(gradients, hidden)
     with working(head, rows):
         values, means, forward = score(head, rows, plan, labels)

@@ -105,7 +105,7 @@ def score(head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tens
     return logp, means_of(head, rows, labels, totals, unscored), forward
 
 
-def evaluate(
+def evaluate_groups(
     head: Head, rows: ValidRows, plan: Grouped, labels: Tensor, cu_seqlens: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor, Gradients, Any]:
     """Log-probs, means of z, gradients and output of an objective, evaluated once on each group of its units."""

@@ -17,7 +17,7 @@ from fused_pref.head.autograd import (
     LinearTokenLogpsFunction,
     TokenLogpsFunction,
 )
-from fused_pref.head.engine import Objective, begin, evaluate
+from fused_pref.head.engine import Objective, begin, evaluate_groups
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
@@ -171,14 +171,14 @@ class LinearInputs(Inputs):
             labels, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[dtype], *tensors, dtype, wanted, agreement
         )
 
-    def call(self, unit: int) -> HeadCall:
+    def begin_call(self, unit: int) -> HeadCall:
         """Begin a call of the head, all arguments being valid; ``unit`` is as of :class:`HeadCall`."""
-        shard = None if self.agreement is None else self.meet(self.agreement)
+        shard = None if self.agreement is None else self.make_shard(self.agreement)
         # A graph skips nothing.
         spec = replace(self.spec, skip_mass=None) if torch.compiler.is_compiling() else self.spec
         return HeadCall(spec, self.operand_dtype, self.wanted, unit, shard)
 
-    def meet(self, agreement: Agreement) -> Shard:
+    def make_shard(self, agreement: Agreement) -> Shard:
         """The ranks of a vocab-parallel head meet here, for the first time in a call: what this rank holds of it."""
         asked = {
             "D": self.weight.shape[1],
@@ -195,7 +195,7 @@ class LinearInputs(Inputs):
 
     def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        call, batch = self.call(0), (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
+        call, batch = self.begin_call(0), (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
         if torch.compiler.is_compiling():
             return *custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call, [])), None  # type: ignore[misc]
         return LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch))  # type: ignore[return-value]
@@ -208,7 +208,7 @@ class LinearInputs(Inputs):
         batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
         if compiling and (not unit or self.wanted <= {"hidden"}):
             return super().evaluate(objective)
-        call = self.call(unit)
+        call = self.begin_call(unit)
         if compiling:
             # In a graph the objective is evaluated on the whole batch.
             detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
@@ -220,7 +220,7 @@ class LinearInputs(Inputs):
             head, rows, plan = begin(call, *batch)
             if not isinstance(plan, Grouped):
                 return super().evaluate(objective, LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan))  # type: ignore[arg-type]
-            _, means, gradients, output = evaluate(head, rows, plan, self.labels, self.cu_seqlens, objective)
+            _, means, gradients, output = evaluate_groups(head, rows, plan, self.labels, self.cu_seqlens, objective)
         kind: Any = type(output)
         loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, call.shard, *gradients)
         output = kind(loss, *output[1:])

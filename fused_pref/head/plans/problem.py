@@ -112,7 +112,7 @@ class Problem:
         turns = self.narrow and not self.late_scale and "weight" in self.gradients
         return rows * min(columns, self.device.columns) * self.itemsize if turns else 0
 
-    def labels(self, rows: int, itemsize: int) -> int:
+    def target_sums(self, rows: int, itemsize: int) -> int:
         """Bytes of the sums of the targets' parts of a dW of this itemsize, which is rounded after they are added."""
         apart = self.narrow and itemsize == 2 and "weight" in self.gradients
         return 4 * min(rows, self.vocabulary) * self.hidden if apart else 0

@@ -53,16 +53,16 @@ class VocabMajor(Plan):
         backward = late + (rows * p.hidden * p.scaled_itemsize if weight else 0)
         chunks = saved * p.chunk(rows, columns, p.logits_itemsize)
         chunks += p.chunk(rows, columns, p.q_itemsize(fused)) if again else 0
-        workspace = fixed + max(chunks + backward, p.labels(rows, p.weight_itemsize))
+        workspace = fixed + max(chunks + backward, p.target_sums(rows, p.weight_itemsize))
         # Of a slice that is saved, and of one that is computed again.
-        once = p.product_seconds(rows, columns, ("logits", *gradients)) + p.chunk_seconds(rows, columns)
-        twice = p.product_seconds(rows, columns, ("logits", "logits", *gradients))
+        saved_seconds = p.product_seconds(rows, columns, ("logits", *gradients)) + p.chunk_seconds(rows, columns)
+        again_seconds = p.product_seconds(rows, columns, ("logits", "logits", *gradients))
         if fused:
-            twice += p.fused_seconds(rows, columns, written=False) + p.fused_seconds(rows, columns, written=True)
+            again_seconds += sum(p.fused_seconds(rows, columns, written=written) for written in (False, True))
         else:
-            twice += 2 * p.chunk_seconds(rows, columns)
+            again_seconds += 2 * p.chunk_seconds(rows, columns)
         products = 1 + len(gradients) + again / count
-        seconds = saved * once + again * twice
+        seconds = saved * saved_seconds + again * again_seconds
         return cls(rows, columns, products, workspace, seconds, saved=saved, fused=fused)
 
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:

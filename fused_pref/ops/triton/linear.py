@@ -132,7 +132,7 @@ def _linear_target_logit_kernel(
     bias,  # [v] or None
     indices,  # [N] or None
     targets,  # [N]
-    labels,  # [N], written where the target is in this slice
+    target_logits,  # [N], written where the target is in this slice
     columns, features, hidden_stride, weight_stride, first, inner, outer,
     TRANSFORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def _linear_target_logit_kernel(
         x = tl.sum(sums, 0)
         if bias is not None:
             x += tl.load(bias + y).to(tl.float32)
-        tl.store(labels + row, transform(x, inner, outer, TRANSFORM))
+        tl.store(target_logits + row, transform(x, inner, outer, TRANSFORM))
 
 
 @triton.jit(do_not_specialize_on_alignment=["count"])
