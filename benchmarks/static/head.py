@@ -114,9 +114,9 @@ N = {ROWS}, bf16.
 
 The floor is cuBLAS's GEMM of the same size, alone. A tile is predicted to take its product at that rate, then
 its epilogue (instructions counted in the compiled code, and {LATENCY * 1e6:g} µs for the first loads of the next tile),
-which a second program on the processor hides if there is room for one; tiles come in whole waves. That the second-level
-cache keeps up is assumed: a column says what it would have to give, and a cache that gives less is the bound instead. Bytes moved are those of the
-simulation above.
+which a second program on the processor hides if there is room for one; tiles come in whole waves. Bytes moved are those
+of the simulation above. That the second-level cache keeps up is assumed: a column says what it would have to give, and
+a cache that gives less is the bound instead.
 """
 
 
