@@ -353,27 +353,6 @@ def test_exponentials(
         assert torch.equal(own, -multiple)
 
 
-def splits_of(blocks: int, tiles: int, cache: int = 0) -> int:
-    """On 132 processors, of row blocks of 1 MiB and tiles of 2 MiB."""
-    return gemm.vocabulary_splits(blocks, tiles, 132, 16, 2**20, 2**21, cache)
-
-
-def test_vocabulary_splits() -> None:
-    """No fewer programs than processors where there are tiles for them, and the last is done as soon as can be."""
-    assert splits_of(1, 1) == 1
-    assert splits_of(1, 501) == 126
-    assert splits_of(1000, 501, 2**40) in (1, 2, 3)
-    for blocks, tiles in ((64, 501), (12, 501), (64, 1000)):
-        parts = splits_of(blocks, tiles, 50 << 20)
-        steps = -(-blocks * parts // 132) * -(-tiles // parts)
-        assert steps <= 1.1 * blocks * tiles / 132 + 1
-
-
-def test_vocabulary_splits_suit_the_cache() -> None:
-    """As few as the cache allows: each more reads the weight once more."""
-    assert [splits_of(128, 501, size << 20) for size in (50, 100, 200)] == [6, 2, 1]
-
-
 # Planner
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from benchmarks.static import order
 from benchmarks.static.gpus import GPUS
 from benchmarks.static.order import Cache, Order, chosen, fewest, moved, steps_of
-from fused_pref.ops.triton.gemm import tile_order
+from fused_pref.ops.triton.gemm import tile_order, vocabulary_splits
 
 GIB = 2**30
 
@@ -86,3 +86,24 @@ def test_the_page_has_a_row_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> N
     rows = [line for line in lines if " (sm_90) " in line or " (gfx942) " in line]
     assert [row.split("|")[1].strip() for row in rows] == ["H200 (sm_90)", "MI300X (gfx942)"]
     assert rows[0].count("|") == len(order.HEADER) + 1
+
+
+def splits_of(blocks: int, tiles: int, cache: int = 0) -> int:
+    """On 132 processors, of row blocks of 1 MiB and tiles of 2 MiB."""
+    return vocabulary_splits(blocks, tiles, 132, 16, 2**20, 2**21, cache)
+
+
+def test_vocabulary_splits() -> None:
+    """No fewer programs than processors where there are tiles for them, and the last is done as soon as can be."""
+    assert splits_of(1, 1) == 1
+    assert splits_of(1, 501) == 126
+    assert splits_of(1000, 501, 2**40) in (1, 2, 3)
+    for blocks, tiles in ((64, 501), (12, 501), (64, 1000)):
+        parts = splits_of(blocks, tiles, 50 << 20)
+        steps = -(-blocks * parts // 132) * -(-tiles // parts)
+        assert steps <= 1.1 * blocks * tiles / 132 + 1
+
+
+def test_vocabulary_splits_suit_the_cache() -> None:
+    """As few as the cache allows: each more reads the weight once more."""
+    assert [splits_of(128, 501, size << 20) for size in (50, 100, 200)] == [6, 2, 1]

@@ -128,8 +128,9 @@ def vocabulary_splits(
 ) -> int:
     """Into how many parts the vocabulary's tiles go: the last processor is done about the soonest, and little is read.
 
-    Of the numbers within 2% of the fewest tile steps, the one that reads the least from memory, by an estimate. A program reads its
-    row block again for every tile: from the cache, if that holds the row blocks at work and a tile for each split.
+    Of the numbers within 2% of the fewest tile steps, the one that reads the least from memory, by an estimate. A
+    program reads its row block again for every tile: from the cache, if that holds the row blocks at work and a tile
+    for each split.
     ``benchmarks/static.md`` has what a simulation of the cache says of the choice.
 
     Args:
