@@ -124,10 +124,10 @@ HEADER = ["GPU", "N", "D", "V", "fewest splits", "GiB", "splits", "GiB", "tile s
 INTRODUCTION = """
 Statistics of the linear head in bf16: what is read from memory with the fewest splits of the vocabulary that end the
 soonest, and with those that a launch takes (`vocabulary_splits`: within 2% in tile steps, the least by an estimate).
-With few splits all row blocks are at work at once, and where they do not fit into the cache each tile reads them again. By
-simulation of the last cache alone. On an MI300X programs go to eight dies in turn; what their own caches do not hold is
-less with that order than if each die got runs of consecutive programs, which is why the numbers of programs are left as
-they are.
+With few splits all row blocks are at work at once, and where they do not fit into the cache each tile reads them again.
+By simulation of the last cache alone. On an MI300X programs go to eight dies in turn; what their own caches do not hold
+is less with that order than if each die got runs of consecutive programs, which is why the numbers of programs are left
+as they are.
 """
 
 
