@@ -311,7 +311,7 @@ def pair_objective(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, scalars (3,), logps, rewards (S,) float32, slope (S,) float64. One launch.
 
-    Args as of :func:`fused_pref.losses.pair.pair_objective`, and ``totals`` and ``positions`` of
+    Args as of :class:`fused_pref.losses.pair.PairObjective`, and ``totals`` and ``positions`` of
     :class:`fused_pref.losses.scores.Scores`.
     """
     sequences, device = sums.shape[0], sums.device
@@ -347,7 +347,7 @@ def bco_objective(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates a shift. One launch.
 
-    Args as of :func:`fused_pref.losses.unpaired.bco_objective`, and ``totals`` and ``positions`` of
+    Args as of :class:`fused_pref.losses.unpaired.BCOObjective`, and ``totals`` and ``positions`` of
     :class:`fused_pref.losses.scores.Scores`.
     """
     sequences, device = sums.shape[0], sums.device
