@@ -48,7 +48,8 @@ def only(
 ) -> Iterator[list[plan.Plan]]:
     """Only plans of this name and form, of which it gives those that were taken.
 
-    The largest of them, or with ``small`` the smallest whose chunks have ``least`` rows and columns.
+    The largest of them (fused, of those that save some slices), or with ``small`` the smallest whose chunks have
+    ``least`` rows and columns.
     """
     taken: list[plan.Plan] = []
 
@@ -60,7 +61,7 @@ def only(
         if small:
             best = min(plans, key=lambda p: (min(p.rows, p.columns) < least, p.rows * p.columns, p.saved))
         else:
-            best = max(plans, key=lambda p: p.workspace)
+            best = max(plans, key=lambda p: (p.fused and p.saved > 0, p.workspace))
         taken.append(best)
         return best
 

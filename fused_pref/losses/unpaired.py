@@ -103,10 +103,10 @@ class BCOObjective:
             slope = torch.where(desirable, ratio(slope, positives), ratio(slope, negatives))
         means = logits_means(scores, desirable, dtype)
         each = (narrow(scores.sums, dtype), narrow(rewards, dtype))
-        output = BCOOutput(narrow(loss, dtype), narrow(used, dtype), *each, *means, *counts)
+        result = BCOOutput(narrow(loss, dtype), narrow(used, dtype), *each, *means, *counts), saturate(slope, dtype)
         if isinstance(self.delta, RewardShift):
             self.delta.commit(state)
-        return output, saturate(slope, dtype)
+        return result
 
     def joined(self, parts: list[BCOOutput], scores: Scores, dtype: torch.dtype) -> BCOOutput:
         """The results of all groups as those of the batch, whose scores give the means of the logits."""

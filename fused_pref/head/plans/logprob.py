@@ -1,5 +1,6 @@
 """Plan ``logprob``: no gradient; a slice of the vocabulary at a time. One product."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,11 +23,11 @@ class Logprob(Plan):
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
         p = problem
-        for rows in cuts(p.tokens, p.multiple):
-            for columns in column_cuts(p.vocabulary, p.multiple):
-                # A long side beside a short one is for those whose other side cannot be longer.
-                if rows == p.tokens or columns == p.vocabulary or rows <= 4 * columns <= 16 * rows:
-                    yield cls.of(p, rows, columns)
+        heights, widths = cuts(p.tokens, p.multiple), column_cuts(p.vocabulary, p.multiple)
+        for rows, columns in itertools.product(heights, widths):
+            # A long side beside a short one is for those whose other side cannot be longer.
+            if rows == p.tokens or columns in (p.vocabulary, widths[-1]) or rows <= 4 * columns <= 16 * rows:
+                yield cls.of(p, rows, columns)
         if p.fused:
             yield cls.of(p, p.tokens, p.vocabulary, fused=True)
 
