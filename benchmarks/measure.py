@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fused_pref import files
+from fused_pref.cli import files
 from fused_pref.cli.usage import UsageError
 from fused_pref.ops.backend import architecture
 

@@ -1,5 +1,9 @@
 """Memory-efficient CPO, BCO and DPO losses for large vocabularies."""
 
+import os
+
+import torch
+
 from fused_pref import reference
 from fused_pref.cli.explanation import explain
 from fused_pref.functional import (
@@ -17,8 +21,12 @@ from fused_pref.functional import (
 from fused_pref.losses.density_ratio import DensityRatio
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss, LinearBCOLoss, LinearCPOLoss, LinearDPOLoss
+from fused_pref.ops.backend import triton_obstacle
 from fused_pref.outputs import BCOOutput, PairOutput
 from fused_pref.validate import checks
+
+if os.environ.get("FUSED_PREF_TUNE") == "1" and triton_obstacle(torch.device("cuda")) is None:
+    from fused_pref.cli import tune as _tune  # noqa: F401 - it offers itself to the launches
 
 __version__ = "0.1.0"
 

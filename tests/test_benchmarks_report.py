@@ -114,7 +114,7 @@ def test_search_of_configurations_prints_every_candidate(
 ) -> None:
     """Interpreted, with a clock that always tells the same."""
     from benchmarks.report import tune
-    from fused_pref.ops.triton import tune as search
+    from fused_pref.cli import tune as search
 
     monkeypatch.setenv("FUSED_PREF_CACHE", str(tmp_path))
     monkeypatch.setattr(search.triton.testing, "do_bench", lambda launch: launch() or 1.0)

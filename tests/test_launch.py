@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_pref.ops.triton import configs, tune
+from fused_pref.cli import tune
+from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.launch import launch, on
 
 PACKAGE = Path(__file__).parents[1] / "fused_pref"

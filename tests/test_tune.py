@@ -15,7 +15,8 @@ from test_linear import only
 from triton.errors import TritonError
 
 import fused_pref as fp
-from fused_pref.ops.triton import configs, tune
+from fused_pref.cli import tune
+from fused_pref.ops.triton import configs
 
 CPU = torch.device("cpu")
 DEFAULT, FAST, SLOW = configs.Config(64, 1), configs.Config(2048, 16), configs.Config(1024, 4)
@@ -207,7 +208,7 @@ def test_not_while_a_graph_is_captured(timed: list[Any], monkeypatch: pytest.Mon
 def test_importing_reads_and_writes_nothing(folder: Path) -> None:
     folder.mkdir()
     (folder / "tune.json").write_text("not ours")
-    code = "import warnings; warnings.simplefilter('error'); import fused_pref, fused_pref.ops.triton.tune"
+    code = "import warnings; warnings.simplefilter('error'); import fused_pref, fused_pref.cli.tune"
     environment = {**os.environ, "FUSED_PREF_TUNE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert [path.name for path in folder.iterdir()] == ["tune.json"]
@@ -287,3 +288,14 @@ def test_a_cpu_is_not_timed_and_a_user_without_a_home_is_no_obstacle(
     fp.cpo_loss(logits, torch.zeros(2, 4, dtype=torch.int64), backend="triton").loss.backward()
     assert logits.grad is not None
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["0", "1"])
+def test_launches_ask_where_it_is_set_before_the_import(setting: str) -> None:
+    code = (
+        "import fused_pref, sys; from fused_pref.ops.triton import configs\n"
+        "print(configs.chooser is not None, 'fused_pref.cli.tune' in sys.modules)"
+    )
+    environment = {**os.environ, "FUSED_PREF_TUNE": setting}
+    said = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    assert said.stdout.split() == [str(setting == "1")] * 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import fused_pref as fp
-from fused_pref.ops.triton import tune
+from fused_pref.cli import tune
 
 SHAPES = ((16, 512, 4096, 128_256), (16, 512, 1024, 128_256))
 

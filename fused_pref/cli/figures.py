@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fused_pref import files, validate
+from fused_pref import validate
+from fused_pref.cli import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_pref import files
+from fused_pref.cli import files
 from fused_pref.cli.demo.records import SHIPPED, read_records, split_records
 from fused_pref.cli.usage import UsageError
 

@@ -1,10 +1,11 @@
 """Launch configurations: a fixed default per (architecture, bytes of an entry), and the candidates of a search.
 
-The search is opt-in: :mod:`fused_pref.ops.triton.tune`.
+The search is opt-in: :mod:`fused_pref.cli.tune`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -44,6 +45,9 @@ class Tile:
     def options(self) -> dict[str, int | bool]:
         """Options of a launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+AnyConfig = TypeVar("AnyConfig", Config, Tile)
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,33 @@ def tile(
     ]
     aligned = rows_aligned(hidden) and rows_aligned(weight)
     return own if aligned and hidden.shape[1] % own.depth == 0 else UNALIGNED_TILE
+
+
+# What chooses in place of the defaults, with the arguments of :func:`chosen`; None: nothing does.
+chooser: Callable[..., Any] | None = None
+
+
+def chosen(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    default: AnyConfig,
+    candidates: Iterable[AnyConfig],
+    run: Callable[[AnyConfig], object],
+) -> AnyConfig:
+    """The default, or what :data:`chooser` takes.
+
+    Args:
+        kernel: its name, and what else its code depends on.
+        device: where it is launched.
+        dtype: of its input.
+        size: D of a product, V of a kernel that streams.
+        default: what is taken unless a search is asked for.
+        candidates: what is timed beside it.
+        run: launches the kernel; may be called any number of times.
+    """
+    return default if chooser is None else chooser(kernel, device, dtype, size, default, candidates, run)
 
 
 def rows_aligned(x: torch.Tensor) -> bool:

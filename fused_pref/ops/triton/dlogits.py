@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.interface import Transform
-from fused_pref.ops.triton import configs, tune
+from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import column_of, exp, row_offset, target_of, transform, transform_backward
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import aligned, factors, geometry
@@ -98,5 +98,5 @@ def token_logps_bwd(
     default = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)
     if dlogits.data_ptr() != logits.data_ptr():  # in place it can be launched only once
         key = ("token_logps_bwd", logits.device, logits.dtype, columns)
-        default = tune.tuned(*key, default, configs.CANDIDATES, with_config)
+        default = configs.chosen(*key, default, configs.CANDIDATES, with_config)
     with_config(default)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, Operands, Transform
-from fused_pref.ops.triton import configs, tune
+from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.gemm import (
     arguments,
     logits_tile,
@@ -369,7 +369,7 @@ def _tuned(
     }
     name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
     candidates = configs.tile_candidates(default, hidden.dtype)
-    return tune.tuned(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, with_tile)
+    return configs.chosen(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, with_tile)
 
 
 def _target_logits(statistics: Tensor, operands: Operands, targets: Tensor, first: int, transform: Transform) -> None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.interface import Transform
-from fused_pref.ops.triton import configs, tune
+from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import column_of, exp, log1p, row_offset, target_of, transform
 from fused_pref.ops.triton.launch import launch
 
@@ -224,5 +224,6 @@ def token_logps_fwd(
             )  # fmt: skip
 
     default = configs.choose(configs.FORWARD, device, logits.dtype, columns)
-    with_config(tune.tuned("token_logps_fwd", device, logits.dtype, columns, default, configs.CANDIDATES, with_config))
+    key = ("token_logps_fwd", device, logits.dtype, columns)
+    with_config(configs.chosen(*key, default, configs.CANDIDATES, with_config))
     return logp, statistics, means

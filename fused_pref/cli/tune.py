@@ -1,10 +1,11 @@
 """The search for launch configurations, which is opt-in, and the file that keeps what it found.
 
-With ``FUSED_PREF_TUNE=1`` the first call of each (kernel, dtype, size) on a device times the candidates of
-:mod:`fused_pref.ops.triton.configs` and takes the fastest from then on; without it the defaults are taken and nothing
-here is read. What was found is kept in ``tune.json`` in the folder that ``FUSED_PREF_CACHE`` names, else in
-``fused_pref`` in the user's cache folder, by name of the device and release of Triton. :func:`search` does the same for
-one step and gives every time. Kernels that cannot be launched twice on the same memory keep their defaults.
+With ``FUSED_PREF_TUNE=1``, set before the library is imported, the first call of each (kernel, dtype, size) on a device
+times the candidates of :mod:`fused_pref.ops.triton.configs` and takes the fastest from then on; without it the defaults
+are taken and nothing here is read. What was found is kept in ``tune.json`` in the folder that ``FUSED_PREF_CACHE``
+names, else in ``fused_pref`` in the user's cache folder, by name of the device and release of Triton. :func:`search`
+does the same for one step and gives every time. Kernels that cannot be launched twice on the same memory keep their
+defaults.
 """
 
 import contextlib
@@ -14,19 +15,19 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
 from triton.errors import TritonError
 
-from fused_pref import files
-from fused_pref.ops.triton.configs import Config, Tile
+from fused_pref.cli import files
+from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.configs import AnyConfig, Config, Tile
 from fused_pref.ops.triton.launch import on
 
 # Layout of the file.
 VERSION = 1
-AnyConfig = TypeVar("AnyConfig", Config, Tile)
 # A launch → milliseconds.
 Timer = Callable[[Callable[[], object]], Any]
 # Triton's, which needs a GPU: interpreted kernels have no time.
@@ -84,17 +85,7 @@ def tuned(
     candidates: Iterable[AnyConfig],
     launch: Callable[[AnyConfig], object],
 ) -> AnyConfig:
-    """The default, or if a search is asked for the fastest: as this process, the file, or a search now knows it.
-
-    Args:
-        kernel: its name, and what else its code depends on.
-        device: where it is launched.
-        dtype: of its input.
-        size: see :func:`key_of`.
-        default: what is taken unless a search is asked for.
-        candidates: what is timed beside it.
-        launch: launches it; may be called any number of times.
-    """
+    """See :func:`fused_pref.ops.triton.configs.chosen`: as this process, the file, or a search now knows it."""
     if not enabled() or device.type == "meta" or (device.type == "cpu" and _timer() is DO_BENCH):
         return default
     key, choices = key_of(kernel, device, dtype, size), [default, *(c for c in candidates if c != default)]
@@ -196,3 +187,6 @@ def _read() -> dict[str, Any] | None:
         reason = f"it is not of layout {VERSION}"
     warnings.warn(f"{path} is ignored, and not written to until it is removed: {reason}", stacklevel=2)
     return None
+
+
+configs.chooser = tuned
