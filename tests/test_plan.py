@@ -12,6 +12,7 @@ import torch
 from harness import make_hidden, peak_bytes, reference_logps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_budget import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_pref as fp
@@ -237,13 +238,6 @@ def test_a_small_budget_is_enough_for_a_small_problem(
     h.grad = w.grad = None
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in (h, w) if leaf.requires_grad)
     assert peak_bytes(lambda: step(least)) - gradients <= least
-
-
-# (D, V) of Qwen2.5 0.5B, Llama 3.2 1B, Gemma 2 2B, Qwen2.5 7B, Llama 2 7B, Llama 3 8B, Mistral Nemo and Llama 3 70B.
-SHAPES = (
-    (896, 151936), (2048, 128256), (2304, 256000), (3584, 152064), (4096, 32000), (4096, 128256), (5120, 131072),
-    (8192, 128256),
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(

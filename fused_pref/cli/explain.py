@@ -5,7 +5,17 @@ import inspect
 from dataclasses import replace
 
 from fused_pref.cli import figures
-from fused_pref.cli.explanation import DELTAS, DEVICES, DTYPES, GRADIENTS, MODELS, OBJECTIVES, bytes_text, explain
+from fused_pref.cli.explanation import (
+    DELTAS,
+    DEVICES,
+    DTYPES,
+    GRADIENTS,
+    MODELS,
+    OBJECTIVES,
+    bytes_text,
+    explain,
+    milliseconds,
+)
 from fused_pref.cli.picture import draw
 from fused_pref.cli.usage import UsageError
 from fused_pref.head.plans.planner import candidates, choose
@@ -58,5 +68,7 @@ def run(args: argparse.Namespace) -> int:
             found[chosen.name, chosen.products, chosen.fused] = chosen
         for (name, products, fused), plan in found.items():
             form = f"{name}, fused" if fused else name
-            print(f"  {bytes_text(plan.workspace):>12}  {form:18} {products:.2f} products, {plan.seconds * 1e3:.3g} ms")
+            print(
+                f"  {bytes_text(plan.workspace):>12}  {form:18} {products:.2f} products, {milliseconds(plan.seconds)}"
+            )
     return 0

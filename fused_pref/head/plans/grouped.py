@@ -32,7 +32,7 @@ class Grouped(Plan):
     @classmethod
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
-        p, largest = problem, problem.largest or max(problem.units, default=0)
+        p, largest = problem, problem.largest_unit
         # Whole units: as many of the largest as a cut holds, at least one; all rows if the units are not known.
         sizes = (
             {min(p.tokens, max(1, rows // largest) * largest) for rows in cuts(p.tokens, p.multiple)} if largest else ()

@@ -72,15 +72,19 @@ class Problem:
 
     def rounded(self) -> "Problem":
         """About this problem, no smaller in anything, for which plans are ranked: so they are ranked once for many."""
-        largest = self.largest or max(self.units, default=0)
         return replace(
             self,
             tokens=round_up(self.tokens),
             positions=round_up(self.positions),
             unscored=round_up(self.unscored),
-            largest=round_up(largest),
+            largest=round_up(self.largest_unit),
             units=(),
         )
+
+    @property
+    def largest_unit(self) -> int:
+        """Rows of the largest unit; 0 where the units are not known."""
+        return self.largest or max(self.units, default=0)
 
     @property
     def logits_itemsize(self) -> int:

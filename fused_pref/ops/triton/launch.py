@@ -29,8 +29,5 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         arguments: of the kernel.
         keywords: arguments of the kernel, and options of the launch.
     """
-    if device.type == "cpu":
-        kernel[grid](*arguments, **keywords)
-        return
     with on(device):
         kernel[grid](*arguments, **keywords)
