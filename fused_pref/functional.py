@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_pref import validate
+from fused_pref.head.autograd import KnownSlopeFunction
 from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs
 from fused_pref.head.vocab_parallel import agreed
 from fused_pref.keywords import (
@@ -297,8 +298,9 @@ def _token_logps(inputs: Inputs) -> Tensor:
 
 def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
     logp, means, _ = inputs.tokens()
-    scores = inputs.scores(logp, means)
-    return (scores.sums / scores.counts.clamp(min=1) if average else scores.sums).to(inputs.dtype)
+    scores = inputs.scores(logp.detach(), means)
+    sums = KnownSlopeFunction.apply(logp, inputs.cu_seqlens, scores.sums, None, inputs.spec.backend)
+    return (sums / scores.counts.clamp(min=1) if average else sums).to(inputs.dtype)  # type: ignore[operator]
 
 
 def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Any, ref_logps: Any) -> BCOOutput:
@@ -309,7 +311,7 @@ def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desira
         validate.tensor_or_none("sample_weight", sample_weight, "(S,)")
         sample_weight = inputs.per_sequence("sample_weight", sample_weight, good=_weighs, expected=">= 0")
     normalizers = bco_normalizers(keywords)
-    delta = reward_shift(keywords, inputs.labels.device)
+    delta = reward_shift(keywords, inputs.targets.device)
     output = inputs.evaluate(BCOObjective(spec, desirable, ref_logps, delta, sample_weight, *normalizers))
     output.desirable = desirable
     return output

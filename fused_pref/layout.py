@@ -5,20 +5,24 @@ Padded tensors are (S, T), packed ones (N_total,) with ``cu_seqlens`` (S+1,). On
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_pref.spec import Spec
 
 
-def targets_of(labels: Tensor, cu_seqlens: Tensor | None, *, shift: bool, ignore_index: int) -> Tensor:
-    """The label that each position scores, ``ignore_index`` where it scores none; shape of ``labels``."""
-    if not shift or labels.numel() == 0:
-        return labels
+def targets_of(labels: Tensor, cu_seqlens: Tensor | None, spec: Spec) -> Tensor:
+    """The label that each position scores, ``ignore_index`` where it scores none; contiguous, shape of ``labels``.
+
+    All that comes after takes these targets in place of the labels.
+    """
+    if not spec.shift or labels.numel() == 0:
+        return labels.contiguous()
+    ignore_index = spec.ignore_index
+    if spec.backend == "triton":
+        return targets_op(labels, cu_seqlens, ignore_index)
     if cu_seqlens is None:
         return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
     total = labels.shape[0]
@@ -28,33 +32,26 @@ def targets_of(labels: Tensor, cu_seqlens: Tensor | None, *, shift: bool, ignore
     return F.pad(labels[1:], (0, 1), value=ignore_index).masked_fill(ends[1:], ignore_index)
 
 
+@torch.library.custom_op("fused_pref::targets", mutates_args=())
+def targets_op(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """:func:`targets_of` with ``shift`` by a Triton kernel."""
+    from fused_pref.ops.triton import sequences
+
+    return sequences.targets_of(labels, cu_seqlens, ignore_index)
+
+
+@targets_op.register_fake
+def _(labels, cu_seqlens, ignore_index):  # type: ignore[no-untyped-def]
+    return labels.new_empty(labels.shape)
+
+
 def sequence_sums(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Float64 sum of each sequence's tokens, (S,); 0 for an empty one. Differentiable, in a fixed order."""
+    """Float64 sum of each sequence's tokens, (S,), in a fixed order; 0 for an empty one."""
     if cu_seqlens is None:
         return tokens.sum(1, dtype=torch.float64)
-    return PackedSumFunction.apply(tokens, cu_seqlens)  # type: ignore[return-value]
-
-
-class PackedSumFunction(torch.autograd.Function):
-    """Sums of packed sequences; the gradient of a token is the gradient of its sequence."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """(N_total,), (S+1,) → (S,) float64."""
-        ctx.save_for_backward(cu_seqlens)
-        ctx.tokens_shape, ctx.tokens_dtype = tokens.shape, tokens.dtype
-        if tokens.numel() == 0:
-            return tokens.new_zeros(cu_seqlens.shape[0] - 1, dtype=torch.float64)
-        return torch.segment_reduce(tokens.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """(S,) → (N_total,)."""
-        (cu_seqlens,) = ctx.saved_tensors
-        (total,) = ctx.tokens_shape
-        expand = torch.repeat_interleave(grads[0], cu_seqlens.diff().long(), output_size=total)
-        return expand.to(ctx.tokens_dtype), None
+    if tokens.numel() == 0:
+        return tokens.new_zeros(cu_seqlens.shape[0] - 1, dtype=torch.float64)
+    return torch.segment_reduce(tokens.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class ValidRows:
     """The rows to project, in the order of their positions.
 
     Attributes:
-        indices: (N,) int64 positions in the flattened labels; None where every position is scored.
+        indices: (N,) int64 positions in the flattened targets; None where every position is scored.
         targets: (N,) labels.
         counts: (S,) int64 rows of each sequence.
         host_counts: the same on the host; empty under ``max_valid_tokens``, which asks the device nothing.
@@ -112,31 +109,30 @@ class ValidRows:
         else:
             flat.index_copy_(0, self.indices, values)
 
-    def scatter(self, values: Tensor, labels: Tensor) -> Tensor:
-        """(N,) → the shape of the labels, 0 where nothing is scored; NaN everywhere if the rows overflow."""
-        flat = values.new_zeros(labels.numel())
+    def scatter(self, values: Tensor, targets: Tensor) -> Tensor:
+        """(N,) → the shape of all targets, 0 where nothing is scored; NaN everywhere if the rows overflow."""
+        flat = values.new_zeros(targets.numel())
         self.scatter_(flat, values)
         if self.overflow is not None:
             flat.masked_fill_(self.overflow, torch.nan)
-        return flat.view(labels.shape)
+        return flat.view(targets.shape)
 
     def gather(self, values: Tensor) -> Tensor:
-        """The shape of the labels → (N,)."""
+        """The shape of all targets → (N,)."""
         return values.flatten() if self.indices is None else values.flatten().index_select(0, self.indices)
 
 
-def valid_rows(labels: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int = 0) -> ValidRows:
-    """Find them; targets are counted from the vocabulary's column ``first``.
+def valid_rows(targets: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int = 0) -> ValidRows:
+    """Find them among targets (S, T) or (N_total,); their own are counted from the vocabulary's column ``first``.
 
     Without ``max_valid_tokens`` the host waits once for the number of rows of each sequence.
 
     Raises:
         ValueError: on a CPU, more rows than ``max_valid_tokens``.
     """
-    targets = targets_of(labels, cu_seqlens, shift=spec.shift, ignore_index=spec.ignore_index)
     scored, most = targets != spec.ignore_index, spec.max_valid_tokens
     counts = sequence_sums(scored, cu_seqlens).long()
-    flat, total = targets.flatten().contiguous(), targets.numel()
+    flat, total = targets.flatten(), targets.numel()
     if first:
         flat = flat - first
     if most is None:
@@ -149,7 +145,7 @@ def valid_rows(labels: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int
         return ValidRows(indices, flat.index_select(0, indices), counts, host_counts)
     bound = min(most, total)
     number = counts.sum()
-    if labels.device.type == "cpu" and number > bound:
+    if targets.device.type == "cpu" and number > bound:
         raise ValueError(f"max_valid_tokens must be at least N = {int(number)}; got {most}")
     indices = torch.nonzero_static(scored.flatten(), size=bound, fill_value=-1)[:, 0]
     padding = indices < 0

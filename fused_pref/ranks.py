@@ -33,25 +33,11 @@ def group_of(name: str, value: Any) -> Any:
     return value
 
 
-class SumOverRanksFunction(torch.autograd.Function):
-    """Sum of a tensor over ranks that all go on with the same loss: a rank's part has the gradient of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        """Any shape → the same."""
-        values = values.clone()
-        dist.all_reduce(values, group=group)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """The gradient as it is."""
-        return grads[0], None
-
-
 def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
-    """See :class:`SumOverRanksFunction`."""
-    return SumOverRanksFunction.apply(values, group)  # type: ignore[return-value]
+    """Sum of a tensor over the ranks of a group."""
+    values = values.clone()
+    dist.all_reduce(values, group=group)
+    return values
 
 
 def gathered(values: Tensor, group: Any) -> Tensor:

@@ -17,6 +17,7 @@ from fused_pref.ops.backend import interpreted
 from fused_pref.ops.triton import configs, dlogits, logprob, objective, sequences
 
 LAUNCHERS = [
+    (sequences, "targets_of"),
     (logprob, "token_logps_fwd"),
     (dlogits, "token_logps_bwd"),
     (sequences, "sequence_scores"),

@@ -85,10 +85,10 @@ def test_custom_ops_are_well_formed() -> None:
     from fused_pref.head.custom_ops import token_logps_bwd, token_logps_fwd
 
     batch = make_batch(2, 3, 7)
-    constants = ("torch", True, -100, "tanh", 1 / 3, 3.0)
-    forward = (batch.logits, batch.labels, None, "all", *constants)
+    constants = ("torch", -100, "tanh", 1 / 3, 3.0)
+    forward = (batch.logits, batch.labels, "all", *constants)
     logp, statistics, _ = token_logps_fwd(*forward)
-    arguments = (torch.empty_like(batch.logits), batch.logits, batch.labels, None, statistics, logp, *constants)
+    arguments = (torch.empty_like(batch.logits), batch.logits, batch.labels, statistics, logp, *constants)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(token_logps_fwd, forward, test_utils=checks)
     torch.library.opcheck(token_logps_bwd, arguments, test_utils=checks)

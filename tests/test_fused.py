@@ -17,7 +17,7 @@ from fused_pref.head.plans.problem import Problem
 from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.torch import chunk
-from fused_pref.ops.triton import configs, gemm, linear
+from fused_pref.ops.triton import configs, exponentials, gemm, linear
 from fused_pref.spec import transform_of
 
 TRANSFORMS = [{}, {"softcap": 3.0, "logit_scale": -1.7, "temperature": 0.6}]
@@ -115,7 +115,7 @@ def test_layouts(
 )
 def test_hard_logits(kind: str, name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for the other routes; ``risen``: far above the pivots in some rows, so that those are computed again."""
-    monkeypatch.setattr(linear, "PROBE", 64)
+    monkeypatch.setattr(exponentials, "PROBE", 64)
     batch = make_hidden(4, 12, 32, 200, mask="none", device=kernel_device, bias=True)
     batch.wanted = wanted
     if kind in ("peaked", "far"):

@@ -235,14 +235,15 @@ for case in CASES:
 # Strides that the cases do not have.
 n, v, d = 8192, 4096, 2048
 labels, ends = meta(n, 2, dtype=torch.int64)[:, 0], meta(9, dtype=torch.int32)
-logits, logp, rest = meta(v, n).T, meta(n), (True, -100, Transform())
+logits, logp, rest = meta(v, n).T, meta(n), (-100, Transform())
 target_rows = TargetRows(labels, logp, meta(d, v).T)
 for given in (ends, None):
     own, z = (labels, logits) if given is not None else (labels.view(2, -1), logits.view(2, n // 2, v))
     mine = logp.view(own.shape)
-    lower(f"strides, {given is None}", lambda: logprob.token_logps_fwd(z, own, given, "all", *rest))
-    lower(f"strides, {given is None}", lambda: dlogits.token_logps_bwd(z, z, own, given, meta(3, n), mine, *rest))
-    lower(f"strides, {given is None}", lambda: sequences.sequence_scores(mine, mine, own, given, "all", True, -100))
+    lower(f"strides, {given is None}", lambda: logprob.token_logps_fwd(z, own, "all", *rest))
+    lower(f"strides, {given is None}", lambda: dlogits.token_logps_bwd(z, z, own, meta(3, n), mine, *rest))
+    lower(f"strides, {given is None}", lambda: sequences.sequence_scores(mine, mine, own, given, "all", -100))
+    lower(f"strides, {given is None}", lambda: sequences.targets_of(own, given, -100))
 into = {"logit_sum": True, "out": meta(n, v)}
 lower("strides", lambda: chunk.update_statistics(meta(4, n), meta(n, v), labels, 0, Transform(), **into))
 lower("strides", lambda: chunk.scatter_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), target_rows))

@@ -45,15 +45,15 @@ def test_traffic(logits_mean: str | None, inplace: bool, split: int, kernel_devi
     batch = make_batch(3, 4, 67, device=kernel_device)
     logits, labels, rows, columns = batch.logits, batch.labels, 12, 67
     scored = int((labels[:, 1:] != IGNORE).sum())
-    constants = (True, IGNORE, SOFTCAP)
-    logp, statistics, _ = logprob.token_logps_fwd(logits, labels, None, logits_mean, *constants)
+    targets = sequences.targets_of(labels, None, IGNORE)
+    logp, statistics, _ = logprob.token_logps_fwd(logits, targets, logits_mean, IGNORE, SOFTCAP)
     # The target's entry is read once more, by itself.
     read = watch.within(logits, watch.read)
     assert len(read) == (rows if logits_mean == "all" else scored) * columns + scored
     assert not len(watch.within(logits, watch.written))
     watch.read.clear()
     out = logits if inplace else torch.empty_like(logits)
-    dlogits.token_logps_bwd(out, logits, labels, None, statistics, logp, *constants)
+    dlogits.token_logps_bwd(out, logits, targets, statistics, logp, IGNORE, SOFTCAP)
     assert len(watch.within(logits, watch.read)) == scored * columns
     written = watch.within(out, watch.written)
     assert len(written) == len(set(written.tolist())) == rows * columns
@@ -66,7 +66,7 @@ def test_memory_watch_notices(kernel_device: str, watch: Memory | None) -> None:
         pytest.skip("memory is watched by the interpreter")
     ends = torch.tensor([0, 9], device=kernel_device)
     with pytest.raises(Exception, match="out of bounds"):
-        sequences.expand(torch.ones(1, dtype=torch.float64, device=kernel_device), ends, 8)
+        sequences.expand(torch.ones(1, dtype=torch.float64, device=kernel_device), None, ends, 8)
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_sums_are_in_float64(packed: bool, kernel_device: str, monkeypatch: pyte
     labels = torch.zeros(2, 100, dtype=torch.int64, device=kernel_device)
     ends = torch.tensor([0, 100, 200], device=kernel_device) if packed else None
     values = [tensor.flatten() if packed else tensor for tensor in (-tokens, tokens, labels)]
-    sums, counts, totals, positions = sequences.sequence_scores(*values, ends, "all", False, IGNORE)
+    sums, counts, totals, positions = sequences.sequence_scores(*values, ends, "all", IGNORE)
     assert totals.tolist() == [2**24 + 99] * 2
     assert torch.equal(sums, -totals)
     assert counts.tolist() == positions.tolist() == [100, 100]

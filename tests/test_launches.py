@@ -71,7 +71,7 @@ def test_at_most_eight_launches(
         found.append(recorder.names)
     assert found[0] == found[1]
     assert ("_token_logps_combine_kernel" in found[0]) == split
-    assert sum(name.endswith("_kernel") for name in found[0]) == 4 + packed + split
+    assert sum(name.endswith("_kernel") for name in found[0]) == 5 + packed + split
     assert len(found[0]) <= 8, found[0]
 
 
@@ -81,8 +81,8 @@ def test_launches_of_building_blocks(name: str, kernel_device: str) -> None:
     leaf = batch.logits.requires_grad_()
     with launches() as recorder:
         result = getattr(fp, name)(leaf, batch.labels, backend="triton")
-    assert recorder.names[0] == "_token_logps_fwd_kernel"
-    assert len(recorder.names) <= 3
+    assert recorder.names[:2] == ["_targets_kernel", "_token_logps_fwd_kernel"]
+    assert len(recorder.names) <= 4
     assert result.requires_grad
 
 
@@ -131,23 +131,25 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
         launched[kernel.fn.__name__] = tensors
 
     monkeypatch.setattr(KERNEL, "run", skip)
-    logp, statistics, means = logprob.token_logps_fwd(logits, labels, None, "all", True, -100, Transform())
-    sums, counts, totals, positions = sequences.sequence_scores(logp, means, labels, None, "all", True, -100)
+    targets = sequences.targets_of(labels, None, -100)
+    logp, statistics, means = logprob.token_logps_fwd(logits, targets, "all", -100, Transform())
+    sums, counts, totals, positions = sequences.sequence_scores(logp, means, targets, None, "all", -100)
     objective.pair_objective(sums, counts, totals, positions, ref, None, None, PairSpec("sigmoid", 0.1, 0.0, 1.0))
     bco = (None, 0.0, None, None, BCOSpec(0.1, "mean"))
     objective.bco_objective(sums, totals, positions, desirable, ref, *bco)
-    sequences.expand(sums, ends, 24)
+    sequences.expand(sums, None, ends, 24)
     grad = torch.empty_like(logits)
-    dlogits.token_logps_bwd(grad, logits, labels, None, statistics, logp, True, -100, Transform())
+    dlogits.token_logps_bwd(grad, logits, targets, statistics, logp, -100, Transform())
     sizes = {name: [tensor.numel() for tensor in tensors] for name, tensors in launched.items()}
     assert sizes == {
-        "_token_logps_fwd_kernel": [24, 72, 24, 2 * 3 * 24],
-        "_token_logps_combine_kernel": [24, 72, 24, 2 * 3 * 24],
-        "_sequence_scores_kernel": [24, 24, 4, 4, 4, 4],
+        "_targets_kernel": [24],
+        "_token_logps_fwd_kernel": [24, 24, 72, 24, 2 * 3 * 24],
+        "_token_logps_combine_kernel": [24, 24, 72, 24, 2 * 3 * 24],
+        "_sequence_scores_kernel": [24, 24, 24, 4, 4, 4, 4],
         "_pair_objective_kernel": [4, 4, 4, 4, 1, 3, 4, 4, 4],
         "_bco_objective_kernel": [4, 4, 4, 1, 3, 2, 4, 4, 4],
         "_expand_kernel": [4, 24],
-        "_token_logps_bwd_kernel": [72, 24, 24 * 67],
+        "_token_logps_bwd_kernel": [24, 72, 24, 24 * 67],
     }
     assert all(poisoned(tensor) for tensors in launched.values() for tensor in tensors)
 

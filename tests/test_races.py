@@ -19,7 +19,7 @@ from sanitize import steps
 from wrong_kernels import chase_kernel, overlap_kernel
 
 import fused_pref
-from fused_pref.ops.triton import chunk, configs, linear
+from fused_pref.ops.triton import chunk, configs, exponentials
 
 ROOT = Path(__file__).parents[1]
 SOURCES = list(Path(fused_pref.__file__).parent.glob("ops/triton/*.py"))
@@ -41,7 +41,7 @@ def test_programs_share_nothing_that_is_written(watch: Memory, monkeypatch: pyte
     small_blocks(monkeypatch, 8, 40)
     small_reductions(monkeypatch, 4)
     monkeypatch.setattr(configs, "SELECTED_BIAS", configs.Config(16, 1))
-    monkeypatch.setattr(linear, "PROBE", 16)
+    monkeypatch.setattr(exponentials, "PROBE", 16)
     for _, call in steps("cpu", 20, 16, 32):
         call()
     kernels = {name for path in SOURCES for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)}

@@ -154,7 +154,7 @@ def test_descriptors_and_grids_are_checked() -> None:
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "--calls", "logits, in place"]) == 0
-    assert "| CPO of logits, in place |  | 3 | 4 | 0 | 0 | 0 |  |" in capsys.readouterr().out
+    assert "| CPO of logits, in place |  | 2 | 5 | 0 | 0 | 0 |  |" in capsys.readouterr().out
     assert main(["replay", "--calls", "none such"]) == 2
 
 

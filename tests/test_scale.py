@@ -20,7 +20,19 @@ from fused_pref.cli.kernels import cases
 from fused_pref.ops.devices import GPUS
 from fused_pref.ops.interface import Operands, PairSpec, TargetRows, Transform
 from fused_pref.ops.torch.chunk import new_statistics
-from fused_pref.ops.triton import chunk, configs, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
+from fused_pref.ops.triton import (
+    chunk,
+    configs,
+    dlogits,
+    exponentials,
+    gemm,
+    linear,
+    logprob,
+    objective,
+    scale,
+    selected,
+    sequences,
+)
 from fused_pref.spec import transform_of
 
 # Between rows: the third, or the 33rd, lies beyond 2³¹ entries, and so does the 17th of a tile of the weight.
@@ -86,16 +98,16 @@ def test_logits(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Aligned rows, packed, into an ``out`` of its own."""
     small_blocks(monkeypatch, 16, processors)
     batch = make_batch(1, 4, 64, mask="none")
-    logits, labels, ends = batch.logits[0], batch.labels[0].int(), torch.tensor([0, 1, 4])
+    logits, labels = batch.logits[0], batch.labels[0].int()
     grad = torch.randn(4)
 
     def step(z: Tensor, y: Tensor, out: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
-        logp, statistics, means = logprob.token_logps_fwd(z, y, ends, "all", True, IGNORE, SOFTCAP)
-        dlogits.token_logps_bwd(out, z, y, ends, statistics, upstream, True, IGNORE, SOFTCAP)
+        logp, statistics, means = logprob.token_logps_fwd(z, y, "all", IGNORE, SOFTCAP)
+        dlogits.token_logps_bwd(out, z, y, statistics, upstream, IGNORE, SOFTCAP)
         return logp, statistics, means, out
 
     near = step(logits, labels, torch.zeros(4, 64), grad)
-    there = step(far(logits, FAR, 1), far(labels, FAR), far(torch.zeros(4, 64), FAR, 1), far(grad, FAR))
+    there = step(far(logits, FAR, 1), labels, far(torch.zeros(4, 64), FAR, 1), far(grad, FAR))
     assert all(map(torch.equal, near, there))
 
 
@@ -173,7 +185,7 @@ def test_linear(by_index: bool, pointers: bool) -> None:
 @pytest.mark.usefixtures("host")
 def test_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of rows that are computed again."""
-    monkeypatch.setattr(linear, "PROBE", 16)
+    monkeypatch.setattr(exponentials, "PROBE", 16)
     hidden, weight, targets = torch.rand(40, 16), torch.randn(40, 16), torch.randint(0, 40, (40,))
     weight[39] = 20.0
     near, there = torch.zeros(40, 48), far(torch.zeros(40, 48), FAR_TILE, 1)
@@ -240,14 +252,17 @@ def test_sequences() -> None:
     logp, labels = torch.randn(8), torch.tensor([1, IGNORE, 2, 3, IGNORE, 4, 5, IGNORE], dtype=torch.int32)
     tokens, own = room(first + 8, torch.float32), room(first + 8, torch.int32)
     tokens[first:], own[first:] = logp, labels
-    expected = sequences.sequence_scores(logp, logp, labels, near, "all", True, IGNORE)
+    scored = sequences.targets_of(labels, near, IGNORE)
+    assert scored.tolist() == [IGNORE, IGNORE, 3, IGNORE, 4, 5, IGNORE, IGNORE]
+    expected = sequences.sequence_scores(logp, logp, scored, near, "all", IGNORE)
     assert expected[1].tolist() == [0, 0, 3]
-    found = sequences.sequence_scores(tokens, tokens, own, ends, "all", True, IGNORE)
+    own[first:] = scored
+    found = sequences.sequence_scores(tokens, tokens, own, ends, "all", IGNORE)
     assert all(map(torch.equal, expected, found))
     values = torch.randn(3, dtype=torch.float64)
     with mock.patch.object(torch, "empty", lambda total, dtype, device: room(total, dtype)):
-        there = sequences.expand(values, ends, first + 8)
-    assert torch.equal(there[first:], sequences.expand(values, near, 8))
+        there = sequences.expand(values, torch.tensor(0.5), ends, first + 8)
+    assert torch.equal(there[first:], sequences.expand(values / 2, None, near, 8))
 
 
 # Counts
@@ -276,8 +291,8 @@ def test_grids_hold_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         for case in cases.CASES:
             for dtype in case.dtypes:
                 case.launch(dtype)
-    # Objectives are one program; rows are split where they are few.
-    few = {"_pair_objective_kernel", "_bco_objective_kernel", "_token_logps_combine_kernel"}
+    # Objectives are one program; rows are split where they are few; targets go in blocks.
+    few = {"_targets_kernel", "_pair_objective_kernel", "_bco_objective_kernel", "_token_logps_combine_kernel"}
     assert {kernel for kernel, grid in grids.items() if grid[0] < 2**13} == few
     for kernel, grid in grids.items():
         assert grid[0] < 2**31, kernel
@@ -323,10 +338,10 @@ def test_reductions_in_kernels(kernel_device: str) -> None:
     logp = torch.randn(count, generator=generator).to(kernel_device)
     labels = torch.randint(-1, 1, (count,), generator=generator).to(kernel_device)
     ends = torch.tensor([0, count], device=kernel_device)
-    sums, counts, *_ = sequences.sequence_scores(logp, logp, labels, ends, "all", False, -1)
+    sums, counts, *_ = sequences.sequence_scores(logp, logp, labels, ends, "all", -1)
     torch.testing.assert_close(sums[0], logp.double().sum(), rtol=1e-12, atol=0)
     assert counts[0] == (labels == 0).sum()
-    assert torch.equal(sequences.expand(sums, ends, count), sums.float().expand(count))
+    assert torch.equal(sequences.expand(sums, None, ends, count), sums.float().expand(count))
 
     sums = logp.double()
     positions = torch.ones(count, dtype=torch.int64, device=kernel_device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_pref.head import engine
 from fused_pref.head.plans.head import Head, HeadCall
 from fused_pref.keywords import LinearKeywords, table
-from fused_pref.layout import valid_rows
+from fused_pref.layout import targets_of, valid_rows
 from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import gemm, linear, selected
@@ -108,7 +108,10 @@ def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
     found = []
     for sequences in (2, 6):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device, bias=True)
-        head, rows = Head(request, batch.hidden, batch.weight, batch.bias), valid_rows(batch.labels, None, spec)
+        head, rows = (
+            Head(request, batch.hidden, batch.weight, batch.bias),
+            valid_rows(targets_of(batch.labels, None, spec), None, spec),
+        )
         chosen = engine.plan_of(engine.problem_of(head, rows))
         assert chosen.name == "skipping"
         assert chosen.fused

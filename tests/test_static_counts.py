@@ -12,7 +12,7 @@ from benchmarks.static.head import code_of
 from benchmarks.static.logits import work_of
 from fused_pref.ops.interface import Operands, Transform
 from fused_pref.ops.torch.chunk import new_statistics
-from fused_pref.ops.triton import configs, dlogits, linear, logprob
+from fused_pref.ops.triton import configs, dlogits, linear, logprob, statistics
 
 pytestmark = [
     pytest.mark.emulated,
@@ -29,8 +29,8 @@ def test_streaming_kernels() -> None:
 
     rows, columns = 4, 5 * 4096
     logits, labels = torch.randn(1, rows, columns).bfloat16(), torch.arange(rows)[None]
-    logp, statistics, _ = logprob.token_logps_fwd(logits, labels, None, None, False, -100, Transform())
-    dlogits.token_logps_bwd(logits, logits, labels, None, statistics, logp, False, -100, Transform())
+    logp, statistics, _ = logprob.token_logps_fwd(logits, labels, None, -100, Transform())
+    dlogits.token_logps_bwd(logits, logits, labels, statistics, logp, -100, Transform())
     forward, backward = LAUNCHES[0], LAUNCHES[-1]
     for launched, passes in ((forward, None), (backward, 1)):
         waves = int(launched.count[launched.program.entry])
@@ -47,11 +47,11 @@ def test_epilogue_of_the_head(activation: str, monkeypatch: pytest.MonkeyPatch) 
     from gfx942.emulator import LAUNCHES
 
     monkeypatch.setattr(configs, "processors", lambda device: 1)
-    monkeypatch.setattr(linear, "vocabulary_splits", lambda *sizes: 1)
+    monkeypatch.setattr(statistics, "vocabulary_splits", lambda *sizes: 1)
     hidden, weight = torch.randn(128, 512).bfloat16(), torch.randn(512, 512).bfloat16()
-    statistics, targets = new_statistics(128, hidden, torch.float32), torch.arange(128)
+    seen, targets = new_statistics(128, hidden, torch.float32), torch.arange(128)
     operands = Operands(hidden, weight, None, None)
-    linear.update_statistics(statistics, operands, targets, 0, Transform(activation, 0.5, 2.0), logit_sum=False)
+    linear.update_statistics(seen, operands, targets, 0, Transform(activation, 0.5, 2.0), logit_sum=False)
     (launched,) = (x for x in LAUNCHES if "statistics" in x.kernel)
     launch: Any = SimpleNamespace(kernel=SimpleNamespace(__name__=launched.kernel))
     predicted = code_of(launch, compiled_of(launched)).epilogue

@@ -19,6 +19,7 @@ from benchmarks.static.order import moved as order_moved
 from fused_pref.cli.kernels import cases, compile
 from fused_pref.cli.kernels.compile import Launch
 from fused_pref.ops import devices
+from fused_pref.ops.triton.exponentials import PROBE
 
 ROWS = 8192
 SHAPES = ((4096, 128256), (2304, 256000), (1024, 128256))
@@ -42,7 +43,7 @@ def code_of(launch: Launch, compiled: triton.compiler.CompiledKernel) -> Code:
     returns = [i + 1 for i, operation in enumerate(listing.code) if re.search("EXIT", operation)]
     whole = (0, max(returns, default=len(listing.code)))
     around = [(a, b) for a, b in multiplying if a < first and last < b <= whole[1]]
-    over_tiles = "statistics" in launch.kernel.__name__ and around
+    over_tiles = not launch.kernel.__name__.startswith("_linear_gradient") and around
     start, end = min(around, key=lambda loop: loop[1] - loop[0]) if over_tiles else whole
     special = listing.count(SPECIAL, start, end) - listing.count(SPECIAL, first, last)
     return Code(end - start - (last - first), special, listing.count(MATRIX, first, last))
@@ -93,7 +94,7 @@ def rows_of(name: str, launcher: Callable[..., object], target: str) -> Iterator
 
 def _is_main(launch: Launch, vocabulary: int) -> bool:
     """Whether a launch does the work, and not the look ahead at the first columns."""
-    return launch.keywords["columns"] != cases.linear.PROBE or vocabulary == cases.linear.PROBE
+    return launch.keywords["columns"] != PROBE or vocabulary == PROBE
 
 
 KERNELS = {

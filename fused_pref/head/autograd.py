@@ -12,22 +12,21 @@ from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.head.plans.problem import Plan
 from fused_pref.head.plans.shard import Shard
 from fused_pref.layout import ValidRows
+from fused_pref.losses.scores import expand_packed
 from fused_pref.ops.torch.chunk import block_rows, ranges
 from fused_pref.spec import Spec
 
 
 class TokenLogpsFunction(torch.autograd.Function):
-    """(logits, labels, cu_seqlens) → (logp, mean of z), per position; the gradient is a_n (onehot − softmax)."""
+    """(logits, targets) → (logp, mean of z), per position; the gradient is a_n (onehot − softmax)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
         """See :func:`fused_pref.head.custom_ops.token_logps_fwd`."""
         t = spec.transform
-        constants = (spec.backend, spec.shift, spec.ignore_index, t.activation, t.inner, t.outer)
-        logp, statistics, means = token_logps_fwd(logits, labels, cu_seqlens, spec.logits_mean, *constants)
-        ctx.save_for_backward(logits, labels, cu_seqlens, statistics)
+        constants = (spec.backend, spec.ignore_index, t.activation, t.inner, t.outer)
+        logp, statistics, means = token_logps_fwd(logits, targets, spec.logits_mean, *constants)
+        ctx.save_for_backward(logits, targets, statistics)
         ctx.constants, ctx.inplace, ctx.overwritten = constants, spec.inplace_backward, False
         ctx.mark_non_differentiable(means)
         if not torch.compiler.is_compiling():
@@ -36,10 +35,10 @@ class TokenLogpsFunction(torch.autograd.Function):
         return logp, means
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         """See :func:`fused_pref.head.custom_ops.token_logps_bwd`."""
         if grads[0] is None:
-            return None, None, None, None
+            return None, None, None
         if ctx.overwritten:
             raise RuntimeError("inplace_backward=True: the logits were overwritten by their gradient; backward once")
         logits, *batch = ctx.saved_tensors
@@ -53,7 +52,7 @@ class TokenLogpsFunction(torch.autograd.Function):
             token_logps_bwd(dlogits, logits, *batch, grads[0], *ctx.constants)
         if torch.is_grad_enabled():
             dlogits = OnceDifferentiableFunction.apply(dlogits, logits)
-        return dlogits, None, None, None
+        return dlogits, None, None
 
 
 class OnceDifferentiableFunction(torch.autograd.Function):
@@ -74,7 +73,7 @@ class OnceDifferentiableFunction(torch.autograd.Function):
 
 
 class LinearTokenLogpsFunction(torch.autograd.Function):
-    """(hidden, weight, bias, labels) → (logp, mean of z, dropped mass), per position; any upstream gradient.
+    """(hidden, weight, bias, targets) → (logp, mean of z, dropped mass), per position; any upstream gradient.
 
     The dropped mass is None without ``skip_mass``, 0 by any plan but ``skipping``.
     """
@@ -85,7 +84,7 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
+        targets: Tensor,
         head: Head,
         rows: ValidRows,
         plan: Plan,
@@ -93,13 +92,13 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         """By any plan but ``grouped``; ``head`` has the same tensors."""
         ctx.call, ctx.rows, ctx.plan = head.call, rows, plan
         with working(head, rows):
-            logp, means, forward = score(head, rows, plan, labels)
+            logp, means, forward = score(head, rows, plan, targets)
         dropped = None if head.call.spec.skip_mass is None else torch.zeros_like(means)
-        dropped = dropped if forward.dropped is None else rows.scatter(forward.dropped, labels)
+        dropped = dropped if forward.dropped is None else rows.scatter(forward.dropped, targets)
         ctx.chunks = forward.chunks
         ctx.save_for_backward(hidden, weight, bias, *forward.saved)
         ctx.mark_non_differentiable(*(means,) if dropped is None else (means, dropped))
-        return rows.scatter(logp, labels), means, dropped
+        return rows.scatter(logp, targets), means, dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -115,23 +114,38 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
 
 
 class KnownSlopeFunction(torch.autograd.Function):
-    """Attach a loss to the per-sequence sums it was computed from, by the slope that was computed with it."""
+    """Attach what was computed from per-sequence sums to the log-probs of their tokens, by a slope that is known.
+
+    That is a loss (0-d) with its slope ∂loss/∂sums (S,), or the sums (S,) themselves with None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, loss: Tensor, slope: Tensor) -> Tensor:
-        """(S,), 0-d, (S,) → 0-d; ``loss`` itself, but for a compiler, which would not see that it is changed."""
-        ctx.save_for_backward(slope)
+    def forward(
+        ctx: Any, logp: Tensor, cu_seqlens: Tensor | None, value: Tensor, slope: Tensor | None, backend: str
+    ) -> Tensor:
+        """``value`` itself, but for a compiler, which would not see that it is changed."""
+        ctx.save_for_backward(slope, cu_seqlens)
+        ctx.tokens_shape, ctx.tokens_dtype, ctx.backend = logp.shape, logp.dtype, backend
         if torch.compiler.is_compiling():
-            return loss.clone()
-        ctx.mark_dirty(loss)
-        return loss
+            return value.clone()
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """0-d → (S,)."""
-        (slope,) = ctx.saved_tensors
-        return slope * grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The gradient of a token is that of its sequence."""
+        slope, cu_seqlens = ctx.saved_tensors
+        shape, dtype = ctx.tokens_shape, ctx.tokens_dtype
+        values, upstream = (grads[0], None) if slope is None else (slope, grads[0])
+        if cu_seqlens is not None:
+            tokens = expand_packed(values, upstream, cu_seqlens, shape[0], dtype, ctx.backend)
+        elif upstream is None:
+            tokens = values.to(dtype)[:, None].expand(shape)
+        else:
+            # Multiplied in float64, and rounded as it is written.
+            tokens = torch.mul(values, upstream, out=values.new_empty(values.shape, dtype=dtype))[:, None].expand(shape)
+        return tokens, None, None, None, None
 
 
 class KnownGradientsFunction(torch.autograd.Function):

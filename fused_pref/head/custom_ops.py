@@ -1,9 +1,9 @@
 """Custom ops, opaque to ``torch.compile``: token log-probs of logits by either backend, and the linear head.
 
-Ops of logits take ``logits`` ((S, T, V) or (N_total, V), any strides), ``labels`` ((S, T) or (N_total,)),
-``cu_seqlens`` ((S+1,) or None), and the constants of :class:`fused_pref.spec.Spec`. Ops of the linear head
-keep the number of scored tokens inside. A schema has no dataclasses: constants travel as text. Gradients that are not
-wanted are empty tensors.
+Ops of logits take ``logits`` ((S, T, V) or (N_total, V), any strides), ``targets`` ((S, T) or (N_total,), see
+:func:`fused_pref.layout.targets_of`), and the constants of :class:`fused_pref.spec.Spec`. Ops of the linear head take
+``cu_seqlens`` ((S+1,) or None), too, and keep the number of scored tokens inside. A schema has no dataclasses:
+constants travel as text. Gradients that are not wanted are empty tensors.
 """
 
 import ast
@@ -18,7 +18,6 @@ from torch import Tensor
 from fused_pref.head.engine import begin, evaluate_groups, score, working
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, Gradients, HeadCall, late_dtype
-from fused_pref.layout import targets_of
 from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.scores import Scores, saturate
@@ -36,11 +35,9 @@ READS = (torch.Tag.cudagraph_unsafe,)
 @torch.library.custom_op("fused_pref::token_logps_fwd", mutates_args=())
 def token_logps_fwd(
     logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
+    targets: Tensor,
     logits_mean: str | None,
     backend: str,
-    shift: bool,
     ignore_index: int,
     activation: str,
     inner: float,
@@ -49,44 +46,41 @@ def token_logps_fwd(
     """Log-prob of the label that each position scores.
 
     Returns:
-        logp, shape of ``labels``: 0 where nothing is scored, NaN for a label outside the vocabulary;
-        statistics (3, *labels.shape): what the gradient needs of each row, by the same backend;
-        mean of z over the vocabulary, shape of ``labels``: 0 where ``logits_mean`` does not ask for it.
+        logp, shape of ``targets``: 0 where nothing is scored, NaN for a label outside the vocabulary;
+        statistics (3, *targets.shape): what the gradient needs of each row, by the same backend;
+        mean of z over the vocabulary, shape of ``targets``: 0 where ``logits_mean`` does not ask for it.
         Float32, float64 for float64 logits.
     """
     transform = _transform(activation, inner, outer)
     if backend == "triton":
         from fused_pref.ops.triton import logprob
 
-        return logprob.token_logps_fwd(logits, labels, cu_seqlens, logits_mean, shift, ignore_index, transform)
-    targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+        return logprob.token_logps_fwd(logits, targets, logits_mean, ignore_index, transform)
     dtype = ACCUMULATOR[logits.dtype]
     return torch_chunk.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
 
 
 @token_logps_fwd.register_fake
-def _(logits, labels, cu_seqlens, logits_mean, *constants):  # type: ignore[no-untyped-def]
+def _(logits, targets, *constants):  # type: ignore[no-untyped-def]
     dtype = ACCUMULATOR[logits.dtype]
-    statistics = logits.new_empty((3, *labels.shape), dtype=dtype)
-    return logits.new_empty(labels.shape, dtype=dtype), statistics, logits.new_empty(labels.shape, dtype=dtype)
+    statistics = logits.new_empty((3, *targets.shape), dtype=dtype)
+    return logits.new_empty(targets.shape, dtype=dtype), statistics, logits.new_empty(targets.shape, dtype=dtype)
 
 
 @torch.library.custom_op("fused_pref::token_logps_bwd", mutates_args=("dlogits",))
 def token_logps_bwd(
     dlogits: Tensor,
     logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
+    targets: Tensor,
     statistics: Tensor,
     grad_logp: Tensor,
     backend: str,
-    shift: bool,
     ignore_index: int,
     activation: str,
     inner: float,
     outer: float,
 ) -> None:
-    """Write the gradient of the logits, a_n (onehot − softmax) with a_n = ``grad_logp``, shaped like ``labels``.
+    """Write the gradient of the logits, a_n (onehot − softmax) with a_n = ``grad_logp``, shaped like ``targets``.
 
     ``dlogits`` may be the logits; rows that score nothing are 0.
     """
@@ -94,10 +88,8 @@ def token_logps_bwd(
     if backend == "triton":
         from fused_pref.ops.triton import dlogits as kernel
 
-        batch = (logits, labels, cu_seqlens, statistics, grad_logp)
-        kernel.token_logps_bwd(dlogits, *batch, shift, ignore_index, transform)
+        kernel.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
     else:
-        targets = targets_of(labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
         torch_chunk.token_logps_bwd(dlogits, logits, targets, statistics, grad_logp, ignore_index, transform)
 
 
@@ -147,30 +139,30 @@ def decode(text: str, tensors: Sequence[Tensor] = ()) -> Any:
 
 @torch.library.custom_op("fused_pref::linear_token_logps_fwd", mutates_args=(), tags=READS)
 def linear_token_logps_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None, call: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor | None, call: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
     request = decode(call)
-    head, rows, plan = begin(request, hidden, weight, bias, labels, cu_seqlens)
+    head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens)
     with working(head, rows):
-        logp, means, forward = score(head, rows, replace(plan, saved=0), labels)
+        logp, means, forward = score(head, rows, replace(plan, saved=0), targets)
     if not request.wanted:
         saved = hidden.new_empty(0, dtype=head.accumulator)
     elif request.wanted == {"hidden"}:
         (u,) = forward.saved
-        saved = u if rows.indices is None else u.new_zeros(labels.numel(), u.shape[1]).index_copy_(0, rows.indices, u)
+        saved = u if rows.indices is None else u.new_zeros(targets.numel(), u.shape[1]).index_copy_(0, rows.indices, u)
     else:
         (statistics,) = forward.saved
-        saved = torch.stack([rows.scatter(row, labels).flatten() for row in statistics])
-    return rows.scatter(logp, labels), means, saved
+        saved = torch.stack([rows.scatter(row, targets).flatten() for row in statistics])
+    return rows.scatter(logp, targets), means, saved
 
 
 @linear_token_logps_fwd.register_fake
-def _(hidden, weight, bias, labels, cu_seqlens, call):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, cu_seqlens, call):  # type: ignore[no-untyped-def]
     request = decode(call)
     dtype = ACCUMULATOR[request.dtype]
-    logp = hidden.new_empty(labels.shape, dtype=dtype)
-    shape = (4, labels.numel()) if request.wanted != {"hidden"} else (labels.numel(), hidden.shape[-1])
+    logp = hidden.new_empty(targets.shape, dtype=dtype)
+    shape = (4, targets.numel()) if request.wanted != {"hidden"} else (targets.numel(), hidden.shape[-1])
     return logp, torch.empty_like(logp), hidden.new_empty(shape if request.wanted else 0, dtype=dtype)
 
 
@@ -179,7 +171,7 @@ def linear_token_logps_bwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
+    targets: Tensor,
     cu_seqlens: Tensor | None,
     saved: Tensor,
     grad_logp: Tensor,
@@ -187,7 +179,7 @@ def linear_token_logps_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias."""
     request = decode(call)
-    head, rows, plan = begin(request, hidden, weight, bias, labels, cu_seqlens)
+    head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens)
     upstream = rows.gather(grad_logp)
     with working(head, rows):
         if request.wanted == {"hidden"}:
@@ -198,7 +190,7 @@ def linear_token_logps_bwd(
 
 
 @linear_token_logps_bwd.register_fake
-def _(hidden, weight, bias, labels, cu_seqlens, saved, grad_logp, call):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, cu_seqlens, saved, grad_logp, call):  # type: ignore[no-untyped-def]
     return _fake_gradients(hidden, weight, bias, decode(call), late=False)
 
 
@@ -207,31 +199,31 @@ def linear_known_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
+    targets: Tensor,
     cu_seqlens: Tensor | None,
     tensors: list[Tensor],
     constants: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, mean of z, gradients of the loss) of an objective whose coefficients are known unit by unit."""
     request, objective = decode(constants, tensors)
-    head, rows, plan = begin(request, hidden, weight, bias, labels, cu_seqlens)
+    head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens)
     if isinstance(plan, Grouped):
-        logp, means, gradients, _ = evaluate_groups(head, rows, plan, labels, cu_seqlens, objective)
+        logp, means, gradients, _ = evaluate_groups(head, rows, plan, targets, cu_seqlens, objective)
         return logp, means, *_filled(gradients, hidden)
     with working(head, rows):
-        values, means, forward = score(head, rows, plan, labels)
+        values, means, forward = score(head, rows, plan, targets)
         scores = Scores(rows.sums(values), rows.counts, None, None)
         _, slope = objective.for_parts(rows.counts).evaluate(scores, request.spec.backend, head.accumulator)
         upstream = rows.expand(saturate(slope, torch.float32)).to(values.dtype)
         gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
-    return rows.scatter(values, labels), means, *_filled(late, hidden)
+    return rows.scatter(values, targets), means, *_filled(late, hidden)
 
 
 @linear_known_gradients.register_fake
-def _(hidden, weight, bias, labels, cu_seqlens, tensors, constants):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, cu_seqlens, tensors, constants):  # type: ignore[no-untyped-def]
     request, _ = decode(constants, tensors)
-    logp = hidden.new_empty(labels.shape, dtype=ACCUMULATOR[request.dtype])
+    logp = hidden.new_empty(targets.shape, dtype=ACCUMULATOR[request.dtype])
     return logp, torch.empty_like(logp), *_fake_gradients(hidden, weight, bias, request, late=True)
 
 
@@ -244,13 +236,13 @@ class CompiledTokenLogpsFunction(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
+        targets: Tensor,
         cu_seqlens: Tensor | None,
         call: str,
     ) -> tuple[Tensor, Tensor]:
         """See :func:`linear_token_logps_fwd`."""
-        logp, means, saved = linear_token_logps_fwd(hidden, weight, bias, labels, cu_seqlens, call)
-        ctx.save_for_backward(hidden, weight, bias, labels, cu_seqlens, saved)
+        logp, means, saved = linear_token_logps_fwd(hidden, weight, bias, targets, cu_seqlens, call)
+        ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, saved)
         ctx.call = call
         ctx.mark_non_differentiable(means)
         return logp, means

@@ -29,10 +29,10 @@ Objective = PairObjective | BCOObjective
 
 
 def begin(
-    call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cu_seqlens: Tensor | None
+    call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Head, ValidRows, Plan]:
     """The head of a call, the rows it has to project, and its plan."""
-    rows = valid_rows(labels, cu_seqlens, call.spec, 0 if call.shard is None else call.shard.first)
+    rows = valid_rows(targets, cu_seqlens, call.spec, 0 if call.shard is None else call.shard.first)
     head = Head(call, hidden, weight, bias)
     return head, rows, plan_of(problem_of(head, rows))
 
@@ -96,17 +96,17 @@ def working(head: Head, rows: ValidRows) -> Iterator[None]:
         raise
 
 
-def score(head: Head, rows: ValidRows, plan: Plan, labels: Tensor) -> tuple[Tensor, Tensor, Forward]:
+def score(head: Head, rows: ValidRows, plan: Plan, targets: Tensor) -> tuple[Tensor, Tensor, Forward]:
     """Log-probs (N,) by any plan but ``grouped``, means as :func:`means_of` gives them, and what the forward gave."""
-    unscored = unscored_logit_sums(head, rows, labels) if head.logit_sum else None
+    unscored = unscored_logit_sums(head, rows, targets) if head.logit_sum else None
     forward = plan.forward(head, rows)
     logp, _ = head.finish(forward.statistics, rows.targets)
-    totals = rows.scatter(forward.statistics[LOGIT_SUM], labels) if head.logit_sum else None
-    return logp, means_of(head, rows, labels, totals, unscored), forward
+    totals = rows.scatter(forward.statistics[LOGIT_SUM], targets) if head.logit_sum else None
+    return logp, means_of(head, rows, targets, totals, unscored), forward
 
 
 def evaluate_groups(
-    head: Head, rows: ValidRows, plan: Grouped, labels: Tensor, cu_seqlens: Tensor | None, objective: Objective
+    head: Head, rows: ValidRows, plan: Grouped, targets: Tensor, cu_seqlens: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor, Gradients, Any]:
     """Log-probs, means of z, gradients and output of an objective, evaluated once on each group of its units."""
     spec, dtype, whole = head.call.spec, head.accumulator, objective.for_parts(rows.counts)
@@ -130,41 +130,41 @@ def evaluate_groups(
 
     with working(head, rows):
         with torch.no_grad():
-            unscored = unscored_logit_sums(head, rows, labels) if head.logit_sum else None
+            unscored = unscored_logit_sums(head, rows, targets) if head.logit_sum else None
             if single and not head.logit_sum:
-                means = means_of(head, rows, labels, None, None)
-                known = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+                means = means_of(head, rows, targets, None, None)
+                known = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)
             logp, totals, gradients = plan.run(head, rows, slope)
             if rows.overflow is not None:
                 logp.masked_fill_(rows.overflow, torch.nan)
             whole_sums = torch.cat(sums)
             if means is None:
-                means = means_of(head, rows, labels, totals.view(labels.shape), unscored)
-                late = mean_sums(means, rows.counts, labels, cu_seqlens, spec.logits_mean)
+                means = means_of(head, rows, targets, totals.view(targets.shape), unscored)
+                late = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)
                 outputs = [objective.joined(outputs, Scores(whole_sums, rows.counts, *late), dtype)]
         # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
         objective.gather_statistics(whole_sums)
-    return logp.view(labels.shape), means, gradients, outputs[0]
+    return logp.view(targets.shape), means, gradients, outputs[0]
 
 
-def means_of(head: Head, rows: ValidRows, labels: Tensor, totals: Tensor | None, unscored: Tensor | None) -> Tensor:
-    """Mean of z over the vocabulary at each position, shape of the labels; 0 where it is not asked for.
+def means_of(head: Head, rows: ValidRows, targets: Tensor, totals: Tensor | None, unscored: Tensor | None) -> Tensor:
+    """Mean of z over the vocabulary at each position, shape of the targets; 0 where it is not asked for.
 
     Args:
         head: the head.
         rows: the valid rows.
-        labels: (S, T) or (N_total,).
-        totals: Σ z of the valid rows in the shape of the labels, used with an activation only.
+        targets: (S, T) or (N_total,).
+        totals: Σ z of the valid rows in the shape of the targets, used with an activation only.
         unscored: Σ z of the other rows, from :func:`unscored_logit_sums`.
     """
     logits_mean = head.call.spec.logits_mean
-    if logits_mean is None or labels.numel() == 0:
-        return head.hidden.new_zeros(labels.shape, dtype=head.accumulator)
+    if logits_mean is None or targets.numel() == 0:
+        return head.hidden.new_zeros(targets.shape, dtype=head.accumulator)
     if totals is not None and head.logit_sum:
         return (totals if unscored is None else totals + unscored) / head.vocabulary
-    means = linear_means(head).view(labels.shape)
+    means = linear_means(head).view(targets.shape)
     if logits_mean == "completion":
-        covered = rows.scatter(torch.ones_like(rows.targets, dtype=means.dtype), labels)
+        covered = rows.scatter(torch.ones_like(rows.targets, dtype=means.dtype), targets)
         # Whatever stands elsewhere, NaN too, is not part of them.
         means = torch.where(covered == 0, covered, means * covered)
     return means
@@ -175,19 +175,19 @@ def _unscored(head: Head, rows: ValidRows, positions: int) -> int:
     return positions - sum(rows.host_counts) if head.call.spec.logits_mean == "all" else 0
 
 
-def unscored_logit_sums(head: Head, rows: ValidRows, labels: Tensor) -> Tensor | None:
-    """Σ z where nothing is scored, shape of the labels; None where that is not needed."""
-    number = _unscored(head, rows, labels.numel())
+def unscored_logit_sums(head: Head, rows: ValidRows, targets: Tensor) -> Tensor | None:
+    """Σ z where nothing is scored, shape of the targets; None where that is not needed."""
+    number = _unscored(head, rows, targets.numel())
     if number == 0:
         return None
-    scored = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+    scored = torch.zeros(targets.numel(), dtype=torch.bool, device=targets.device)
     valid = torch.ones_like(rows.targets, dtype=torch.bool) if rows.padding is None else ~rows.padding
     rows.scatter_(scored, valid)
     indices = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
-    others = ValidRows(indices, torch.full((number,), head.ignore_index, device=labels.device), rows.counts)
+    others = ValidRows(indices, torch.full((number,), head.ignore_index, device=targets.device), rows.counts)
     plan = plan_of(replace(problem_of(head, rows), tokens=number, gradients=frozenset(), unscored=0))
-    found = others.scatter(plan.forward(head, others).statistics[LOGIT_SUM], labels)
-    return found.masked_fill_(scored.view(labels.shape), 0)
+    found = others.scatter(plan.forward(head, others).statistics[LOGIT_SUM], targets)
+    return found.masked_fill_(scored.view(targets.shape), 0)
 
 
 def linear_means(head: Head) -> Tensor:

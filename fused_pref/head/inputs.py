@@ -22,22 +22,26 @@ from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.vocab_parallel import Agreement
+from fused_pref.layout import targets_of
 from fused_pref.losses.scores import Scores, sequence_scores
 from fused_pref.ops import backend
 from fused_pref.ops.interface import ACCUMULATOR
 from fused_pref.ranks import group_of, sum_over_ranks
 from fused_pref.spec import Spec, linear_spec, logits_spec
 
-# Of every position, in the shape of the labels: log-prob with the gradient, mean of z over the vocabulary, and what
+# Of every position, in the shape of the targets: log-prob with the gradient, mean of z over the vocabulary, and what
 # ``skip_mass`` leaves out of the gradient (None where nothing was asked for).
 Tokens = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Inputs(ABC):
-    """What every call has; ``sequences`` is S, ``dtype`` that of the results."""
+    """What every call has; ``sequences`` is S, ``dtype`` that of the results.
 
-    labels: Tensor
+    ``targets`` are the labels that the positions score, of :func:`fused_pref.layout.targets_of`.
+    """
+
+    targets: Tensor
     cu_seqlens: Tensor | None
     spec: Spec
     cp_group: Any
@@ -53,7 +57,7 @@ class Inputs(ABC):
         expected: str = "finite",
     ) -> Tensor:
         """Validate an argument with one entry per sequence, (S,), under ``checks`` each entry, and detach it."""
-        value = validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.labels.device).detach()
+        value = validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.targets.device).detach()
         validate.values(name, value, good, expected)
         return value
 
@@ -63,11 +67,11 @@ class Inputs(ABC):
 
     def scores(self, logp: Tensor, means: Tensor) -> Scores:
         """What :meth:`tokens` gives, summed per sequence."""
-        scores = sequence_scores(logp, means, self.labels, self.cu_seqlens, self.spec)
+        scores = sequence_scores(logp, means, self.targets, self.cu_seqlens, self.spec)
         if self.cp_group is not None:
             known = [part for part in scores if part is not None]
             summed = sum_over_ranks(torch.stack([part.double() for part in known]), self.cp_group)
-            both = [total.to(part.dtype) for total, part in zip(summed, known, strict=True)]
+            both = [total.to(part.dtype, copy=True) for total, part in zip(summed, known, strict=True)]
             scores = Scores(*both, *(None,) * (len(scores) - len(both)))
         validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
@@ -75,10 +79,10 @@ class Inputs(ABC):
     def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
         """The objective's output for the tokens, scored by :meth:`tokens` if they are not given."""
         logp, means, dropped = tokens or self.tokens()
-        scores = self.scores(logp, means)
-        output, slope = objective.evaluate(scores._replace(sums=scores.sums.detach()), self.spec.backend, self.dtype)
+        output, slope = objective.evaluate(self.scores(logp.detach(), means), self.spec.backend, self.dtype)
         kind: Any = type(output)
-        output = kind(KnownSlopeFunction.apply(scores.sums, output.loss, slope), *output[1:])
+        loss = KnownSlopeFunction.apply(logp, self.cu_seqlens, output.loss, slope, self.spec.backend)
+        output = kind(loss, *output[1:])
         output.dropped_mass = dropped
         return output
 
@@ -104,11 +108,12 @@ class LogitsInputs(Inputs):
         if validate.checking():
             _check_labels(labels, logits.shape[-1], spec)
         spec = _resolved({"spec": spec, "dtype": logits.dtype, "device": logits.device, "means": means})
-        return cls(labels, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[logits.dtype], logits)
+        targets = targets_of(labels, cu_seqlens, spec)
+        return cls(targets, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[logits.dtype], logits)
 
     def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        return *TokenLogpsFunction.apply(self.logits, self.labels, self.cu_seqlens, self.spec), None  # type: ignore[misc]
+        return *TokenLogpsFunction.apply(self.logits, self.targets, self.spec), None  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -163,12 +168,12 @@ class LinearInputs(Inputs):
             if spec.tp_partial:
                 raise ValueError("tp_partial needs tp_group, or a weight whose rows a DTensor shards; got neither")
         spec = _resolved({"spec": spec, "dtype": dtype, "device": hidden.device, "means": means})
-        tensors, wanted = (hidden, weight, bias), frozenset()
+        targets, tensors, wanted = targets_of(labels, cu_seqlens, spec), (hidden, weight, bias), frozenset()
         if torch.is_grad_enabled():  # and inside of a Function it is not
             asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
             wanted = frozenset(itertools.compress(GRADIENTS, asked))
         return cls(
-            labels, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[dtype], *tensors, dtype, wanted, agreement
+            targets, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[dtype], *tensors, dtype, wanted, agreement
         )
 
     def begin_call(self, unit: int) -> HeadCall:
@@ -185,17 +190,17 @@ class LinearInputs(Inputs):
             "dtype": self.hidden.dtype,
             "the dtype of products": self.operand_dtype,
             "the dtype of weight": self.weight.dtype,
-            "the shape of labels": tuple(self.labels.shape),
+            "the shape of labels": tuple(self.targets.shape),
             "which gradients are wanted": sorted(self.wanted),
-            "labels": self.labels,
+            "labels": self.targets,
         }
-        sizes, budget = agreement.meet(self.weight, asked, self.labels != self.spec.ignore_index)
-        _check_labels(self.labels, sum(sizes), self.spec)
+        sizes, budget = agreement.meet(self.weight, asked, self.targets != self.spec.ignore_index)
+        _check_labels(self.targets, sum(sizes), self.spec)
         return Shard(agreement.group, sizes, self.spec.tp_partial, budget)
 
     def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        call, batch = self.begin_call(0), (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
+        call, batch = self.begin_call(0), (self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
         if torch.compiler.is_compiling():
             return *custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call, [])), None  # type: ignore[misc]
         return LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch))  # type: ignore[return-value]
@@ -205,7 +210,7 @@ class LinearInputs(Inputs):
         # Where sequences are spread over ranks, their slopes are known once all of them have been summed.
         unit = objective.unit if self.cp_group is None else 0
         compiling = torch.compiler.is_compiling()
-        batch = (self.hidden, self.weight, self.bias, self.labels, self.cu_seqlens)
+        batch = (self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
         if compiling and (not unit or self.wanted <= {"hidden"}):
             return super().evaluate(objective)
         call = self.begin_call(unit)
@@ -220,7 +225,7 @@ class LinearInputs(Inputs):
             head, rows, plan = begin(call, *batch)
             if not isinstance(plan, Grouped):
                 return super().evaluate(objective, LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan))  # type: ignore[arg-type]
-            _, means, gradients, output = evaluate_groups(head, rows, plan, self.labels, self.cu_seqlens, objective)
+            _, means, gradients, output = evaluate_groups(head, rows, plan, self.targets, self.cu_seqlens, objective)
         kind: Any = type(output)
         loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, call.shard, *gradients)
         output = kind(loss, *output[1:])

@@ -92,14 +92,12 @@ class RewardShift(ExactModule):
         """Whether a forward would talk to other ranks now."""
         return self.update == "forward" and self.updating() and dist.is_available() and dist.is_initialized()
 
-    def updating(self) -> bool:
-        """Whether a forward would update now: :meth:`learning`, and not a recomputation in a backward."""
+    def updating(self, *, recomputed: bool = False) -> bool:
+        """Whether a forward would update now: in training, with gradients; ``recomputed``: or did when it first ran."""
+        if self.kind == "fixed" or not self.training or not torch.is_grad_enabled():
+            return False
         # A recomputation (activation checkpointing) runs within a backward.
-        return self.learning() and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
-
-    def learning(self) -> bool:
-        """Whether the state follows the batches: in training, with gradients; a recomputation says as its forward."""
-        return self.kind != "fixed" and self.training and torch.is_grad_enabled()
+        return recomputed or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def current(self) -> Tensor:
         """δ as the state is now, 0-d float64."""

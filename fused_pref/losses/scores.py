@@ -4,12 +4,11 @@ The torch backend takes plain operations (:mod:`fused_pref.layout`), which any c
 backend one launch, as a custom op.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_pref import layout
 from fused_pref.ops.interface import LARGEST
@@ -25,27 +24,25 @@ class Scores(NamedTuple):
     positions: Tensor | None  # (S,) int64 positions in those sums
 
 
-def sequence_scores(logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, spec: Spec) -> Scores:
-    """Sum what was computed per token over each sequence; arguments shaped like ``labels``."""
+def sequence_scores(logp: Tensor, means: Tensor, targets: Tensor, cu_seqlens: Tensor | None, spec: Spec) -> Scores:
+    """Sum what was computed per token over each sequence; arguments shaped like ``targets``."""
     if spec.backend == "triton":
-        constants = (spec.logits_mean, spec.shift, spec.ignore_index)
-        scores = Scores(*SequenceScoresFunction.apply(logp, means, labels, cu_seqlens, *constants))
+        scores = Scores(*sequence_scores_op(logp, means, targets, cu_seqlens, spec.logits_mean, spec.ignore_index))
         return scores if spec.logits_mean else scores._replace(totals=None, positions=None)
-    targets = layout.targets_of(labels, cu_seqlens, shift=spec.shift, ignore_index=spec.ignore_index)
     counts = layout.sequence_sums(targets != spec.ignore_index, cu_seqlens).long()
     sums = layout.sequence_sums(logp, cu_seqlens)
-    return Scores(sums, counts, *mean_sums(means, counts, labels, cu_seqlens, spec.logits_mean))
+    return Scores(sums, counts, *mean_sums(means, counts, targets, cu_seqlens, spec.logits_mean))
 
 
 def mean_sums(
-    means: Tensor, counts: Tensor, labels: Tensor, cu_seqlens: Tensor | None, logits_mean: str | None
+    means: Tensor, counts: Tensor, targets: Tensor, cu_seqlens: Tensor | None, logits_mean: str | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``totals`` and ``positions`` of :class:`Scores`, from means of z shaped like the labels and the scored tokens."""
+    """``totals`` and ``positions`` of :class:`Scores`, from means of z and the scored tokens of each sequence."""
     if logits_mean is None:
         return None, None
     positions = counts
     if logits_mean == "all":
-        positions = torch.full_like(counts, labels.shape[-1]) if cu_seqlens is None else cu_seqlens.diff().long()
+        positions = torch.full_like(counts, targets.shape[-1]) if cu_seqlens is None else cu_seqlens.diff().long()
     return layout.sequence_sums(means, cu_seqlens), positions
 
 
@@ -102,68 +99,46 @@ def gather(values: Tensor, members: tuple[slice, ...]) -> Tensor:
     return torch.cat([values[run] for run in members])
 
 
-class SequenceScoresFunction(torch.autograd.Function):
-    """Token log-probs to :class:`Scores` by the Triton kernels; the gradient of a token is that of its sequence."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logp: Tensor, means: Tensor, labels: Tensor, cu_seqlens: Tensor | None, *constants: Any
-    ) -> tuple[Tensor, ...]:
-        """See :class:`Scores`."""
-        sums, *rest = sequence_scores_op(logp, means, labels, cu_seqlens, *constants)
-        ctx.save_for_backward(cu_seqlens)
-        ctx.tokens_shape = logp.shape
-        ctx.mark_non_differentiable(*rest)
-        if not torch.compiler.is_compiling():
-            # Else zeros would be filled in as the gradients of the rest. Dynamo lacks this, and drops them itself.
-            ctx.set_materialize_grads(False)
-        return (sums, *rest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """(S,) → tokens; padded tokens share their sequence's entry."""
-        (cu_seqlens,) = ctx.saved_tensors
-        if grads[0] is None:
-            return (None,) * 7
-        if cu_seqlens is None:
-            tokens = grads[0].float()[:, None].expand(ctx.tokens_shape)
-        else:
-            tokens = expand_op(grads[0], cu_seqlens, ctx.tokens_shape[0])
-        return tokens, *(None,) * 6
+def expand_packed(
+    values: Tensor, upstream: Tensor | None, cu_seqlens: Tensor, total: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Each sequence's value (S,), times ``upstream`` (0-d) in float64, at its positions, (N_total,)."""
+    if backend == "triton":
+        return expand_op(values, upstream, cu_seqlens, total)
+    scaled = values if upstream is None else values * upstream
+    return torch.repeat_interleave(scaled.to(dtype), cu_seqlens.diff().long(), output_size=total)
 
 
 @torch.library.custom_op("fused_pref::sequence_scores", mutates_args=())
 def sequence_scores_op(
     logp: Tensor,
     means: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     cu_seqlens: Tensor | None,
     logits_mean: str | None,
-    shift: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors of :class:`Scores`; ``totals`` and ``positions`` are not set with ``logits_mean=None``."""
     from fused_pref.ops.triton import sequences
 
-    return sequences.sequence_scores(logp, means, labels, cu_seqlens, logits_mean, shift, ignore_index)
+    return sequences.sequence_scores(logp, means, targets, cu_seqlens, logits_mean, ignore_index)
 
 
 @sequence_scores_op.register_fake
-def _(logp, means, labels, cu_seqlens, *constants):  # type: ignore[no-untyped-def]
-    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _(logp, means, targets, cu_seqlens, *constants):  # type: ignore[no-untyped-def]
+    sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums, counts = (logp.new_empty(sequences, dtype=dtype) for dtype in (torch.float64, torch.int64))
     return sums, counts, torch.empty_like(sums), torch.empty_like(counts)
 
 
 @torch.library.custom_op("fused_pref::expand", mutates_args=())
-def expand_op(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Each sequence's value at its positions, (N_total,) float32."""
+def expand_op(values: Tensor, upstream: Tensor | None, cu_seqlens: Tensor, total: int) -> Tensor:
+    """See :func:`fused_pref.ops.triton.sequences.expand`."""
     from fused_pref.ops.triton import sequences
 
-    return sequences.expand(values, cu_seqlens, total)
+    return sequences.expand(values, upstream, cu_seqlens, total)
 
 
 @expand_op.register_fake
-def _(values, cu_seqlens, total):  # type: ignore[no-untyped-def]
+def _(values, upstream, cu_seqlens, total):  # type: ignore[no-untyped-def]
     return values.new_empty(total, dtype=torch.float32)

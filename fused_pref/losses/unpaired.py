@@ -51,7 +51,11 @@ class BCOObjective:
     @property
     def unit(self) -> int:
         """Sequences after which their slopes are known: one, or 0 if not before the batch has moved δ."""
-        moves = isinstance(self.delta, RewardShift) and self.delta.update == "forward" and self.delta.learning()
+        moves = (
+            isinstance(self.delta, RewardShift)
+            and self.delta.update == "forward"
+            and self.delta.updating(recomputed=True)
+        )
         return 0 if moves else 1
 
     def for_parts(self, counts: Tensor) -> "BCOObjective":

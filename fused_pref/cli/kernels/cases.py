@@ -37,26 +37,30 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def batch(
     dtype: torch.dtype, rows: int = 8192, columns: int = VOCABULARY, packed: bool = False, strided: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits, labels and cu_seqlens."""
+) -> tuple[Tensor, Tensor]:
+    """Logits and targets."""
     shape = (rows,) if packed else (2, rows // 2)
     logits = meta(*shape[:-1], columns, shape[-1], dtype=dtype).mT if strided else meta(*shape, columns, dtype=dtype)
-    return logits, meta(*shape, dtype=torch.int64), meta(9, dtype=torch.int32) if packed else None
+    return logits, meta(*shape, dtype=torch.int64)
+
+
+def ends(packed: bool) -> Tensor | None:
+    """Boundaries of eight packed sequences."""
+    return meta(9, dtype=torch.int32) if packed else None
 
 
 def forward(
     dtype: torch.dtype, mean: str | None = None, transform: Transform | None = None, **sizes: Any
 ) -> tuple[Tensor, ...]:
     """Launch the token log-probs; ``sizes`` as :func:`batch` takes them."""
-    return logprob.token_logps_fwd(*batch(dtype, **sizes), mean, True, -100, transform or Transform())
+    return logprob.token_logps_fwd(*batch(dtype, **sizes), mean, -100, transform or Transform())
 
 
 def backward(dtype: torch.dtype, transform: Transform | None = None, **sizes: Any) -> None:
     """Launch the gradient of the logits, in place."""
-    logits, labels, cu_seqlens = batch(dtype, **sizes)
-    statistics, grad_logp = meta(3, *labels.shape), meta(*labels.shape)
-    rest = (True, -100, transform or Transform())
-    dlogits.token_logps_bwd(logits, logits, labels, cu_seqlens, statistics, grad_logp, *rest)
+    logits, targets = batch(dtype, **sizes)
+    statistics, grad_logp = meta(3, *targets.shape), meta(*targets.shape)
+    dlogits.token_logps_bwd(logits, logits, targets, statistics, grad_logp, -100, transform or Transform())
 
 
 def chunk_statistics(
@@ -170,14 +174,20 @@ def gradient_scale(dtype: torch.dtype) -> Tensor:
 
 def scores(dtype: torch.dtype, mean: str | None, packed: bool) -> tuple[Tensor, ...]:
     """Launch the sums per sequence."""
-    _, labels, cu_seqlens = batch(dtype, packed=packed)
-    logp = meta(*labels.shape)
-    return sequences.sequence_scores(logp, logp, labels, cu_seqlens, mean, True, -100)
+    _, targets = batch(dtype, packed=packed)
+    logp = meta(*targets.shape)
+    return sequences.sequence_scores(logp, logp, targets, ends(packed), mean, -100)
+
+
+def targets(dtype: torch.dtype, packed: bool) -> Tensor:
+    """Launch the label that each position scores."""
+    _, labels = batch(dtype, packed=packed)
+    return sequences.targets_of(labels, ends(packed), -100)
 
 
 def expand(dtype: torch.dtype) -> Tensor:
     """Launch the way back from sequences to tokens."""
-    return sequences.expand(meta(8, dtype=torch.float64), meta(9, dtype=torch.int32), 8192)
+    return sequences.expand(meta(8, dtype=dtype), meta(), meta(9, dtype=torch.int32), 8192)
 
 
 def pair(
@@ -282,6 +292,8 @@ CASES = [
     Case("odd columns", partial(selected_products, columns=4001), (torch.bfloat16,)),
     Case("TF32", partial(with_tf32, selected_products), (torch.float32,)),
     Case("plain", gradient_scale),
+    Case("padded", partial(targets, packed=False), SUMS),
+    Case("packed", partial(targets, packed=True), SUMS),
     Case("padded, means", partial(scores, mean="all", packed=False), SUMS),
     Case("packed", partial(scores, mean=None, packed=True), SUMS),
     Case("packed", expand, SUMS),

@@ -110,6 +110,15 @@ def merged(parts: Tensor) -> Tensor:
     return torch.stack([row_max, sum_exp, *(parts[:, row].sum(0) for row in range(TARGET_LOGIT, parts.shape[1]))])
 
 
+def softmax_(z: Tensor, row_max: Tensor, sum_exp: Tensor) -> None:
+    """Turn rows of z (n, v) into exp(z − maximum), in place; write their maximum and their sum, (n,) each.
+
+    The maximum of nothing is the least finite number.
+    """
+    torch.amax(z, 1, out=row_max).clamp_(min=torch.finfo(z.dtype).min)
+    torch.sum(z.sub_(row_max[:, None]).exp_(), 1, out=sum_exp)
+
+
 def update_statistics(
     statistics: Tensor,
     logits: Tensor,
@@ -129,7 +138,6 @@ def update_statistics(
     if at_once:
         _set_targets(logits, here, column, -math.copysign(torch.inf, transform.slope))
     new = torch.empty_like(statistics)
-    least = torch.finfo(new.dtype).min
     rows = (new[ROW_MAX], new[SUM_EXP], new[LOGIT_SUM], here, column, logits if out is None else out)
     for z, x, row_max, sum_exp, sums, there, place, out_block in _blocks(logits, new.dtype, *rows):
         transform_(z.copy_(x), transform)
@@ -137,8 +145,7 @@ def update_statistics(
             torch.sum(z, 1, out=sums)  # asked for with an activation only
         if not at_once:
             _set_targets(z, there, place, -torch.inf)
-        torch.amax(z, 1, out=row_max).clamp_(min=least)
-        torch.sum(z.sub_(row_max[:, None]).exp_(), 1, out=sum_exp)
+        softmax_(z, row_max, sum_exp)
         if out is not None:
             _normalise(out_block, x, z, sum_exp, there, place, transform)
     if out is None:
@@ -249,8 +256,8 @@ def token_logps_fwd(
         here, column = _local(labels[rows], 0, source.columns)
         target_logit = z.gather(1, column[:, None])[:, 0]
         _set_targets(z, here, column, -torch.inf)
-        row_max = z.amax(1).clamp_(min=torch.finfo(dtype).min)
-        sum_exp = z.sub_(row_max[:, None]).exp_().sum(1)
+        row_max, sum_exp = torch.empty_like(target_logit), torch.empty_like(target_logit)
+        softmax_(z, row_max, sum_exp)
         statistics[:, rows] = torch.stack((row_max, sum_exp, target_logit))
     if logits_mean == "all" and logits.device.type == "cpu":
         for rows in _row_numbers(~scored, source.columns):

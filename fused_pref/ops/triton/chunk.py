@@ -1,9 +1,5 @@
 """The Triton twin of :mod:`fused_pref.ops.torch.chunk`, under the same names. One program walks a row."""
 
-# A launch gives values for constexpr arguments, and device code is not Python.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false
-
 import torch
 import triton
 import triton.language as tl
@@ -11,9 +7,10 @@ from torch import Tensor
 
 from fused_pref.ops.interface import TargetRows, Transform
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.helpers import activation_backward, exp, transform
+from fused_pref.ops.triton.helpers import activation_backward, column_of, exp, transform
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import aligned, factors
+from fused_pref.ops.triton.softmax import row_softmax
 
 
 @triton.jit
@@ -26,39 +23,26 @@ def _chunk_statistics_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row * targets_stride).to(tl.int64) - first
+    column = column_of(y, columns)
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     base = logits + tl.multiple_of(row * logits_stride, WIDTH)
-    # The quotient tells the compiler that the end falls between two accesses.
-    end = columns // WIDTH * WIDTH
     seen = statistics + row
     statistics_stride = tl.cast(statistics_stride, tl.int64)
     # Volatile loads are waited for where they stand: every thread has read the statistics before one of them writes.
     start_max = tl.load(seen, volatile=True)
     start_sum = tl.load(seen + statistics_stride, volatile=True)
-    row_max = start_max
-    # Kept apart per lane: only the maximum is reduced inside the loop.
-    sum_exp = tl.zeros([BLOCK], tl.float32)
-    logit_sum = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, columns, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = tl.load(base + cols, mask=cols < end, other=0.0).to(tl.float32)
-        z = transform(x, inner, outer, TRANSFORM)
-        if WITH_LOGIT_SUM:
-            logit_sum += z  # 0 beyond the end
-        z = tl.where((cols < columns) & (cols != y), z, float("-inf"))
-        risen = tl.maximum(row_max, tl.max(z, 0))
-        sum_exp = sum_exp * exp(row_max - risen) + exp(z - risen)
-        row_max = risen
-    total = start_sum * exp(start_max - row_max) + tl.sum(sum_exp, 0)
     start_logit_sum = tl.load(seen + 3 * statistics_stride, volatile=True) if WITH_LOGIT_SUM else 0.0
+    highest, sum_exp, logit_sum = row_softmax(
+        base, 1, column, 0, columns, columns, inner, outer, TRANSFORM, ALIGNED, WITH_LOGIT_SUM, BLOCK
+    )
+    row_max = tl.maximum(start_max, highest)
+    target_logit = tl.load(base + column, mask=column >= 0, other=0.0).to(tl.float32)
     tl.debug_barrier()
-    tl.store(seen + statistics_stride, total)
     tl.store(seen, row_max)
-    here = (y >= 0) & (y < columns)
-    target_logit = tl.load(base + y, mask=here, other=0.0).to(tl.float32)
-    tl.store(seen + 2 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=here)
+    tl.store(seen + statistics_stride, start_sum * exp(start_max - row_max) + sum_exp * exp(highest - row_max))
+    tl.store(seen + 2 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=column >= 0)
     if WITH_LOGIT_SUM:
-        tl.store(seen + 3 * statistics_stride, start_logit_sum + tl.sum(logit_sum, 0))
+        tl.store(seen + 3 * statistics_stride, start_logit_sum + logit_sum)
 
 
 @triton.jit

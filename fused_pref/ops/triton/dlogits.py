@@ -3,16 +3,13 @@
 A batch has N_total positions, S·T where it is padded.
 """
 
-# A launch gives values for constexpr arguments, and device code is not Python.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.helpers import column_of, exp, row_offset, target_of, transform, transform_backward
+from fused_pref.ops.triton.helpers import column_of, exp, row_offset, transform, transform_backward
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import aligned, factors, geometry
 
@@ -20,21 +17,17 @@ from fused_pref.ops.triton.logprob import aligned, factors, geometry
 @triton.jit
 def _token_logps_bwd_kernel(
     logits,  # [S, T, V] or [N_total, V]
-    labels,  # [S, T] or [N_total]
-    cu_seqlens,  # [S+1] or None
+    targets,  # [N_total]
     statistics,  # [3, N_total]
     grad_logp,  # [S, T] or [N_total]
     dlogits,  # shape of logits; may be logits
-    rows, length, columns, sequences,
-    logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
+    rows, length, columns, logits_stride_s, logits_stride_t, logits_stride_v,
     grad_stride_s, grad_stride_t, dlogits_stride_s, dlogits_stride_t, dlogits_stride_v,
     ignore_index, inner, outer,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    y = target_of(
-        row, labels, cu_seqlens, length, sequences, labels_stride_s, labels_stride_t, ignore_index, PACKED, SHIFT
-    )
+    y = tl.load(targets + row).to(tl.int64)
     column = column_of(y, columns)
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -60,24 +53,21 @@ def _token_logps_bwd_kernel(
 def token_logps_bwd(
     dlogits: Tensor,
     logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
+    targets: Tensor,
     statistics: Tensor,
     grad_logp: Tensor,
-    shift: bool,
     ignore_index: int,
     transform: Transform,
 ) -> None:
     """Write the gradient into ``dlogits``, which may be ``logits``. One launch.
 
-    ``grad_logp`` and the three rows of ``statistics`` are float32 of the shape of ``labels``; ``dlogits`` has the shape
-    and dtype of ``logits``.
+    ``grad_logp`` and the three rows of ``statistics`` are float32 of the shape of ``targets``; ``dlogits`` has the
+    shape and dtype of ``logits``.
     """
-    rows, columns = labels.numel(), logits.shape[-1]
+    rows, columns = targets.numel(), logits.shape[-1]
     if rows == 0:
         return
-    batch = geometry(logits, labels, cu_seqlens)
-    packed = cu_seqlens is not None
+    packed = logits.dim() == 2
     strides = {
         "grad_stride_s": 0 if packed else grad_logp.stride(0),
         "grad_stride_t": grad_logp.stride(-1),
@@ -89,10 +79,9 @@ def token_logps_bwd(
     def with_config(config: configs.Config) -> None:
         launch(
             _token_logps_bwd_kernel, (rows, triton.cdiv(columns, config.block)), logits.device,
-            logits, labels, cu_seqlens, statistics, grad_logp, dlogits,
-            rows=rows, ignore_index=ignore_index, **batch, **strides, **factors(transform),
-            PACKED=packed, SHIFT=shift, ALIGNED=aligned(logits) and aligned(dlogits),
-            BLOCK=config.block, **config.options,
+            logits, targets, statistics, grad_logp, dlogits,
+            rows=rows, ignore_index=ignore_index, **geometry(logits), **strides, **factors(transform),
+            ALIGNED=aligned(logits) and aligned(dlogits), BLOCK=config.block, **config.options,
         )  # fmt: skip
 
     default = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)

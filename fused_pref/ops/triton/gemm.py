@@ -4,11 +4,8 @@
 :class:`Operands` is what a launch gives it.
 """
 
-# A launch gives values for constexpr arguments, and device code is not Python.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
-
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_pref.ops.interface import Operands, Transform
 from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.helpers import transform
 
 
 @triton.jit
@@ -69,6 +67,25 @@ def logits_tile(
 
 
 @triton.jit
+def targets_at(targets, row, rows, first, ROWS: tl.constexpr):
+    """Columns (int32) of the targets in this slice, outside of it for those of other slices.
+
+    One of a label outside the vocabulary does not matter: such a row is NaN in any case.
+    """
+    r = row + tl.arange(0, ROWS)
+    return (tl.load(targets + r, mask=r < rows, other=-1).to(tl.int64) - first).to(tl.int32)
+
+
+@triton.jit
+def indices_at(indices, r, rows):
+    """Rows (int64) of the hidden states that rows ``r`` stand for; those beyond the end stand for one that is there."""
+    if indices is None:
+        return tl.minimum(r, rows - 1).to(tl.int64)
+    else:
+        return tl.load(indices + r, mask=r < rows, other=0)
+
+
+@triton.jit
 def quarters(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile in four, from left to right: an epilogue that takes one after another needs fewer registers."""
     left, right = x.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1).split()
@@ -88,6 +105,16 @@ def quarter(parts, NUMBER: tl.constexpr, bias, column, columns, COLUMNS: tl.cons
 
 
 @triton.jit
+def without_targets(x, cols, y, end, logit_sum, inner, outer, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr):
+    """Where part of a tile has the targets, its z with −inf there and beyond the end, and Σ z with it."""
+    own = cols[None, :] == y[:, None]
+    z = transform(x, inner, outer, TRANSFORM)
+    if WITH_LOGIT_SUM:
+        logit_sum += tl.sum(tl.where((cols < end)[None, :], z, 0.0), 1)
+    return own, tl.where(own | (cols >= end)[None, :], float("-inf"), z), logit_sum
+
+
+@triton.jit
 def store(out, x, row, inside, cols, end, stride, ROWS: tl.constexpr):
     """Part of a tile to its place in ``out``: offsets inside a tile are int32, which spares registers."""
     offsets = tl.arange(0, ROWS)[:, None] * stride + cols[None, :]
@@ -99,6 +126,25 @@ def tile_of(operands: Operands, table: dict[tuple[str, int], configs.Tile], tran
     """The tile of a table that suits them and their transform."""
     high_pressure = transform.nonlinear or operands.bias is not None
     return configs.tile(table, operands.hidden, operands.weight, high_pressure=high_pressure)
+
+
+def tuned_tile(
+    kernel: str,
+    operands: Operands,
+    table: dict[tuple[str, int], configs.Tile],
+    transform: Transform,
+    with_tile: Callable[[configs.Tile], object],
+) -> configs.Tile:
+    """The tile of a table, or what a search prefers."""
+    default, hidden = tile_of(operands, table, transform), operands.hidden
+    flags = {
+        transform.activation: transform.nonlinear,
+        "bias": operands.bias is not None,
+        "by index": operands.indices is not None,
+    }
+    name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
+    candidates = configs.tile_candidates(default, hidden.dtype)
+    return configs.chosen(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, with_tile)
 
 
 def arguments(operands: Operands, tile: configs.Tile) -> dict[str, Any]:

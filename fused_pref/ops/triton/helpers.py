@@ -81,35 +81,3 @@ def row_offset(row, length, stride_s, stride_t, WIDTH: tl.constexpr):
 def column_of(y, columns):
     """The column (int32) of a label (int64), −1 for a label outside the vocabulary."""
     return tl.where((y >= 0) & (y < columns), y, -1).to(tl.int32)
-
-
-@triton.jit
-def sequence_end(row, cu_seqlens, sequences):
-    """End of the packed sequence that holds ``row``: the first boundary beyond it, by bisection."""
-    low = row * 0 + 1
-    high = row * 0 + sequences
-    while low < high:
-        middle = (low + high) // 2
-        beyond = tl.load(cu_seqlens + middle).to(tl.int64) > row
-        low = tl.where(beyond, low, middle + 1)
-        high = tl.where(beyond, middle, high)
-    return tl.load(cu_seqlens + low).to(tl.int64)
-
-
-@triton.jit
-def target_of(
-    row, labels, cu_seqlens, length, sequences, stride_s, stride_t, ignore_index,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """The label (int64) that ``row`` (int64) scores, ``ignore_index`` if none."""
-    s = sequence_of(row, length)
-    t = row - s * length
-    if SHIFT:
-        if PACKED:
-            end = sequence_end(row, cu_seqlens, sequences)
-        else:
-            end = row * 0 + length
-        y = tl.load(labels + s * stride_s + (t + 1) * stride_t, mask=t + 1 < end, other=ignore_index)
-    else:
-        y = tl.load(labels + s * stride_s + t * stride_t)
-    return y.to(tl.int64)

@@ -1,10 +1,7 @@
-"""Log-softmax and gather in one read of the logits: online Σ exp(z − max) over the entries other than the target.
+"""Log-softmax and gather in one read of the logits.
 
 A batch has N_total positions, S·T where it is padded.
 """
-
-# A launch gives values for constexpr arguments, and device code is not Python.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -13,31 +10,9 @@ from torch import Tensor
 
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.helpers import column_of, exp, log1p, row_offset, target_of, transform
+from fused_pref.ops.triton.helpers import column_of, exp, log1p, row_offset, transform
 from fused_pref.ops.triton.launch import launch
-
-
-@triton.jit
-def _columns(start, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns of the block at ``start`` in groups that a thread holds whole: [BLOCK // WIDTH, WIDTH].
-
-    A group is what one access reads; where entries are read one by one, it is spread so that a warp's accesses adjoin.
-    """
-    group = tl.arange(0, BLOCK // WIDTH)[:, None]
-    entry = tl.arange(0, WIDTH)[None, :]
-    if ALIGNED:
-        return start + group * WIDTH + entry
-    else:
-        return start + group + entry * (BLOCK // WIDTH)
-
-
-@triton.jit
-def _joined(row_maxes, sum_exp):
-    """Maximum and sum of parts that have a maximum and a sum of exp(z − maximum) each."""
-    row_max = tl.max(row_maxes, 0)
-    # Where every entry is −inf there is nothing to scale.
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-    return row_max, tl.sum(sum_exp * exp(row_maxes - shift), 0)
+from fused_pref.ops.triton.softmax import joined, row_softmax
 
 
 @triton.jit
@@ -64,106 +39,72 @@ def _finish(
 @triton.jit
 def _token_logps_fwd_kernel(
     logits,  # [S, T, V] or [N_total, V]
-    labels,  # [S, T] or [N_total]
-    cu_seqlens,  # [S+1] or None
+    targets,  # [N_total]
     logp,  # [N_total]
     statistics,  # [3, N_total]
     means,  # [N_total] or None
     partials,  # [splits, 3, N_total] or None
-    rows, length, columns, sequences, split_columns,
-    logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
-    ignore_index, inner, outer,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr,
-    MEANS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, length, columns, split_columns, logits_stride_s, logits_stride_t, logits_stride_v, ignore_index, inner, outer,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * split_columns
-    y = target_of(
-        row, labels, cu_seqlens, length, sequences, labels_stride_s, labels_stride_t, ignore_index, PACKED, SHIFT
-    )
+    y = tl.load(targets + row).to(tl.int64)
     scored = y != ignore_index
     column = column_of(y, columns)
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, WIDTH if ALIGNED else 1)
-    # Kept apart per group of entries: nothing is exchanged between threads inside the loop.
-    row_max = tl.full([BLOCK // WIDTH], float("-inf"), tl.float32)
-    sum_exp = tl.zeros([BLOCK // WIDTH], tl.float32)
-    total = tl.zeros([BLOCK // WIDTH], tl.float32)
-    if scored | (MEANS == "all"):
-        # Entries that are read one by one have addresses a constant apart from one that moves with the block.
-        moving = base + _columns(0, BLOCK, WIDTH, ALIGNED).to(tl.int64) * logits_stride_v
-        # The quotient tells the compiler that the end falls between two accesses.
-        end = columns // WIDTH * WIDTH if ALIGNED else columns
-        for start in range(first, tl.minimum(first + split_columns, columns), BLOCK):
-            cols = _columns(start, BLOCK, WIDTH, ALIGNED)
-            pointers = base + cols if ALIGNED else moving + tl.cast(start, tl.int64) * logits_stride_v
-            x = tl.load(pointers, mask=cols < end, other=0.0).to(tl.float32)
-            z = transform(x, inner, outer, TRANSFORM)
-            if means is not None:
-                total += tl.sum(z, 1)  # z is 0 beyond the end
-            if (start + BLOCK > columns) | ((start <= column) & (column < start + BLOCK)):
-                z = tl.where((cols < columns) & (cols != column), z, float("-inf"))
-            risen = tl.maximum(row_max, tl.max(z, 1))
-            shift = tl.where(risen == float("-inf"), 0.0, risen)
-            sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
-            row_max = risen
-    highest, remainder = _joined(row_max, sum_exp)
+    last = tl.where(scored | (MEANS == "all"), tl.minimum(first + split_columns, columns), first)
+    row_max, sum_exp, logit_sum = row_softmax(
+        base, logits_stride_v, column, first, last, columns, inner, outer, TRANSFORM, ALIGNED, means is not None, BLOCK
+    )
     if partials is not None:
         part = (tl.program_id(1).to(tl.int64) * 3) * rows + row
-        tl.store(partials + part, highest)
-        tl.store(partials + (part + rows), remainder)
-        tl.store(partials + (part + rows + rows), tl.sum(total, 0))
+        tl.store(partials + part, row_max)
+        tl.store(partials + (part + rows), sum_exp)
+        tl.store(partials + (part + rows + rows), logit_sum)
     else:
         _finish(
-            row, rows, base, logits_stride_v, column, scored, highest, remainder, inner, outer, logp, statistics,
+            row, rows, base, logits_stride_v, column, scored, row_max, sum_exp, inner, outer, logp, statistics,
             TRANSFORM,
         )  # fmt: skip
         if means is not None:
-            tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(total, 0) / columns, 0.0))
+            tl.store(means + row, tl.where(scored | (MEANS == "all"), logit_sum / columns, 0.0))
 
 
 @triton.jit
 def _token_logps_combine_kernel(
-    logits, labels, cu_seqlens, logp, statistics, means, partials,
-    rows, length, columns, sequences, splits,
-    logits_stride_s, logits_stride_t, logits_stride_v, labels_stride_s, labels_stride_t,
-    ignore_index, inner, outer,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, TRANSFORM: tl.constexpr,
-    MEANS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, targets, logp, statistics, means, partials,  # see _token_logps_fwd_kernel
+    rows, length, columns, splits, logits_stride_s, logits_stride_t, logits_stride_v, ignore_index, inner, outer,
+    TRANSFORM: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of each row, in their order."""
     row = tl.program_id(0).to(tl.int64)
-    y = target_of(
-        row, labels, cu_seqlens, length, sequences, labels_stride_s, labels_stride_t, ignore_index, PACKED, SHIFT
-    )
+    y = tl.load(targets + row).to(tl.int64)
     scored = y != ignore_index
     split = tl.arange(0, BLOCK)
     part = (split.to(tl.int64) * 3) * rows + row
     row_maxes = tl.load(partials + part, mask=split < splits, other=float("-inf"))
     sums = tl.load(partials + (part + rows), mask=split < splits, other=0.0)
-    totals = tl.load(partials + (part + rows + rows), mask=split < splits, other=0.0)
-    row_max, sum_exp = _joined(row_maxes, sums)
+    logit_sums = tl.load(partials + (part + rows + rows), mask=split < splits, other=0.0)
+    row_max, sum_exp = joined(row_maxes, sums)
     base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, 1)
     _finish(
         row, rows, base, logits_stride_v, column_of(y, columns), scored, row_max, sum_exp, inner, outer, logp,
         statistics, TRANSFORM,
     )  # fmt: skip
     if means is not None:
-        tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(totals, 0) / columns, 0.0))
+        tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(logit_sums, 0) / columns, 0.0))
 
 
-def geometry(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
-    """Sizes and strides of a batch, packed or padded, as the kernels take them."""
-    packed = cu_seqlens is not None
+def geometry(logits: Tensor) -> dict[str, int]:
+    """Sizes and strides of logits (S, T, V) or (N_total, V), as the kernels take them."""
     return {
-        "length": labels.shape[-1],
+        "length": logits.shape[-2],
         "columns": logits.shape[-1],
-        "sequences": cu_seqlens.shape[0] - 1 if packed else labels.shape[0],
-        "logits_stride_s": 0 if packed else logits.stride(0),
+        "logits_stride_s": logits.stride(0) if logits.dim() == 3 else 0,
         "logits_stride_t": logits.stride(-2),
         "logits_stride_v": logits.stride(-1),
-        "labels_stride_s": 0 if packed else labels.stride(0),
-        "labels_stride_t": labels.stride(-1),
     }
 
 
@@ -184,23 +125,16 @@ def factors(transform: Transform) -> dict[str, float | str]:
 
 
 def token_logps_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    logits_mean: str | None,
-    shift: bool,
-    ignore_index: int,
-    transform: Transform,
+    logits: Tensor, targets: Tensor, logits_mean: str | None, ignore_index: int, transform: Transform
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.custom_ops.token_logps_fwd`. One launch, and one to combine where rows are split."""
-    rows, columns, device = labels.numel(), logits.shape[-1], logits.device
-    logp = torch.empty(labels.shape, dtype=torch.float32, device=device)
-    statistics = torch.empty((3, *labels.shape), dtype=torch.float32, device=device)
+    rows, columns, device = targets.numel(), logits.shape[-1], logits.device
+    logp = torch.empty(targets.shape, dtype=torch.float32, device=device)
+    statistics = torch.empty((3, *targets.shape), dtype=torch.float32, device=device)
     means = torch.empty_like(logp)
     if rows == 0:
         return logp, statistics, means
-    batch = geometry(logits, labels, cu_seqlens)
-    flags = {"PACKED": cu_seqlens is not None, "SHIFT": shift, "MEANS": logits_mean, **factors(transform)}
+    sizes, flags = geometry(logits), {"MEANS": logits_mean, **factors(transform)}
 
     def with_config(config: configs.Config) -> None:
         chunks = triton.cdiv(columns, config.block)
@@ -209,17 +143,17 @@ def token_logps_fwd(
         split_columns = triton.cdiv(chunks, splits) * config.block
         splits = triton.cdiv(columns, split_columns)
         partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device) if splits > 1 else None
-        arguments = (logits, labels, cu_seqlens, logp, statistics, means if logits_mean else None, partials)
+        arguments = (logits, targets, logp, statistics, means if logits_mean else None, partials)
         launch(
             _token_logps_fwd_kernel, (rows, splits), device,
-            *arguments, rows=rows, split_columns=split_columns, ignore_index=ignore_index, **batch, **flags,
+            *arguments, rows=rows, split_columns=split_columns, ignore_index=ignore_index, **sizes, **flags,
             ALIGNED=aligned(logits), BLOCK=config.block, **config.options,
         )  # fmt: skip
         if splits > 1:
             combine = configs.Config(triton.next_power_of_2(splits), 1)
             launch(
                 _token_logps_combine_kernel, (rows,), device,
-                *arguments, rows=rows, splits=splits, ignore_index=ignore_index, **batch, **flags,
+                *arguments, rows=rows, splits=splits, ignore_index=ignore_index, **sizes, **flags,
                 BLOCK=combine.block, **combine.options,
             )  # fmt: skip
 

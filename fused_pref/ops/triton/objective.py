@@ -5,9 +5,6 @@ its own, because a caller may change it in place; ``scalars`` receives float32: 
 and of the rejected sequences.
 """
 
-# A launch gives values for constexpr arguments, and device code is not Python.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-
 import torch
 import triton
 import triton.language as tl

@@ -4,9 +4,6 @@ A list of row numbers begins with those that are selected, and a count says how 
 and loops end there, so that the host need not wait. Used by :mod:`fused_pref.head.plans.skipping`.
 """
 
-# A launch gives values for constexpr arguments, and device code is not Python.
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 import triton
 import triton.language as tl
 from torch import Tensor

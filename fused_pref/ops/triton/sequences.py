@@ -1,10 +1,7 @@
-"""Sums per sequence of what was computed per token, and the way back: one launch each.
+"""The label that each position scores, sums per sequence of what was computed per token, and the way back.
 
 A batch has N_total positions, S·T where it is padded.
 """
-
-# A launch gives values for constexpr arguments, and device code is not Python.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -12,31 +9,58 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.triton import configs
+from fused_pref.ops.triton.helpers import sequence_of
 from fused_pref.ops.triton.launch import launch
+
+
+@triton.jit
+def _targets_kernel(
+    labels,  # [S, T] or [N_total]
+    cu_seqlens,  # [S+1] or None
+    targets,  # [N_total]
+    rows, length, sequences, steps, labels_stride_s, labels_stride_t, ignore_index,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if cu_seqlens is None:
+        s = sequence_of(row, length)
+        end = (s + 1) * length
+    else:
+        # The first boundary beyond the row, by bisection.
+        high = tl.zeros([BLOCK], tl.int64) + sequences
+        low = tl.minimum(high, 1)
+        for _ in range(steps):
+            middle = (low + high) // 2
+            beyond = tl.load(cu_seqlens + middle).to(tl.int64) > row
+            low = tl.where(beyond, low, tl.minimum(middle + 1, high))
+            high = tl.where(beyond, middle, high)
+        s = row * 0
+        end = tl.load(cu_seqlens + low).to(tl.int64)
+    inside = row < rows
+    pointers = labels + s * labels_stride_s + (row - s * length + 1) * labels_stride_t
+    tl.store(targets + row, tl.load(pointers, mask=inside & (row + 1 < end), other=ignore_index), mask=inside)
 
 
 @triton.jit
 def _sequence_scores_kernel(
     logp,  # [N_total]
     means,  # [N_total] or None
-    labels,  # [S, T] or [N_total]
+    targets,  # [N_total]
     cu_seqlens,  # [S+1] or None
     sums,  # [S] float64
     counts,  # [S] int64
     totals,  # [S] float64 or None
     positions,  # [S] int64 or None
-    length, labels_stride_s, labels_stride_t, ignore_index,
-    PACKED: tl.constexpr, SHIFT: tl.constexpr, EVERYWHERE: tl.constexpr, BLOCK: tl.constexpr,
+    length, ignore_index,
+    EVERYWHERE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    if PACKED:
+    if cu_seqlens is not None:
         start = tl.load(cu_seqlens + s).to(tl.int64)
         number = tl.load(cu_seqlens + s + 1).to(tl.int64) - start
-        row_labels = labels + start * labels_stride_t
     else:
         start = s * length
         number = length
-        row_labels = labels + s * labels_stride_s
     total = tl.zeros([BLOCK], tl.float64)
     mean = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.int64)
@@ -45,8 +69,7 @@ def _sequence_scores_kernel(
         total += tl.load(logp + start + t, mask=t < number, other=0.0).to(tl.float64)
         if means is not None:
             mean += tl.load(means + start + t, mask=t < number, other=0.0).to(tl.float64)
-        target = t + 1 if SHIFT else t
-        y = tl.load(row_labels + target.to(tl.int64) * labels_stride_t, mask=target < number, other=ignore_index)
+        y = tl.load(targets + start + t, mask=t < number, other=ignore_index)
         count += (y != ignore_index).to(tl.int64)
     counted = tl.sum(count, 0)
     tl.store(sums + s, tl.sum(total, 0))
@@ -62,12 +85,16 @@ def _sequence_scores_kernel(
 @triton.jit
 def _expand_kernel(
     values,  # [S] float64
+    upstream,  # 0-d or None: what they are multiplied by
     cu_seqlens,  # [S+1]
     tokens,  # [N_total] float32
     BLOCK: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
-    value = tl.load(values + s).to(tl.float32)
+    value = tl.load(values + s)
+    if upstream is not None:
+        value *= tl.load(upstream).to(tl.float64)
+    value = value.to(tl.float32)
     start = tl.load(cu_seqlens + s).to(tl.int64)
     number = tl.load(cu_seqlens + s + 1).to(tl.int64) - start
     for block in range(0, number, BLOCK):
@@ -75,18 +102,32 @@ def _expand_kernel(
         tl.store(tokens + start + t, value + tl.zeros([BLOCK], tl.float32), mask=t < number)
 
 
+def targets_of(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """See :func:`fused_pref.layout.targets_of`, with ``shift``. One launch."""
+    packed = cu_seqlens is not None
+    targets = torch.empty(labels.shape, dtype=labels.dtype, device=labels.device)
+    sequences = cu_seqlens.shape[0] - 1 if packed else labels.shape[0]
+    if labels.numel():
+        launch(
+            _targets_kernel, (triton.cdiv(labels.numel(), configs.REDUCTION.block),), labels.device,
+            labels, cu_seqlens, targets, rows=labels.numel(), length=labels.shape[-1], sequences=sequences,
+            steps=sequences.bit_length(), labels_stride_s=0 if packed else labels.stride(0),
+            labels_stride_t=labels.stride(-1), ignore_index=ignore_index,
+            BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
+        )  # fmt: skip
+    return targets
+
+
 def sequence_scores(
     logp: Tensor,
     means: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     cu_seqlens: Tensor | None,
     logits_mean: str | None,
-    shift: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.losses.scores.sequence_scores`. One launch."""
-    packed = cu_seqlens is not None
-    sequences = cu_seqlens.shape[0] - 1 if packed else labels.shape[0]
+    sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums = torch.empty(sequences, dtype=torch.float64, device=logp.device)
     counts = torch.empty(sequences, dtype=torch.int64, device=logp.device)
     totals, positions = torch.empty_like(sums), torch.empty_like(counts)
@@ -94,22 +135,20 @@ def sequence_scores(
     if sequences:
         launch(
             _sequence_scores_kernel, (sequences,), logp.device,
-            logp, means if asked else None, labels, cu_seqlens,
+            logp, means if asked else None, targets, cu_seqlens,
             sums, counts, totals if asked else None, positions if asked else None,
-            length=labels.shape[-1], labels_stride_s=0 if packed else labels.stride(0),
-            labels_stride_t=labels.stride(-1), ignore_index=ignore_index,
-            PACKED=packed, SHIFT=shift, EVERYWHERE=logits_mean == "all",
+            length=targets.shape[-1], ignore_index=ignore_index, EVERYWHERE=logits_mean == "all",
             BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
         )  # fmt: skip
     return sums, counts, totals, positions
 
 
-def expand(values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Each sequence's value at its positions, (N_total,) float32. One launch."""
+def expand(values: Tensor, upstream: Tensor | None, cu_seqlens: Tensor, total: int) -> Tensor:
+    """Each sequence's value (times ``upstream``, 0-d) at its positions, (N_total,) float32. One launch."""
     tokens = torch.empty(total, dtype=torch.float32, device=values.device)
     if values.shape[0]:
         launch(
             _expand_kernel, (values.shape[0],), values.device,
-            values, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
+            values, upstream, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
         )  # fmt: skip
     return tokens

@@ -1,0 +1,163 @@
+"""Row statistics of fused products: the softmax of rows of logits that never leave the chip."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, Operands, Transform
+from fused_pref.ops.triton import configs, gemm
+from fused_pref.ops.triton.helpers import exp, transform
+from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.logprob import factors
+
+
+@triton.jit
+def _linear_statistics_kernel(
+    hidden, weight, bias, indices,  # see logits_tile
+    targets,  # [N]
+    partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z
+    rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns, inner, outer,
+    HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    block, split = gemm.tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
+    row = block * ROWS
+    r = row + tl.arange(0, ROWS)
+    place = gemm.indices_at(indices, r, rows)
+    y = gemm.targets_at(targets, row, rows, first, ROWS)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    sum_exp = tl.zeros([ROWS], tl.float32)
+    logit_sum = tl.zeros([ROWS], tl.float32)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, columns)
+    for column in range(begin, end, COLUMNS):
+        x = gemm.logits_tile(
+            hidden, weight, place, row, column, columns, features, hidden_stride, weight_stride,
+            HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        parts = gemm.quarters(x, ROWS, COLUMNS)
+        for i in tl.static_range(4):
+            cols, part = gemm.quarter(parts, i, bias, column, columns, COLUMNS)
+            _, z, logit_sum = gemm.without_targets(
+                part, cols, y, end, logit_sum, inner, outer, TRANSFORM, WITH_LOGIT_SUM
+            )
+            risen = tl.maximum(row_max, tl.max(z, 1))
+            shift = tl.where(risen == float("-inf"), 0.0, risen)
+            sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
+            row_max = risen
+    store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum)
+
+
+@triton.jit
+def store_partials(partials, split, r, rows, inside, row_max, sum_exp, logit_sum):
+    """What a program found of rows ``r`` in its split."""
+    part = tl.cast(split, tl.int64) * 3 * rows
+    tl.store(partials + part + r, row_max, mask=inside)
+    tl.store(partials + (part + rows) + r, sum_exp, mask=inside)
+    tl.store(partials + (part + rows + rows) + r, logit_sum, mask=inside)
+
+
+@triton.jit
+def _linear_target_logit_kernel(
+    hidden,  # [N_total, D]
+    weight,  # [v, D]
+    bias,  # [v] or None
+    indices,  # [N] or None
+    targets,  # [N]
+    target_logits,  # [N], written where the target is in this slice
+    columns, features, hidden_stride, weight_stride, first, inner, outer,
+    TRANSFORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The target's z of each row, by itself: the tiles need not look for it."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row).to(tl.int64) - first
+    place = row
+    if indices is not None:
+        place = tl.load(indices + row)
+    if (y >= 0) & (y < columns):
+        sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, features, BLOCK):
+            depth = start + tl.arange(0, BLOCK)
+            h = tl.load(hidden + place * hidden_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
+            w = tl.load(weight + y * weight_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
+            sums += h * w
+        x = tl.sum(sums, 0)
+        if bias is not None:
+            x += tl.load(bias + y).to(tl.float32)
+        tl.store(target_logits + row, transform(x, inner, outer, TRANSFORM))
+
+
+def update_statistics(
+    statistics: Tensor,
+    operands: Operands,
+    targets: Tensor,
+    first: int,
+    transform: Transform,
+    *,
+    logit_sum: bool,
+    split_columns: int | None = None,
+) -> Tensor:
+    """See :meth:`fused_pref.ops.interface.FusedOps.update_statistics`.
+
+    ``split_columns`` is the width of the parts that a row is split into; None: what keeps the device busy.
+    """
+    if operands.rows == 0 or operands.columns == 0:
+        return statistics.new_empty((0, 3, operands.rows))
+    target_logits(statistics, operands, targets, first, transform)
+
+    def with_tile(tile: configs.Tile) -> Tensor:
+        return statistics_partials(operands, targets, first, transform, logit_sum, tile, split_columns)
+
+    partials = with_tile(gemm.tuned_tile("linear_statistics", operands, configs.STATISTICS_TILE, transform, with_tile))
+    row_max = torch.maximum(statistics[ROW_MAX], partials[:, 0].amax(0))
+    statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
+    statistics[SUM_EXP] += (partials[:, 1] * (partials[:, 0] - row_max).exp_()).sum(0)
+    statistics[ROW_MAX] = row_max
+    if logit_sum:
+        statistics[LOGIT_SUM] += partials[:, 2].sum(0)
+    return partials
+
+
+def statistics_partials(
+    operands: Operands,
+    targets: Tensor,
+    first: int,
+    transform: Transform,
+    logit_sum: bool,
+    tile: configs.Tile,
+    split_columns: int | None = None,
+) -> Tensor:
+    """Maximum and Σ exp(z − maximum) of the other entries and Σ z of each split of the slice, (splits, 3, N)."""
+    rows, device = operands.rows, operands.hidden.device
+    split_columns = split_columns or columns_of_a_split(operands, tile)
+    splits = triton.cdiv(operands.columns, split_columns)
+    partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device)
+    launch(
+        _linear_statistics_kernel, (triton.cdiv(rows, tile.rows) * splits,), device,
+        indices=operands.indices, targets=targets, partials=partials, first=first, splits=splits,
+        split_columns=split_columns, WITH_LOGIT_SUM=logit_sum, **gemm.arguments(operands, tile), **factors(transform),
+        **tile.options,
+    )  # fmt: skip
+    return partials
+
+
+def columns_of_a_split(operands: Operands, tile: configs.Tile) -> int:
+    """Columns that a program walks, whole tiles: what keeps the device busy."""
+    device, width = operands.hidden.device, operands.hidden.shape[1] * operands.hidden.itemsize
+    blocks, tiles = triton.cdiv(operands.rows, tile.rows), triton.cdiv(operands.columns, tile.columns)
+    sizes = (tile.group, tile.rows * width, tile.columns * width, configs.cache(device))
+    return triton.cdiv(tiles, gemm.vocabulary_splits(blocks, tiles, configs.processors(device), *sizes)) * tile.columns
+
+
+def target_logits(statistics: Tensor, operands: Operands, targets: Tensor, first: int, transform: Transform) -> None:
+    """Launch the targets' z."""
+    hidden, weight = operands.hidden, operands.weight
+    launch(
+        _linear_target_logit_kernel, (operands.rows,), hidden.device,
+        hidden, weight, operands.bias, operands.indices, targets, statistics[TARGET_LOGIT], operands.columns,
+        hidden.shape[1], hidden.stride(0), weight.stride(0), first, **factors(transform),
+        BLOCK=min(configs.TARGET_PRODUCT.block, triton.next_power_of_2(hidden.shape[1])),
+        **configs.TARGET_PRODUCT.options,
+    )  # fmt: skip
