@@ -13,10 +13,11 @@ from pathlib import Path
 RECORD = Path(__file__).with_name("newest.txt")
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
 TESTS = [
-    "tests/test_kernels_compiled.py", "tests/test_cli.py", "tests/test_compile.py", "tests/test_backend.py",
-    "tests/test_kernels.py", "tests/test_linear.py::test_objectives", "tests/test_linear.py::test_packed",
-    "tests/test_logits.py::test_cpo", "tests/test_logits.py::test_dpo", "tests/test_logits.py::test_bco",
-    "tests/test_logits.py::test_building_blocks",
+    "tests/ops/test_kernels_compiled.py", "tests/ops/test_backend.py", "tests/ops/test_kernels.py",
+    "tests/cli/test_cli.py", "tests/interface/test_compile.py",
+    "tests/head/test_linear.py::test_objectives", "tests/head/test_linear.py::test_packed",
+    "tests/losses/test_logits.py::test_cpo", "tests/losses/test_logits.py::test_dpo",
+    "tests/losses/test_logits.py::test_bco", "tests/losses/test_logits.py::test_building_blocks",
 ]  # fmt: skip
 
 

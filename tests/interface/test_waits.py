@@ -1,0 +1,108 @@
+"""A step waits for the device where the documentation says so, and nowhere else."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import make_hidden, reference_logps
+
+import fused_pref as fp
+from fused_pref.head import custom_ops
+from fused_pref.head.vocab_parallel import checksum, integers
+
+PACKAGE = Path(__file__).parents[2] / "fused_pref"
+# Make a tensor from values of the host: on a GPU a copy, which waits. A fill (`torch.full`, `new_zeros`) does not.
+COPIES = {"tensor", "as_tensor", "asarray", "from_numpy", "new_tensor", "pin_memory", "cuda"}
+# What a step runs: all of a loss, but not its specification and what is done once, before a training.
+STEP = ["functional.py", "modules.py", "outputs.py", "layout.py", "spec.py", "ranks.py", "head", "losses", "ops"]
+ONCE = {"losses/density_ratio.py"}
+
+
+def copies(text: str) -> list[str]:
+    """Calls of a module's text that copy from the host, with their lines."""
+    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    found = [call for call in calls if isinstance(call, ast.Attribute) and call.attr in COPIES]
+    # The validation of an argument that is a tensor has this name, too.
+    return [f"{call.lineno}: {ast.unparse(call)}" for call in found if ast.unparse(call.value) != "validate"]
+
+
+def test_no_step_copies_from_the_host() -> None:
+    paths = [
+        path for part in STEP for path in ([PACKAGE / part] if part.endswith(".py") else (PACKAGE / part).rglob("*.py"))
+    ]
+    names = {path.relative_to(PACKAGE).as_posix(): path for path in paths}
+    assert {name: copies(path.read_text(encoding="utf-8")) for name, path in names.items() if name not in ONCE} == {
+        name: [] for name in names if name not in ONCE
+    }
+
+
+def test_the_lint_sees_copies() -> None:
+    text = "validate.tensor(x)\ntorch.tensor(3)\nx.new_tensor([1])\nfp.torch.as_tensor(2, device=d)"
+    assert copies(text) == ["2: torch.tensor", "3: x.new_tensor", "4: fp.torch.as_tensor"]
+
+
+@pytest.mark.parametrize("delta", [0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)])
+def test_a_number_for_delta_is_added_by_a_launch(delta: Any) -> None:
+    """Its value, in float64, wherever it is from."""
+    batch = make_hidden(4, 6, 8, 17)
+    desirable, ref = torch.tensor([True, False, True, False]), reference_logps(4)
+    output = fp.linear_bco_loss(batch.hidden, batch.weight, batch.labels, desirable, ref, delta=delta)
+    assert output.delta == 0.25
+
+
+def test_integers_are_exact() -> None:
+    values = (2**63 - 1, -(2**63), 0, -5)
+    assert integers(values, None).tolist() == list(values)
+    assert checksum(integers(values, None)) == checksum(torch.tensor(values))
+
+
+@pytest.mark.parametrize("name", ["linear_token_logps_fwd", "linear_token_logps_bwd", "linear_known_gradients"])
+def test_ops_that_read_counts_are_no_part_of_a_graph(name: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fused_pref, name).default.tags
+    assert torch.Tag.cudagraph_unsafe not in custom_ops.token_logps_fwd._opoverload.tags
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("name", ["cpo", "dpo", "bco", "logps"])
+def test_a_step_is_captured(name: str) -> None:
+    """A whole step in a CUDA graph, replayed on other values."""
+    batch = make_hidden(4, 33, 64, 512, device="cuda")
+    desirable, ref = torch.tensor([True, False] * 2, device="cuda"), reference_logps(4, "cuda")
+    leaves = [batch.hidden.requires_grad_(), batch.weight.requires_grad_()]
+
+    def step() -> torch.Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        bound: Any = {"max_valid_tokens": batch.labels.numel()}
+        if name == "bco":
+            loss = fp.linear_bco_loss(*leaves, batch.labels, desirable, ref, delta=0.1, **bound).loss
+        elif name == "dpo":
+            loss = fp.linear_dpo_loss(*leaves, batch.labels, ref, **bound).loss
+        elif name == "cpo":
+            loss = fp.linear_cpo_loss(*leaves, batch.labels, **bound).loss
+        else:
+            loss = fp.linear_token_logps(*leaves, batch.labels, **bound).sum()
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    gradients = [leaf.grad for leaf in leaves]
+    with torch.no_grad():
+        leaves[0].mul_(0.5)
+    graph.replay()
+    result = [captured.clone(), *(gradient.clone() for gradient in gradients if gradient is not None)]
+    assert len(result) == 3
+    expected = [step(), *(leaf.grad for leaf in leaves)]
+    for mine, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(mine, other)

@@ -1,0 +1,45 @@
+"""Compiled code, executed: tests of the kernels again, by an emulator of an MI300X (``tests/gfx942``), without a GPU.
+
+Each runs in a process of its own, because one that interprets kernels cannot compile them. Findings fail a test there:
+accesses out of bounds, races, registers and memory that are used before they were waited for.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gfx942.build import compiler
+
+ROOT = Path(__file__).parents[2]
+HEAD = (
+    "test_layouts or test_hard_logits and risen or test_strides and grouped or test_exponentials and 257 "
+    "or test_statistics_and_gradient and 257 and True or test_plans and vocab_major and True-16"
+)
+# Tests, and the fewest launches of compiled code that they make.
+PARTS = {
+    "the emulator itself": (["tests/gfx942/test_gfx942.py", "tests/benchmarks/test_static_counts.py"], 40),
+    "kernels": (["tests/ops/test_kernels.py", "tests/ops/test_scatter_rows.py", "-m", "not slow"], 200),
+    "shifts": (["tests/ops/test_kernels.py", "tests/ops/test_in_place.py", "-k", "shift or in_place"], 40),
+    "fused head": (["tests/head/test_fused.py", "-k", HEAD], 200),
+    "random cases": (["tests/interface/test_properties.py", "-k", "kernels", "--hypothesis-seed=0"], 50),
+}
+
+pytestmark = [pytest.mark.emulated, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_compiled_code(part: str) -> None:
+    arguments, least = PARTS[part]
+    environment = {**os.environ, "FUSED_PREF_EMULATE": "gfx942", "FUSED_PREF_PROPERTIES": "36"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:]
+    (line,) = re.findall(r"^emulated: .*", done.stdout, re.M)
+    print(line)
+    launches, instructions, findings = map(int, re.findall(r"\d+", line))
+    assert launches >= least
+    assert instructions > 1000 * launches
+    assert findings == 0
