@@ -12,7 +12,7 @@ from benchmarks.static.head import code_of
 from benchmarks.static.logits import work_of
 from fused_pref.ops.interface import Operands, Transform
 from fused_pref.ops.torch.chunk import new_statistics
-from fused_pref.ops.triton import configs, dlogits, linear, logprob, statistics
+from fused_pref.ops.triton import configs, dlogits, gemm, linear, logprob
 
 pytestmark = [
     pytest.mark.emulated,
@@ -47,7 +47,7 @@ def test_epilogue_of_the_head(activation: str, monkeypatch: pytest.MonkeyPatch) 
     from gfx942.emulator import LAUNCHES
 
     monkeypatch.setattr(configs, "processors", lambda device: 1)
-    monkeypatch.setattr(statistics, "vocabulary_splits", lambda *sizes: 1)
+    monkeypatch.setattr(gemm, "vocabulary_splits", lambda *sizes: 1)
     hidden, weight = torch.randn(128, 512).bfloat16(), torch.randn(512, 512).bfloat16()
     seen, targets = new_statistics(128, hidden, torch.float32), torch.arange(128)
     operands = Operands(hidden, weight, None, None)
