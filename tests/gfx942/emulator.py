@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from fused_pref.cli.kernels.compile import TARGETS, AbsentDevice
 from gfx942.build import kinds, library, structure
 from gfx942.program import Program
 
@@ -45,8 +44,8 @@ class Launched:
 
 
 LAUNCHES: list[Launched] = []
-# Whether exponentials, reciprocals and roots are an ulp beside; the order of waves: rising, falling, in turn.
-OPTIONS = {"inexact": 0, "order": 0}
+# The order of waves: rising (0), falling, one instruction of each in turn.
+OPTIONS = {"order": 0}
 
 
 @functools.cache
@@ -120,37 +119,22 @@ class Launcher:
         launch(function, (x, y, z), self.signature, arguments, self.metadata)
 
 
-class Driver(DriverBase):
+class Driver(AbsentDevice):
     """Triton's view of the emulator."""
 
     def __init__(self) -> None:
+        super().__init__(TARGETS["gfx942"])
         properties = {"max_shared_mem": 65536, "warpSize": 64, "multiprocessor_count": 304, "arch": "gfx942"}
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: properties, load_binary=lambda *given: (None, None, 0, 0, 1024)
         )
         self.launcher_cls = Launcher
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return False
-
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("hip", "gfx942", 64)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("emulated code has no time")
 
 
 def install() -> None:

@@ -7,13 +7,13 @@
 
 #include "machine.h"
 
-template <class T> constexpr bool FLOAT = !std::is_integral_v<T>;
 template <class T> using Bits = std::conditional_t<sizeof(T) == 8, u64, std::conditional_t<sizeof(T) == 4, u32, u16>>;
 template <class T> constexpr Bits<T> SIGN = Bits<T>(1) << (8 * sizeof(T) - 1);
 template <class T> constexpr int DIGITS = std::numeric_limits<T>::digits - 1;
 template <class T> Bits<T> bits(T x) { return std::bit_cast<Bits<T>>(x); }
 template <class T> T from_bits(u64 x) { return std::bit_cast<T>(Bits<T>(x)); }
 inline f32 to_f32(u32 x) { return from_bits<f32>(x); }
+inline f32 half_to_f32(u32 x) { return from_bits<f16>(x); }
 
 template <class T> int exponent(T x) { return bits(x) >> DIGITS<T> & (2 * std::numeric_limits<T>::max_exponent - 1); }
 template <class T> bool is_quiet(T x) { return bits(x) >> (DIGITS<T> - 1) & 1; }
@@ -32,15 +32,6 @@ template <class T> T clamped(f64 x) {
     using Limits = std::numeric_limits<T>;
     if (x != x) return 0;
     return x >= f64(Limits::max()) ? Limits::max() : x <= f64(Limits::min()) ? Limits::min() : T(x);
-}
-// The machine's exponentials are within an ulp: exact here, or with a hash of the operand an ulp beside it.
-inline bool ulps = false;
-inline f32 inexact(f32 x, f32 result) {
-    if (!ulps || !std::isfinite(result) || result == 0) return result;
-    u32 h = bits(x) * 2654435761u;
-    h = (h ^ h >> 15) * 0x85ebca6bu;
-    f32 moved = to_f32(bits(result) + int((h ^ h >> 13) % 3) - 1);
-    return subnormal(moved) || !std::isfinite(moved) ? result : moved;
 }
 // What the machine's reciprocals of float64 keep: about 24 digits.
 inline f64 shortened(f64 x) { return std::isfinite(x) ? from_bits<f64>(bits(x) >> 28 << 28) : x; }

@@ -21,7 +21,7 @@ BYTES = {"ubyte": 1, "u8": 1, "byte": 1, "b8": 1, "ushort": 2, "u16": 2, "short"
 MASK_OUT = re.compile(r"v_(add|sub|subrev|addc|subb|subbrev)_co_u32|v_mad_[iu]64_[iu]32|v_div_scale_f")
 MASK_IN = re.compile(r"v_(addc|subb|subbrev)_co_u32|v_cndmask_b32|v_div_fmas_f")
 WITHOUT_RESULT = re.compile(r"(buffer|global)_store|ds_write|s_cmp|s_bitcmp")
-READS_RESULT = re.compile(r"v_fmac_|s_addk_|s_mulk_")
+READS_RESULT = re.compile(r"v_fmac_|v_fma_mixlo_|s_addk_")
 ALONE = re.compile(r"s_(nop|barrier|endpgm|sleep|setprio|code_end)|buffer_(inv|wbl2)")
 SELECTING = re.compile(r"v_pk_|v_fma_mix")
 # 1/2π is the one constant whose digits are not all written.
@@ -176,8 +176,7 @@ class Program:
             operand(i.mask_in, "vcc" if "div_fmas" in name else operands.pop())
         for source, text in zip(i.source, operands, strict=False):
             operand(source, text)
-        if name.startswith("v_pk_"):
-            i.op_sel_hi[:] = (1, 1, 1, 1)
+        i.op_sel_hi[:] = [name.startswith("v_pk_") and name != "v_pk_mov_b32"] * 4
         for modifier in modifiers:
             if modifier.startswith("op_sel") and not SELECTING.match(name):
                 raise NotImplementedError(modifier)
