@@ -12,6 +12,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 HEADER = re.sub(r"//.*", "", (HERE / "machine.h").read_text())
+# What is looked for, by its number.
+KINDS = [name.replace("_", " ").lower().replace("lds", "LDS") for name in
+         re.findall(r"\w+", re.findall(r"enum Kind : u32 {(.*?)}", HEADER, re.S)[0])]  # fmt: skip
 TYPES: dict[str, Any] = {f"{kind[0]}{8 * size}": getattr(ctypes, f"c_{kind}{8 * size}")
                          for kind in ("uint", "int") for size in (1, 2, 4, 8)}  # fmt: skip
 
@@ -26,12 +29,6 @@ def structure(name: str) -> Any:
             fields.append((field, whole * int(length) if length else whole))
     TYPES[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return TYPES[name]
-
-
-def kinds() -> list[str]:
-    """What is looked for, by its number."""
-    (names,) = re.findall(r"enum Kind : u32 {(.*?)}", HEADER, re.S)
-    return [name.replace("_", " ").lower().replace("lds", "LDS") for name in re.findall(r"\w+", names)]
 
 
 def compiler() -> str | None:

@@ -19,11 +19,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from fused_pref.cli.kernels.compile import TARGETS, AbsentDevice
-from gfx942.build import kinds, library, structure
+from gfx942.build import KINDS, library, structure
 from gfx942.program import Program
 
 POISON = 0x7FA5C3E1
-KINDS, Finding, Start = kinds(), structure("Finding"), structure("Launch")
+Finding, Start = structure("Finding"), structure("Launch")
 # Values that are stored twice are the same. That lanes which hold nothing are moved about is common, and harmless.
 HARMLESS = {"same value stored twice", "dpp of an inactive lane", "LDS read before written"}
 FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
@@ -44,14 +44,9 @@ class Launched:
 
 
 LAUNCHES: list[Launched] = []
+program_of = functools.cache(lambda assembly: Program(assembly, library().operation_number))
 # The order of waves: rising (0), falling, one instruction of each in turn.
 OPTIONS = {"order": 0}
-
-
-@functools.cache
-def program_of(assembly: str) -> Program:
-    """The program of a kernel's assembly."""
-    return Program(assembly, library().operation_number)
 
 
 def flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
@@ -115,8 +110,7 @@ class Launcher:
         self.signature, self.metadata = dict(source.signature), metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
-        _, _, _, _, *arguments = rest
-        launch(function, (x, y, z), self.signature, arguments, self.metadata)
+        launch(function, (x, y, z), self.signature, rest[4:], self.metadata)
 
 
 class Driver(AbsentDevice):
@@ -125,16 +119,12 @@ class Driver(AbsentDevice):
     def __init__(self) -> None:
         super().__init__(TARGETS["gfx942"])
         properties = {"max_shared_mem": 65536, "warpSize": 64, "multiprocessor_count": 304, "arch": "gfx942"}
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties, load_binary=lambda *given: (None, None, 0, 0, 1024)
-        )
+        loaded = (None, None, 0, 0, 1024)
         self.launcher_cls = Launcher
+        self.utils = SimpleNamespace(get_device_properties=lambda _: properties, load_binary=lambda *_: loaded)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def install() -> None:

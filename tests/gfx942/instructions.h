@@ -6,7 +6,7 @@
 #include "operands.h"
 
 // x, y and z are the sources. S: of scalars, which may set scc; LOGIC: which set it where the result is not 0; TEST:
-// which set nothing else. V: of vectors, C: with a carry c. Without types, all are T.
+// which set nothing else. V: of vectors, C: with a carry c, T: of types that are all T; DO: all else.
 #define S1(A, B, name, e) scalar<A, B>(name, [](u32& scc, B x) { return (void)scc, e; });
 #define S2(A, B, C, name, e) scalar<A, B, C>(name, [](u32& scc, B x, C y) { return (void)scc, e; });
 #define LOGIC1(A, name, e) scalar<A, A>(name, [](u32& scc, A x) { return x = A(e), scc = x != 0, x; });
@@ -16,6 +16,12 @@
 #define V2(A, B, C, name, e) vector<A, B, C>(name, [](B x, C y) { return e; });
 #define V3(A, B, C, D, name, e) vector<A, B, C, D>(name, [](B x, C y, D z) { return e; });
 #define C2(name, e) masked<u32, u32, u32>(name, [](bool& c, u64 x, u64 y) { return x = e, c = x >> 32 & 1, u32(x); });
+#define DO(name, e)                                  \
+    define(name, [](Wave& w, const Instruction& i) { \
+        (void)w, (void)i;                            \
+        e;                                           \
+    });
+#define SHIFT_ADD(n) S2(T, T, T, "s_lshl" #n "_add_u32", (scc = ((u64(x) << n) + y) >> 32 != 0, (x << n) + y))
 #define T1(name, e) V1(T, T, name, e)
 #define T2(name, e) V2(T, T, T, name, e)
 #define T3(name, e) V3(T, T, T, T, name, e)
@@ -50,8 +56,7 @@ template <class T> void define_bitwise(const std::string& type) {
     LOGIC2(Signed, u32, "s_bfe_i" + type, field(x, y & LAST, y >> 16 & 127))
     LOGIC2(T, u32, "s_bfe_u" + type, field(x, y & LAST, y >> 16 & 127))
     S2(T, T, T, "s_cselect_b" + type, scc ? x : y)
-    TEST(T, u32, "s_bitcmp0_b" + type, !(x >> (y & LAST) & 1))
-    TEST(T, u32, "s_bitcmp1_b" + type, x >> (y & LAST) & 1)
+    TEST(T, u32, "s_bitcmp0_b" + type, !(x >> (y & LAST) & 1)) TEST(T, u32, "s_bitcmp1_b" + type, x >> (y & LAST) & 1)
 }
 template <class T> void define_ordered(const std::string& type) {
     S2(T, T, T, "s_min_" + type, (scc = x < y, std::min(x, y)))     T2("v_min_" + type, std::min(x, y))
@@ -63,30 +68,22 @@ inline void define_scalar() {
     S2(T, T, T, "s_add_i32", (scc = (~(x ^ y) & (x ^ (x + y))) >> 31, x + y))
     S2(T, i16, T, "s_addk_i32", (scc = (~(x ^ y) & (x ^ (x + y))) >> 31, x + y))
     S2(T, T, T, "s_sub_i32", (scc = ((x ^ y) & (x ^ (x - y))) >> 31, x - y))
-    S2(T, T, T, "s_add_u32", (scc = x + y < x, x + y))
-    S2(T, T, T, "s_sub_u32", (scc = x < y, x - y))
+    S2(T, T, T, "s_add_u32", (scc = x + y < x, x + y))  S2(T, T, T, "s_sub_u32", (scc = x < y, x - y))
     scalar<T, T, T>("s_addc_u32", [](u32& scc, u64 x, u64 y) { return x += y + scc, scc = x >> 32 & 1, x; });
     scalar<T, T, T>("s_subb_u32", [](u32& scc, u64 x, u64 y) { return x -= y + scc, scc = x >> 32 & 1, x; });
-    S2(T, T, T, "s_lshl1_add_u32", (scc = ((u64(x) << 1) + y) >> 32 != 0, (x << 1) + y))
-    S2(T, T, T, "s_lshl2_add_u32", (scc = ((u64(x) << 2) + y) >> 32 != 0, (x << 2) + y))
-    S2(T, T, T, "s_lshl3_add_u32", (scc = ((u64(x) << 3) + y) >> 32 != 0, (x << 3) + y))
-    S2(T, T, T, "s_lshl4_add_u32", (scc = ((u64(x) << 4) + y) >> 32 != 0, (x << 4) + y))
+    SHIFT_ADD(1) SHIFT_ADD(2) SHIFT_ADD(3) SHIFT_ADD(4)
     S2(T, T, T, "s_mul_hi_u32", u64(x) * y >> 32)       S2(T, i32, i32, "s_mul_hi_i32", i64(x) * y >> 32)
     S2(T, T, T, "s_mul_i32", x * y)                     LOGIC1(T, "s_abs_i32", i32(x) < 0 ? -x : x)
     S1(T, i16, "s_movk_i32", x)                         S1(T, T, "s_brev_b32", reversed(x))
-    save_exec("s_and_saveexec_b64", [](u64 x, u64 exec) { return x & exec; });
-    save_exec("s_andn2_saveexec_b64", [](u64 x, u64 exec) { return x & ~exec; });
-    jump("s_branch", [](Wave&) { return true; });
-    jump("s_cbranch_scc0", [](Wave& w) { return !w.scc; });
-    jump("s_cbranch_scc1", [](Wave& w) { return w.scc != 0; });
-    jump("s_cbranch_vccz", [](Wave& w) { return !w.scalar_pair(VCC); });
-    jump("s_cbranch_vccnz", [](Wave& w) { return w.scalar_pair(VCC) != 0; });
-    jump("s_cbranch_execz", [](Wave& w) { return !w.exec(); });
-    jump("s_cbranch_execnz", [](Wave& w) { return w.exec() != 0; });
-    define("s_nop", [](Wave&, const Instruction&) {});
-    define("s_setprio", [](Wave&, const Instruction&) {});
-    define("s_endpgm", [](Wave& w, const Instruction&) { w.done = true; });
-    define("s_barrier", [](Wave& w, const Instruction&) { w.waiting = true; });
+    DO("s_and_saveexec_b64", save_exec(w, i, scalar_source<u64>(w, i, 0) & w.exec()))
+    DO("s_andn2_saveexec_b64", save_exec(w, i, scalar_source<u64>(w, i, 0) & ~w.exec()))
+    DO("s_branch", jump(w, i.target, true))
+    DO("s_cbranch_scc0", jump(w, i.target, !w.scc))                DO("s_cbranch_scc1", jump(w, i.target, w.scc))
+    DO("s_cbranch_vccz", jump(w, i.target, !w.scalar_pair(VCC)))
+    DO("s_cbranch_vccnz", jump(w, i.target, w.scalar_pair(VCC)))
+    DO("s_cbranch_execz", jump(w, i.target, !w.exec()))            DO("s_cbranch_execnz", jump(w, i.target, w.exec()))
+    DO("s_nop", {})                                         DO("s_setprio", {})
+    DO("s_endpgm", w.done = true)                           DO("s_barrier", w.waiting = true)
     define("s_waitcnt", [](Wave& w, const Instruction& i) {
         if (i.vmcnt >= 0) w.retire(w.vm, i.vmcnt);
         // Scalar loads return in any order: with one under way, only a count of 0 tells anything.
@@ -105,32 +102,22 @@ inline void define_integer() {
     T2("v_lshlrev_b32", y << (x & 31))  V2(u64, T, u64, "v_lshlrev_b64", y << (x & 63))
     T2("v_lshrrev_b32", y >> (x & 31))  V2(u64, T, u64, "v_lshrrev_b64", y >> (x & 63))
     V2(i32, T, i32, "v_ashrrev_i32", y >> (x & 31))     V2(i64, T, i64, "v_ashrrev_i64", y >> (x & 63))
-    V2(u16, u16, u16, "v_lshrrev_b16", y >> (x & 15))
     T3("v_add3_u32", x + y + z)         T3("v_add_lshl_u32", (x + y) << (z & 31))
     T3("v_or3_b32", x | y | z)          T3("v_lshl_add_u32", (x << (y & 31)) + z)
     T3("v_and_or_b32", (x & y) | z)     V3(u64, u64, T, u64, "v_lshl_add_u64", (x << (y & 63)) + z)
     T3("v_xad_u32", (x ^ y) + z)        T3("v_lshl_or_b32", x << (y & 31) | z)
-    T3("v_bfi_b32", (x & y) | (~x & z)) T3("v_alignbit_b32", (u64(x) << 32 | y) >> (z & 31))
-    T3("v_perm_b32", permuted(x, y, z))
+    T3("v_perm_b32", permuted(x, y, z)) V2(u16, u16, u16, "v_lshrrev_b16", y >> (x & 15))
     T3("v_bfe_u32", field(x, y & 31, z & 31))           V3(i32, i32, T, T, "v_bfe_i32", field(x, y & 31, z & 31))
-    T2("v_mul_u32_u24", (x & 0xffffff) * (y & 0xffffff))
-    T3("v_mad_u32_u24", (x & 0xffffff) * (y & 0xffffff) + z)
+    T2("v_mul_u32_u24", (x & 0xffffff) * (y & 0xffffff)) T3("v_mad_u32_u24", (x & 0xffffff) * (y & 0xffffff) + z)
     C2("v_add_co_u32", x + y)           C2("v_addc_co_u32", x + y + c)
     C2("v_sub_co_u32", x - y)           C2("v_subb_co_u32", x - y - c)
     C2("v_subrev_co_u32", y - x)        C2("v_subbrev_co_u32", y - x - c)
     masked<u64, T, T, u64>("v_mad_u64_u32", [](bool& c, u64 x, u64 y, u64 z) { return x *= y, c = x + z < z, x + z; });
     masked<u64, i32, i32, u64>("v_mad_i64_i32", [](bool&, i64 x, i64 y, u64 z) { return x * y + z; });
-    masked<f32, f32, f32>("v_cndmask_b32", [](bool& c, f32 x, f32 y) { return c ? y : x; });  // with modifiers of floats
-    define("v_readfirstlane_b32", [](Wave& w, const Instruction& i) {
-        write_scalar(w, i, source<u32>(w, i, 0)[w.exec() ? std::countr_zero(w.exec()) : 0]);
-    });
-    define("v_readlane_b32", [](Wave& w, const Instruction& i) {
-        write_scalar(w, i, source<u32>(w, i, 0)[scalar_source<u32>(w, i, 1) & 63]);
-    });
-    define("v_writelane_b32", [](Wave& w, const Instruction& i) {
-        w.v[i.out.index][scalar_source<u32>(w, i, 1) & 63] = scalar_source<u32>(w, i, 0);
-        w.v_pending[i.out.index] = -1;
-    });
+    masked<f32, f32, f32>("v_cndmask_b32", [](bool& c, f32 x, f32 y) { return c ? y : x; });
+    DO("v_readfirstlane_b32", write_scalar(w, i, source<u32>(w, i, 0)[w.exec() ? std::countr_zero(w.exec()) : 0]))
+    DO("v_readlane_b32", write_scalar(w, i, source<u32>(w, i, 0)[scalar_source<u32>(w, i, 1) & 63]))
+    DO("v_writelane_b32", w.set_lane(i.out.index, scalar_source<u32>(w, i, 1) & 63, scalar_source<u32>(w, i, 0)))
 }
 template <class T> void define_floats(const std::string& type) {
     T2("v_add_" + type, x + y)              T2("v_max_" + type, (extreme<true>(x, y)))
@@ -140,27 +127,24 @@ template <class T> void define_floats(const std::string& type) {
     T1("v_trunc_" + type, std::trunc(x))    T1("v_rndne_" + type, std::nearbyint(x))
     V2(T, T, i32, "v_ldexp_" + type, std::ldexp(x, std::clamp(y, -5000, 5000)))
     vector<T, T>("v_frexp_mant_" + type, [](T x) { int e; return std::isfinite(x) ? std::frexp(x, &e) : x; });
-    vector<i32, T>("v_frexp_exp_i32_" + type, [](T x) { int e = 0; return std::isfinite(x) ? std::frexp(x, &e), e : 0; });
+    vector<i32, T>("v_frexp_exp_i32_" + type, [](T x) { int e; return std::frexp(x, &e), std::isfinite(x) ? e : 0; });
     V1(T, i32, "v_cvt_" + type + "_i32", x) V1(i32, T, "v_cvt_i32_" + type, clamped<i32>(x))
     V1(T, u32, "v_cvt_" + type + "_u32", x) V1(u32, T, "v_cvt_u32_" + type, clamped<u32>(x))
     masked<T, T, T, T>("v_div_scale_" + type, [](bool& flag, T s, T d, T n) { return div_scale(flag, s, d, n); });
     masked<T, T, T, T>("v_div_fmas_" + type, [](bool& flag, T x, T y, T z) { return div_fmas(flag, x, y, z); });
-    T3("v_div_fixup_" + type, div_fixup(x, y, z))
-    V2(bool, T, u32, "v_cmp_class_" + type, class_of(x) & y)
+    T3("v_div_fixup_" + type, div_fixup(x, y, z)) V2(bool, T, u32, "v_cmp_class_" + type, class_of(x) & y)
 }
 inline void define_float() {
     using T = f32;
     define_floats<f32>("f32"), define_floats<f64>("f64");
     T2("v_sub_f32", x - y)                      T2("v_subrev_f32", y - x)
     T3("v_fmaak_f32", std::fma(x, y, z))        T3("v_fmamk_f32", std::fma(x, y, z))
-    T3("v_max3_f32", (extreme<true>(extreme<true>(x, y), z)))
+    T3("v_max3_f32", (extreme<true>(extreme<true>(x, y), z)))   T1("v_sqrt_f32", std::sqrt(x))
     // Subnormal operands and results of these are flushed to 0.
     T1("v_exp_f32", flushed(f32(std::exp2(f64(flushed(x))))))
     T1("v_log_f32", f32(std::log2(f64(flushed(x)))))
     T1("v_rcp_f32", flushed(f32(1 / f64(flushed(x)))))
     T1("v_rcp_iflag_f32", flushed(f32(1 / f64(flushed(x)))))
-    T1("v_rsq_f32", f32(1 / std::sqrt(f64(flushed(x)))))
-    T1("v_sqrt_f32", std::sqrt(x))
     V1(f64, f64, "v_rcp_f64", shortened(1 / x)) V1(f64, f64, "v_rsq_f64", shortened(1 / std::sqrt(x)))
     V1(f64, T, "v_cvt_f64_f32", x)              V1(T, f64, "v_cvt_f32_f64", x)
     V1(f16, T, "v_cvt_f16_f32", x)              V1(T, f16, "v_cvt_f32_f16", x)
@@ -173,14 +157,10 @@ inline void define_float() {
     vector<u32, Mixed, Mixed, Mixed, u32>("v_fma_mixlo_f16", [](Mixed x, Mixed y, Mixed z, u32 old) {
         return (old & 0xffff0000) | bits(f16(fma(x, y, z)));
     });
-    define("v_mfma_f32_32x32x8_bf16", matrix<32, BFLOAT16, 4>);
-    define("v_mfma_f32_16x16x16_bf16", matrix<16, BFLOAT16, 4>);
-    define("v_mfma_f32_32x32x8_f16", matrix<32, FLOAT16, 4>);
-    define("v_mfma_f32_16x16x16_f16", matrix<16, FLOAT16, 4>);
-    define("v_mfma_f32_32x32x2_f32", matrix<32, FLOAT32, 1>);
-    define("v_mfma_f32_16x16x4_f32", matrix<16, FLOAT32, 1>);
-    define("v_mfma_f32_32x32x4_xf32", matrix<32, XFLOAT32, 2>);
-    define("v_mfma_f32_16x16x8_xf32", matrix<16, XFLOAT32, 2>);
+    define("v_mfma_f32_32x32x8_bf16", matrix<32, BF16, 4>), define("v_mfma_f32_16x16x16_bf16", matrix<16, BF16, 4>);
+    define("v_mfma_f32_32x32x8_f16", matrix<32, F16, 4>), define("v_mfma_f32_16x16x16_f16", matrix<16, F16, 4>);
+    define("v_mfma_f32_32x32x4_xf32", matrix<32, XF32, 2>), define("v_mfma_f32_16x16x8_xf32", matrix<16, XF32, 2>);
+    define("v_mfma_f32_32x32x2_f32", matrix<32, F32, 1>), define("v_mfma_f32_16x16x4_f32", matrix<16, F32, 1>);
 }
 inline void define_all() {
     constexpr std::make_integer_sequence<int, 16> all;
@@ -189,13 +169,9 @@ inline void define_all() {
     define_relations<u16>("u16", all), define_relations<f64>("f64", all);
     define_scalar(), define_integer(), define_float();
     // Of accesses, program.py reads the sizes in the rest of the name.
-    define("s_load", scalar_load);
     define("buffer_load", buffer<false>), define("buffer_store", buffer<true>);
     define("global_load", global<false>), define("global_store", global<true>);
-    define("ds_read", lds<false>), define("ds_write", lds<true>);
-    define("ds_swizzle_b32", [](Wave& w, const Instruction& i) { exchange(w, i, 0, [&](int l) { return i.lanes[l]; }); });
-    define("ds_bpermute_b32", [](Wave& w, const Instruction& i) {
-        const Row<u32> address = source<u32>(w, i, 0);
-        exchange(w, i, 1, [&](int l) { return (address[l] + i.offset[0]) >> 2 & 63; });
-    });
+    define("ds_read", lds<false>), define("ds_write", lds<true>), define("s_load", scalar_load);
+    DO("ds_swizzle_b32", exchange(w, i, 0, [&](int l) { return i.lanes[l]; }))
+    DO("ds_bpermute_b32", exchange(w, i, 1, [&](int l) { return (w.v[i.source[0].index][l] + i.offset[0]) >> 2 & 63; }))
 }

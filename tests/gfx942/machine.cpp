@@ -57,10 +57,7 @@ extern "C" int run(const Launch* given) {
         m.shadows.push_back(
             {*r, 1, RACE, NOT_WAITED_FOR_BEFORE_THE_BARRIER, std::vector<Cell>((r->high - r->low) / 2 + 2)});
     std::vector<std::unique_ptr<Wave>> waves((launch.threads + LANES - 1) / LANES);
-    for (auto& w : waves) {
-        w = std::make_unique<Wave>();
-        w->number = int(&w - waves.data()), w->machine = &m;
-    }
+    for (auto& w : waves) w.reset(new Wave()), w->number = int(&w - waves.data()), w->machine = &m;
     const u32* grid = launch.grid;
     for (u32 all = grid[0] * grid[1] * grid[2], n = 0; n < all && !m.failed; n++) {
         const u32 workgroup[] = {n % grid[0], n / grid[0] % grid[1], n / grid[0] / grid[1]};

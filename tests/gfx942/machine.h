@@ -125,6 +125,7 @@ struct Wave {
     u64 exec() const { return s[EXEC] | u64(s[EXEC + 1]) << 32; }
     bool active(int lane) const { return exec() >> lane & 1; }
     void set(int r, u32 x) { s[r] = x, s_pending[r] = -1; }
+    void set_lane(int r, int lane, u32 x) { v[r][lane] = x, v_pending[r] = -1; }
     void set_pair(int r, u64 x) { set(r, u32(x)), set(r + 1, u32(x >> 32)); }
 
     i32 new_record(std::deque<i32>& queue) {
@@ -240,10 +241,9 @@ template <bool STORE> void global(Wave& w, const Instruction& i) {
     });
 }
 template <bool STORE> void lds(Wave& w, const Instruction& i) {
-    const u32* v = w.v[i.source[0].index];
     w.check_vector(i.source[0].index, 1);
     Row<u32> address;
-    std::copy_n(v, LANES, address.begin());
+    std::copy_n(w.v[i.source[0].index], LANES, address.begin());
     transfer<STORE, true>(w, i, i.source + 1, [&](const auto& access, int k, u32* value) {
         const u32 a = address[access.lane] + i.offset[k];
         if (a % (i.pair ? i.bytes : std::min<int>(i.bytes, 8))) w.found(MISALIGNED, access.lane);

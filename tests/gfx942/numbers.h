@@ -1,7 +1,6 @@
 // Numbers as the machine has them: parts of floats, NaN, zeros, and what it rounds.
 #pragma once
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -29,9 +28,7 @@ template <bool LARGER, class T> T extreme(T x, T y) {
     return (x == y ? !std::signbit(x) : x > y) == LARGER ? x : y;
 }
 template <class T> T clamped(f64 x) {
-    using Limits = std::numeric_limits<T>;
-    if (x != x) return 0;
-    return x >= f64(Limits::max()) ? Limits::max() : x <= f64(Limits::min()) ? Limits::min() : T(x);
+    return x != x ? 0 : T(std::clamp<f64>(x, std::numeric_limits<T>::min(), std::numeric_limits<T>::max()));
 }
 // What the machine's reciprocals of float64 keep: about 24 digits.
 inline f64 shortened(f64 x) { return std::isfinite(x) ? from_bits<f64>(bits(x) >> 28 << 28) : x; }
@@ -47,9 +44,8 @@ inline u32 reversed(u32 x) {
 }
 template <class T> T field(T x, u32 offset, u32 width) {  // extends the sign of signed types
     constexpr u32 ALL = 8 * sizeof(T);
-    if (width == 0) return 0;
     width = std::min(width, ALL - offset);
-    return T(std::make_unsigned_t<T>(x) << (ALL - width - offset)) >> (ALL - width);
+    return width ? T(std::make_unsigned_t<T>(x) << (ALL - width - offset)) >> (ALL - width) : 0;
 }
 inline u32 permuted(u32 high, u32 low, u32 choice) {
     const u64 from = u64(high) << 32 | low;

@@ -143,17 +143,13 @@ template <class To, class... From, class F> void scalar(const std::string& name,
         else write_scalar(w, i, To(std::apply(F{}, in)));
     });
 }
-template <class F> void save_exec(const std::string& name, F) {
-    define(name, [](Wave& w, const Instruction& i) {
-        const u64 before = w.exec(), after = F{}(scalar_source<u64>(w, i, 0), before);
-        w.set_pair(i.out.index, before), w.set_pair(EXEC, after), w.scc = after != 0;
-    });
+inline void save_exec(Wave& w, const Instruction& i, u64 exec) {
+    w.set_pair(i.out.index, w.exec()), w.set_pair(EXEC, exec), w.scc = exec != 0;
 }
-template <class F> void jump(const std::string& name, F) {
-    define(name, [](Wave& w, const Instruction& i) { w.next = F{}(w) ? w.machine->launch.code + i.target : w.next; });
-}
-// Lane l gets from lane `from` what is in source k.
+inline void jump(Wave& w, int target, bool taken) { w.next = taken ? w.machine->launch.code + target : w.next; }
+// Lane l gets from lane `from` what is in source k; the address is source 0.
 template <class F> void exchange(Wave& w, const Instruction& i, int k, F from) {
+    if (k > 0) w.check_vector(i.source[0].index, 1);
     const Row<u32> x = source<u32>(w, i, k);
     Row<u32> out;
     EACH out[l] = w.active(from(l)) ? x[from(l)] : 0;
@@ -161,16 +157,16 @@ template <class F> void exchange(Wave& w, const Instruction& i, int k, F from) {
 }
 
 // Matrix products: D = A B + C, in the order of k with one rounding each (the hardware's order is not documented).
-enum Entry { FLOAT32, FLOAT16, BFLOAT16, XFLOAT32 };
+enum Entry { F32, F16, BF16, XF32 };
 template <int M, Entry TYPE, int PER_LANE> void matrix(Wave& w, const Instruction& i) {
-    constexpr bool NARROW = TYPE == FLOAT16 || TYPE == BFLOAT16;
+    constexpr bool NARROW = TYPE == F16 || TYPE == BF16;
     constexpr int GROUPS = LANES / M, K = PER_LANE * GROUPS, OUT = M * M / LANES, IN = NARROW ? PER_LANE / 2 : PER_LANE;
     static f32 a[K][M], b[K][M], c[M][M];
     auto word = [&](const Operand& o, int r, int l) { return o.place == VECTOR ? w.v[o.index + r][l] : o.bits; };
     auto entry = [&](const Operand& o, int e, int l) {
         u32 x = word(o, NARROW ? e / 2 : e, l), half = NARROW && e & 1 ? x >> 16 : x;
-        if (TYPE == XFLOAT32 && (x & 0x7f800000) != 0x7f800000) x = (x + 0xfff + (x >> 13 & 1)) & ~0x1fffu;
-        return TYPE == FLOAT16 ? half_to_f32(half) : to_f32(TYPE == BFLOAT16 ? half << 16 : x);
+        if (TYPE == XF32 && (x & 0x7f800000) != 0x7f800000) x = (x + 0xfff + (x >> 13 & 1)) & ~0x1fffu;
+        return TYPE == F16 ? half_to_f32(half) : to_f32(TYPE == BF16 ? half << 16 : x);
     };
     auto row = [](int r, int l) { return r / 4 * (4 * GROUPS) + 4 * (l / M) + r % 4; };
     for (int k = 0; k < 3; k++)

@@ -22,8 +22,6 @@ MASK_OUT = re.compile(r"v_(add|sub|subrev|addc|subb|subbrev)_co_u32|v_mad_[iu]64
 MASK_IN = re.compile(r"v_(addc|subb|subbrev)_co_u32|v_cndmask_b32|v_div_fmas_f")
 WITHOUT_RESULT = re.compile(r"(buffer|global)_store|ds_write|s_cmp|s_bitcmp")
 READS_RESULT = re.compile(r"v_fmac_|v_fma_mixlo_|s_addk_")
-ALONE = re.compile(r"s_(nop|barrier|endpgm|sleep|setprio|code_end)|buffer_(inv|wbl2)")
-SELECTING = re.compile(r"v_pk_|v_fma_mix")
 # 1/2π is the one constant whose digits are not all written.
 INVERSE_TAU = (0x3E22F983, 0x3118, 0x3FC45F306DC9C882)
 
@@ -44,10 +42,9 @@ def operand(o: Any, text: str) -> None:
     elif name in ("off", "null"):
         o.place = OFF
     elif re.fullmatch(r"-?\d+\.\d+(e[-+]?\d+)?", name):
-        values = (struct.unpack(i, struct.pack(f, float(name)))[0] for i, f in (("I", "f"), ("H", "e"), ("Q", "d")))
-        o.place = CONSTANT
+        values = [struct.unpack(i, struct.pack(f, float(name)))[0] for i, f in (("I", "f"), ("H", "e"), ("Q", "d"))]
         o.bits, o.half, o.float64 = INVERSE_TAU if name.startswith("0.1591549") else values
-        o.int64 = o.float64
+        o.place, o.int64 = CONSTANT, o.float64
     elif re.fullmatch(r"-?(\d+|0x[\da-f]+)", name):
         value = int(name, 0)
         o.place, o.bits, o.half = CONSTANT, value & 0xFFFFFFFF, value & 0xFFFF
@@ -74,20 +71,18 @@ def lanes(kind: str, *n: int) -> Any:
     return Instruction().lanes.__class__(*map(read, range(64)))
 
 
-def modify(i: Any, modifier: str) -> None:
+def modify(i: Any, modifier: str, packed: bool) -> None:
     """Apply a modifier at the end of a line."""
     key, _, value = modifier.partition(":")
     numbers = [int(x, 0) for x in re.findall(r"\b(?:0x[\da-f]+|\d+)\b", value)]
-    if key in ("op_sel", "op_sel_hi", "neg_lo", "neg_hi"):
+    if key in ("op_sel", "op_sel_hi", "neg_lo", "neg_hi") and packed:
         getattr(i, key)[: len(numbers)] = numbers
     elif value.startswith("swizzle(SWAP,"):
         i.lanes = lanes("SWAP", *numbers)
     elif key in ("offset", "offset0", "offset1") and numbers:
         i.offset[key == "offset1"] = int(value, 0)
-    elif key in ("row_mask", "bank_mask"):
-        setattr(i, key, *numbers)
-    elif key in ("offen", "bound_ctrl"):
-        setattr(i, key, 1)
+    elif key in ("row_mask", "bank_mask", "bound_ctrl", "offen"):
+        setattr(i, key, numbers[0] if "mask" in key else 1)
     elif re.match("quad_perm|row_", key):
         i.lanes = lanes(key, *numbers)
     elif key in ("src0_sel", "src1_sel"):
@@ -152,15 +147,12 @@ class Program:
         if name == "s_waitcnt":
             for key, value in re.findall(r"(vmcnt|lgkmcnt)\((\d+)\)", rest):
                 setattr(i, key, int(value))
-            if rest == "0":
-                i.vmcnt = i.lgkmcnt = 0
         elif re.match(r"s_c?branch", name):
             i.target = self.labels[rest]
-        elif not ALONE.match(name):
+        elif rest:
             self._operands(i, name, rest)
         if i.pair:
-            for k in range(2):
-                i.offset[k] *= i.bytes * (64 if far else 1)
+            i.offset[:] = [x * i.bytes * (64 if far else 1) for x in i.offset]
 
     def _operands(self, i: Any, name: str, rest: str) -> None:
         *operands, last = split(rest, ",")
@@ -178,6 +170,4 @@ class Program:
             operand(source, text)
         i.op_sel_hi[:] = [name.startswith("v_pk_") and name != "v_pk_mov_b32"] * 4
         for modifier in modifiers:
-            if modifier.startswith("op_sel") and not SELECTING.match(name):
-                raise NotImplementedError(modifier)
-            modify(i, modifier)
+            modify(i, modifier, packed=name.startswith(("v_pk_", "v_fma_mix")))
