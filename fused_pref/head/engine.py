@@ -71,6 +71,7 @@ def problem_of(head: Head, rows: ValidRows) -> Problem:
         indexed=fused and head.indexed,
         skip_mass=skip_mass if skip_mass is not None and shard is None and can_skip(head) else None,
         cast_weight=0 if head.dtype == weight.dtype else weight.numel() * head.dtype.itemsize,
+        sum_itemsize=0 if head.hidden_dtype == head.hidden.dtype else head.hidden_dtype.itemsize,
     )
 
 

@@ -1,14 +1,34 @@
-"""The emulator, built by the machine's C++ compiler."""
+"""The emulator, built by the machine's C++ compiler, and the structures that it shares with Python."""
 
 import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
+HEADER = re.sub(r"//.*", "", (HERE / "machine.h").read_text())
+# What is looked for, by its number.
+KINDS = [name.replace("_", " ").lower().replace("lds", "LDS") for name in
+         re.findall(r"\w+", re.findall(r"enum Kind : u32 {(.*?)}", HEADER, re.S)[0])]  # fmt: skip
+TYPES: dict[str, Any] = {f"{kind[0]}{8 * size}": getattr(ctypes, f"c_{kind}{8 * size}")
+                         for kind in ("uint", "int") for size in (1, 2, 4, 8)}  # fmt: skip
+
+
+def structure(name: str) -> Any:
+    """A structure of ``machine.h`` in terms of ctypes; pointers are addresses."""
+    (body,) = re.findall(rf"^struct {name} {{(.*?)^}};", HEADER, re.M | re.S)
+    fields = []
+    for kind, indirect, names in re.findall(r"^ +(?:const )?(\w+)(\*?) (.+);", body, re.M):
+        for pointer, field, length in re.findall(r"(\*?)(\w+)(?:\[(\d+)\])?", names):
+            whole = ctypes.c_void_p if pointer or indirect else TYPES[kind]
+            fields.append((field, whole * int(length) if length else whole))
+    TYPES[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return TYPES[name]
 
 
 def compiler() -> str | None:
@@ -21,13 +41,13 @@ def library() -> ctypes.CDLL:
     """The emulator, built once for each state of its source, in the user's cache."""
     flags = "-std=c++20 -O2 -march=native -ffp-contract=off -fno-math-errno -fno-strict-aliasing -shared -fPIC"
     command = [compiler() or "c++", *flags.split()]
-    sources = [HERE / "machine.cpp", HERE / "machine.h"]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(command).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for pattern in ("*.h", "*.cpp") for path in sorted(HERE.glob(pattern)))
+    key = hashlib.sha256(sources + repr(command).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_pref"
     built = folder / f"gfx942-{key}.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = built.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial), str(sources[0])], check=True)
+        subprocess.run([*command, "-o", str(partial), str(HERE / "machine.cpp")], check=True)
         partial.replace(built)
     return ctypes.CDLL(str(built))

@@ -10,51 +10,26 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from gfx942.build import library
-from gfx942.program import I32, U32, U64, Instruction, Program
+from fused_pref.cli.kernels.compile import TARGETS, AbsentDevice
+from gfx942.build import KINDS, library, structure
+from gfx942.program import Program
 
 POISON = 0x7FA5C3E1
-# What is found, in the order of ``Kind`` in machine.h.
-KINDS = [
-    "", "out of bounds", "LDS out of bounds", "LDS read before written", "LDS race",
-    "LDS access not waited for before the barrier", "race between workgroups", "race",
-    "not waited for before the barrier",
-    "register read before its load was waited for", "waves at different barriers", "DPP of an inactive lane", "endless",
-    "high half of a constant", "misaligned", "unsupported", "same value stored twice",
-]  # fmt: skip
+Finding, Start = structure("Finding"), structure("Launch")
 # Values that are stored twice are the same. That lanes which hold nothing are moved about is common, and harmless.
-HARMLESS = {"same value stored twice", "DPP of an inactive lane", "LDS read before written"}
+HARMLESS = {"same value stored twice", "dpp of an inactive lane", "LDS read before written"}
 FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
            "fp16": "e", "fp32": "f", "fp64": "d"}  # fmt: skip
 # Tensors up to this size are watched for races.
 WATCHED = 2**24
-
-
-class Finding(ctypes.Structure):
-    """As in ``machine.h``."""
-
-    _fields_ = [("kind", U32), ("instruction", U32), *((n, I32) for n in ("workgroup", "wave", "lane", "unused")),
-                ("address", U64)]  # fmt: skip
-
-
-class Start(ctypes.Structure):
-    """``Launch`` in ``machine.h``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("code", "regions", "shadowed", "user", "count", "found")),
-        ("most_steps", U64), ("findings", ctypes.c_void_p),
-        *((name, I32) for name in ("size", "entry", "regions_size", "shadowed_size", "user_size", "findings_size")),
-        ("identity", U32 * 3), ("grid", U32 * 3), ("threads", U32), ("lds", U32), ("inexact", I32), ("order", I32),
-    ]  # fmt: skip
 
 
 @dataclass
@@ -69,14 +44,9 @@ class Launched:
 
 
 LAUNCHES: list[Launched] = []
-# Whether exponentials, reciprocals and roots are an ulp beside; the order of waves: rising, falling, in turn.
-OPTIONS = {"inexact": 0, "order": 0}
-
-
-@functools.cache
-def program_of(assembly: str) -> Program:
-    """The program of a kernel's assembly."""
-    return Program(assembly, library().operation_number)
+program_of = functools.cache(lambda assembly: Program(assembly, library().operation_number))
+# The order of waves: rising (0), falling, one instruction of each in turn.
+OPTIONS = {"order": 0}
 
 
 def flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
@@ -91,11 +61,12 @@ def flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
 def launch(assembly: str, grid: tuple[int, ...], signature: dict[str, Any], arguments: Any, metadata: Any) -> None:
     """Run a grid, and note what it did."""
     program = program_of(assembly)
+    settings, size = program.settings, program.settings["kernarg_size"]
     given = [pair for kind, value in zip(signature.values(), arguments, strict=True) for pair in flat(kind, value)]
     given += [("*", None)] * 2  # scratch memory, global and for profiles, which no kernel asks for
-    size = program.settings["kernarg_size"]
-    memory = ctypes.create_string_buffer(size + 64)
-    base = -(-ctypes.addressof(memory) // 64) * 64
+    memory = np.zeros(size + 128, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 :]
+    base = memory.ctypes.data
     regions = {base: base + size}
     for (kind, value), (offset, width) in zip(given, program.arguments, strict=True):
         if isinstance(value, torch.Tensor):
@@ -103,36 +74,24 @@ def launch(assembly: str, grid: tuple[int, ...], signature: dict[str, Any], argu
             regions[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
             value = value.data_ptr()
         data = struct.pack("Q" if kind.startswith("*") else FORMATS[kind], 0 if value is None else value)
-        assert len(data) == width
-        ctypes.memmove(base + offset, data, width)
+        memory[offset : offset + width] = np.frombuffer(data, np.uint8)
     touched = np.array([*regions.items()], np.uint64)
     watched = np.array([x for x in regions.items() if x[0] != base and x[1] - x[0] <= WATCHED], np.uint64)
-    settings, user = program.settings, np.full(program.settings["user_sgpr_count"], POISON, np.uint32)
-    first = 2 * settings["user_sgpr_kernarg_segment_ptr"]
+    user = np.full(settings["user_sgpr_count"], POISON, np.uint32)
+    first, offset = 2 * settings["user_sgpr_kernarg_segment_ptr"], settings.get("user_sgpr_kernarg_preload_offset", 0)
     user[:first] = [base & 0xFFFFFFFF, base >> 32][:first]
-    offset = settings.get("user_sgpr_kernarg_preload_offset", 0)
-    user[first : first + program.preload] = np.frombuffer(
-        memory, np.uint32, program.preload, base - ctypes.addressof(memory) + 4 * offset
-    )
-    count, found, findings = (
-        np.zeros(len(program.text), np.uint64),
-        np.zeros(len(KINDS) + 1, np.uint64),
-        (Finding * 64)(),
-    )
-    number = library().run(
-        ctypes.byref(
-            Start(
-                code=ctypes.addressof(program.code), regions=touched.ctypes.data, shadowed=watched.ctypes.data,
-                user=user.ctypes.data, count=count.ctypes.data, found=found.ctypes.data, most_steps=20_000_000,
-                findings=ctypes.addressof(findings), size=len(count), entry=program.entry, regions_size=len(touched),
-                shadowed_size=len(watched), user_size=len(user), findings_size=len(findings),
-                identity=(U32 * 3)(*(settings[f"system_sgpr_workgroup_id_{axis}"] for axis in "xyz")),
-                grid=(U32 * 3)(*grid), threads=64 * metadata.num_warps,
-                lds=max(metadata.shared, settings["group_segment_fixed_size"]), **OPTIONS,
-            )
-        )
+    user[first : first + program.preload] = memory[4 * offset :][: 4 * program.preload].view(np.uint32)
+    count, found, findings = np.zeros(len(program.text), np.uint64), np.zeros(len(KINDS), np.uint64), (Finding * 64)()
+    start = Start(
+        code=ctypes.addressof(program.code), regions=touched.ctypes.data, watched=watched.ctypes.data,
+        user=user.ctypes.data, count=count.ctypes.data, found=found.ctypes.data, most_steps=20_000_000,
+        findings=ctypes.addressof(findings), entry=program.entry, regions_size=len(touched),
+        watched_size=len(watched), user_size=len(user), findings_size=len(findings),
+        identity=tuple(settings[f"system_sgpr_workgroup_id_{axis}"] for axis in "xyz"), grid=grid,
+        threads=64 * metadata.num_warps, lds=max(metadata.shared, settings["group_segment_fixed_size"]), **OPTIONS,
     )  # fmt: skip
-    harmful = Counter({kind: int(n) for kind, n in zip(KINDS, found, strict=False) if n and kind not in HARMLESS})
+    number = library().run(ctypes.byref(start))
+    harmful = Counter({kind: int(n) for kind, n in zip(KINDS, found, strict=True) if n and kind not in HARMLESS})
     examples = [
         f"{KINDS[x.kind]}: {program.text[x.instruction]} ({':'.join(map(str, program.sources[x.instruction]))}), "
         f"workgroup {x.workgroup}, wave {x.wave}, lane {x.lane}"
@@ -151,53 +110,25 @@ class Launcher:
         self.signature, self.metadata = dict(source.signature), metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
-        _, _, _, _, *arguments = rest
-        launch(function, (x, y, z), self.signature, arguments, self.metadata)
+        launch(function, (x, y, z), self.signature, rest[4:], self.metadata)
 
 
-class Utils:
-    """What Triton asks of a device."""
-
-    def get_device_properties(self, device: int) -> dict[str, Any]:
-        return {"max_shared_mem": 65536, "warpSize": 64, "multiprocessor_count": 304, "arch": "gfx942"}
-
-    def load_binary(self, *given: Any) -> tuple[None, None, int, int, int]:
-        return None, None, 0, 0, 1024
-
-
-class Driver(DriverBase):
+class Driver(AbsentDevice):
     """Triton's view of the emulator."""
 
     def __init__(self) -> None:
-        self.utils, self.launcher_cls = Utils(), Launcher
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return False
+        super().__init__(TARGETS["gfx942"])
+        properties = {"max_shared_mem": 65536, "warpSize": 64, "multiprocessor_count": 304, "arch": "gfx942"}
+        loaded = (None, None, 0, 0, 1024)
+        self.launcher_cls = Launcher
+        self.utils = SimpleNamespace(get_device_properties=lambda _: properties, load_binary=lambda *_: loaded)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("hip", "gfx942", 64)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("emulated code has no time")
-
 
 def install() -> None:
     """Make the emulator Triton's device; the function that a kernel's launcher gets is its assembly."""
-    sizes = [library().size_of(k) for k in range(3)]
-    assert sizes == [ctypes.sizeof(x) for x in (Instruction, Start, Finding)]
     driver.set_active(Driver())
     load = CompiledKernel._init_handles
 

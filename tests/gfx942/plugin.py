@@ -40,7 +40,7 @@ def emulated() -> Iterator[Callable[[], Counter[str]]]:
         return found
 
     yield findings
-    emulator.OPTIONS.update(inexact=0, order=0)
+    emulator.OPTIONS.update(order=0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,5 +1,6 @@
 """Calls that say no ``memory_budget``: none raises, and what they may take follows from their device."""
 
+import functools
 import itertools
 import warnings
 from types import SimpleNamespace
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import make_hidden, reference_logps
+import torch.distributed as dist
+from harness import make_hidden, peak_bytes, reference_logps
 from head_cases import SHAPES
 from parallel_work import on_ranks
+from ranks import run_ranks
 
 import fused_pref as fp
 from fused_pref.__main__ import main
@@ -228,3 +231,34 @@ def test_ranks_plan_for_the_smallest_default(world: int) -> None:
     assert [budget for budget, _, _ in found] == [2**14] * world
     assert all(plan == found[0][1] and plan.workspace > 2**14 for _, plan, _ in found)
     assert all(torch.equal(loss, on_ranks(world)[0]["torch.float32"]["cpo"]["loss"]) for _, _, loss in found)
+
+
+def peaks_of_a_shard(rank: int) -> dict[str, tuple[int, int]]:
+    """The least budget of calls on a rank's half of the vocabulary, and what they take beyond their gradients."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, wanted in itertools.product(("linear_cpo_loss", "linear_token_logps"), ("hw", "h")):
+        batch = make_hidden(4, 2049, 512, 256, dtype=torch.bfloat16, mask="none")
+        batch.labels[:, 16:] = -100
+        h = batch.hidden.requires_grad_()
+        w = batch.weight.chunk(2)[rank].clone().requires_grad_("w" in wanted)
+
+        def step(budget: int, name: str = name, h: torch.Tensor = h, w: torch.Tensor = w, batch: Any = batch) -> None:
+            output = getattr(fp, name)(h, w, batch.labels, memory_budget=budget, tp_group=dist.group.WORLD)
+            (output.sum() if isinstance(output, torch.Tensor) else output.loss).backward()
+
+        with pytest.raises(ValueError, match="memory_budget must be at least") as refused:
+            step(1)
+        least = int(str(refused.value).split("least ")[1].split()[0])
+        step(least)
+        h.grad = w.grad = None
+        gradients = sum(leaf.numel() * leaf.element_size() for leaf in (h, w) if leaf.requires_grad)
+        found[f"{name} {wanted}"] = (least, peak_bytes(functools.partial(step, least)) - gradients)
+    return found
+
+
+@pytest.mark.slow
+def test_a_budget_holds_on_a_shard() -> None:
+    """The gradient of 16-bit hidden states is summed over the ranks in float32, beside the one that is returned."""
+    for found in run_ranks(2, peaks_of_a_shard):
+        for call, (least, peak) in found.items():
+            assert peak <= least, call

@@ -60,7 +60,7 @@ class Grouped(Plan):
             weight = max(weight, p.target_sums(rows, p.weight_itemsize if direct else 4))
         if "hidden" in p.gradients:
             # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
-            workspace += 4 * p.positions * p.hidden if p.late_scale else 0
+            workspace += max(4 * p.positions * p.hidden if p.late_scale else 0, p.wide_hidden)
             hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
         workspace += max(weight, hidden) + p.scratch(rows, columns) + p.cast_weight
         products, mean = ("logits", *p.gradient_products), rounds(p.tokens, groups)

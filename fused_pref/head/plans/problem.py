@@ -45,6 +45,7 @@ class Problem:
         device: constants.
         multiple: slices and groups are multiples of this, so that only the last tile of a product is cut.
         largest: rows of the largest unit; 0: that of ``units``.
+        sum_itemsize: bytes of an entry of dh where it is gathered up in another dtype than its own; 0: it is not.
     """
 
     tokens: int
@@ -69,6 +70,7 @@ class Problem:
     multiple: int = 256
     promised: bool = True
     largest: int = 0
+    sum_itemsize: int = 0
 
     def rounded(self) -> "Problem":
         """About this problem, no smaller in anything, for which plans are ranked: so they are ranked once for many."""
@@ -120,6 +122,11 @@ class Problem:
         """Bytes of the sums of the targets' parts of a dW of this itemsize, which is rounded after they are added."""
         apart = self.narrow and itemsize == 2 and "weight" in self.gradients
         return 4 * min(rows, self.vocabulary) * self.hidden if apart else 0
+
+    @property
+    def wide_hidden(self) -> int:
+        """Bytes of a dh that is gathered up in another dtype than its own, beside the one that is returned."""
+        return self.sum_itemsize * self.positions * self.hidden if "hidden" in self.gradients else 0
 
     def scratch(self, rows: int, columns: int) -> int:
         """Bytes of the blocks of elementwise work on a chunk, on the rows and on the weight, and of numbers per row."""

@@ -46,7 +46,7 @@ class VocabMajor(Plan):
         hidden, weight = "hidden" in gradients, "weight" in gradients
         count = rounds(p.vocabulary, columns)
         again = count - saved
-        sums = rows * p.hidden * max(p.itemsize, 4) if hidden else 0
+        sums = rows * p.hidden * max(p.itemsize, 4) + p.wide_hidden if hidden else 0
         fixed = p.copied(rows) + p.scratch(rows, columns) + p.cast_weight + p.upcast(rows, p.hidden) + sums
         partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
         late = max(p.partial * rows * p.hidden if hidden else 0, partial + p.transposed(rows, columns))
