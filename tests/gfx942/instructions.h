@@ -51,6 +51,8 @@ template <class T> void define_bitwise(const std::string& type) {
     S1(T, T, "s_mov_b" + type, x)                       LOGIC1(T, "s_not_b" + type, ~x)
     LOGIC2(T, T, "s_and_b" + type, x & y)               LOGIC2(T, T, "s_andn2_b" + type, x & ~y)
     LOGIC2(T, T, "s_or_b" + type, x | y)                LOGIC2(T, T, "s_xor_b" + type, x ^ y)
+    LOGIC2(T, T, "s_nor_b" + type, ~(x | y))            LOGIC2(T, T, "s_nand_b" + type, ~(x & y))
+    LOGIC2(T, T, "s_orn2_b" + type, x | ~y)             LOGIC2(T, T, "s_xnor_b" + type, ~(x ^ y))
     LOGIC2(T, u32, "s_lshl_b" + type, x << (y & LAST))  LOGIC2(T, u32, "s_lshr_b" + type, x >> (y & LAST))
     LOGIC2(Signed, u32, "s_ashr_i" + type, x >> (y & LAST))
     LOGIC2(Signed, u32, "s_bfe_i" + type, field(x, y & LAST, y >> 16 & 127))
