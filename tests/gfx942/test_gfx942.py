@@ -140,3 +140,16 @@ def test_a_barrier_that_is_missing_is_found(order: int, emulated: Callable[[], d
     assert not emulated()
     exchange_kernel[1,](x, BLOCK=512, BARRIER=False, **fused(8))
     assert "race" in emulated()
+
+
+def test_an_unknown_instruction_is_refused_by_its_name(emulated: Callable[[], dict[str, int]]) -> None:
+    from gfx942 import emulator
+    from gfx942.build import library
+
+    x = torch.randn(7, 100)
+    softmax_kernel[7,](x, torch.empty_like(x), 100, BLOCK=128, **fused(1))
+    assembly = emulator.LAUNCHES[-1].program.assembly
+    for line, name in (("v_sin_f32_e32 v0, v1", "v_sin_f32"), ("v_add_f32_e64 v0, v1, v2 mul:2", "mul:2")):
+        with pytest.raises(NotImplementedError, match=f"{name} in the instruction {line}"):
+            emulator.Program(assembly.replace("s_endpgm", f"{line}\n\ts_endpgm", 1), library().operation_number)
+    assert not emulated()
