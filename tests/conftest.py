@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import shared
 import torch
 
 # Or compiled code runs in an emulator of an MI300X.
@@ -55,6 +56,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shared.begin()
     if EMULATED:
         from gfx942 import plugin
 
@@ -123,6 +126,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """The interpreter's end may free it."""
     gc.unfreeze()
+    if not hasattr(config, "workerinput"):
+        shared.end()

@@ -144,34 +144,6 @@ def test_libraries_are_loud_again_afterwards() -> None:
     assert settings() == (False, False, True)
 
 
-# option, value, part of the message
-OPTIONS = [
-    ("--objective", "dpo", "invalid choice: 'dpo'"),
-    ("--steps", "0", "argument --steps: must be an integer >= 1; got '0'"),
-    ("--steps", "-3", "argument --steps: "),
-    ("--steps", "2.5", "argument --steps: must be an integer >= 1; got '2.5'"),
-    ("--steps", "many", "got 'many'"),
-    ("--seed", "-1", "argument --seed: "),
-    ("--seed", "x", "argument --seed: must be an integer in [0, 2**32); got 'x'"),
-    ("--seed", str(2**32), "argument --seed: "),
-    ("--cap", "0", "argument --cap: must be a finite number > 0; got '0'"),
-    ("--cap", "inf", "argument --cap: must be a finite number > 0; got 'inf'"),
-    ("--cap", "nan", "argument --cap: must be a finite number > 0; got 'nan'"),
-    ("--cap", "soon", "got 'soon'"),
-    ("--colour", "red", "unrecognized arguments: --colour red"),
-]
-
-
-@pytest.mark.parametrize(("option", "value", "message"), OPTIONS)
-def test_bad_option(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", option, value]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("fused_pref: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
-
-
 def test_out_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = mini(tmp_path / "mine.jsonl")
     assert main(["demo", "--data", str(path), "--out", str(path / "below")]) == 2

@@ -62,6 +62,16 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "half a pair": (b'{"prompt": "p", "chosen": "c\\ud800", "rejected": "r"}', "'chosen' is not valid text at char"),
     "the same": (b'{"prompt": "p", "chosen": "c", "rejected": "c"}', "'chosen' and 'rejected' must differ"),
     "bad split": (json.dumps({**GOOD, "split": "test"}).encode(), "'split' must be one of ('train', 'heldout'); got"),
+    "a null split": (json.dumps({**GOOD, "split": None}).encode(), "must be one of ('train', 'heldout'); got null"),
+    "splits": (json.dumps({**GOOD, "split": ["train"]}).encode(), "'split' must be one of ('train', 'heldout'); got ["),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not UTF-8 at byte 1"),
+    "zeros": (b"\0" * 64, "not valid JSON: Expecting value at column 1"),
+    "many digits": (b'{"prompt": ' + b"9" * 5000 + b"}", "not valid JSON: a number has too many digits"),
+    "control character": (b'{"prompt": "\x01"}', "not valid JSON: Invalid control character"),
+    "not a number": (b'{"prompt": NaN}', "'prompt' must be a string; got NaN"),
+    "a long value": (b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", "'prompt' must be a string; got [[["),
+    "a key of two lines": (b'{"pro\\nmpt": "p"}', r"the key 'prompt' is missing; got 'pro\nmpt'"),
+    "no-break space": ('{"prompt": "\u00a0"}'.encode(), "'prompt' must not be empty"),
     "some splits": (json.dumps({**GOOD, "split": "train"}).encode(), "either every record or none must have 'split'"),
 }
 

@@ -75,21 +75,6 @@ def test_which_budget_holds_and_why() -> None:
         assert f"\nbudget {found.budget}\n" in str(found)
 
 
-@pytest.mark.parametrize(
-    ("keywords", "error", "text"),
-    [
-        ({"device_memory": 0}, ValueError, "device_memory must be an integer >= 1; got 0"),
-        ({"device_memory": "24GB"}, TypeError, "device_memory must be an integer; got '24GB'"),
-        ({"device_memory": 2.5}, TypeError, "device_memory must be an integer; got 2.5"),
-        ({"device_memory": 1 << 30, "device": "cpu"}, ValueError, "device_memory must be None on a CPU"),
-    ],
-    ids=str,
-)
-def test_device_memory_that_is_refused(keywords: dict[str, Any], error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
-        fp.explain("phi-4", **{"device": "sm_90", **keywords})
-
-
 def test_the_command_takes_device_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--model", "phi-4", "--device", "sm_80", "--device-memory", "25769803776", "--all"]) == 0
     assert "budget 1.50 GiB, 1/16 of the device's 24.00 GiB" in capsys.readouterr().out

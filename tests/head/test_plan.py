@@ -330,32 +330,6 @@ def test_explanation_says_what_is_done() -> None:
     assert fp.explain(hidden=8, vocab=9, gradients=[]).eager_bytes == 8192 * 9 * 2 * 2
 
 
-@pytest.mark.parametrize(
-    ("keywords", "error", "text"),
-    [
-        ({}, ValueError, "model"),
-        ({"model": "gpt-9"}, ValueError, "model must be one of"),
-        ({"hidden": 4}, ValueError, "hidden and vocab"),
-        ({"hidden": 0, "vocab": 4}, ValueError, "hidden must be an integer >= 1"),
-        ({"hidden": 4, "vocab": 1.5}, TypeError, "vocab must be an integer"),
-        ({"model": "phi-4", "tokens": -1}, ValueError, "tokens"),
-        ({"model": "phi-4", "positions": 5}, ValueError, "positions must be an integer >= 8192"),
-        ({"model": "phi-4", "sequences": 3}, ValueError, "sequences must be even"),
-        ({"model": "phi-4", "objective": "kto"}, ValueError, "objective"),
-        ({"model": "phi-4", "dtype": "int8"}, ValueError, "dtype"),
-        ({"model": "phi-4", "dtype": torch.int8}, ValueError, "dtype"),
-        ({"model": "phi-4", "device": "tpu"}, ValueError, "device"),
-        ({"model": "phi-4", "gradients": ["logits"]}, ValueError, "gradients"),
-        ({"model": "phi-4", "delta": "mean"}, ValueError, "delta"),
-        ({"model": "phi-4", "memory_budget": 1}, ValueError, "memory_budget must be at least"),
-    ],
-    ids=str,
-)
-def test_explain_refuses(keywords: dict[str, Any], error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
-        fp.explain(**keywords)
-
-
 def test_plans_are_immutable_and_cheap_to_choose() -> None:
     assert choose(problem()) is choose(problem())
     assert isinstance(choose(problem()), Plan)

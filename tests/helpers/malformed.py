@@ -1,5 +1,6 @@
 """Valid calls of the functions, a change of one of them, and what is wrong with how it is refused."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from types import FunctionType
@@ -8,39 +9,29 @@ from typing import Any
 import torch
 from harness import make_batch, make_hidden, reference_logps
 
-import fused_pref as fp
+from fused_pref import keywords
 
 S, T, D, V = 4, 5, 6, 11
 LENGTHS = [4, 5, 2, 3]
-
-LOGITS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss")
-LINEAR = tuple(f"linear_{name}" for name in LOGITS)
-GROUPS: dict[str, tuple[str, ...]] = {
-    "all": LOGITS + LINEAR,
-    "logits": LOGITS,
-    "linear": LINEAR,
-    "cpo": ("cpo_loss", "linear_cpo_loss"),
-    "dpo": ("dpo_loss", "linear_dpo_loss"),
-    "bco": ("bco_loss", "linear_bco_loss"),
-    "pairs": ("cpo_loss", "dpo_loss", "linear_cpo_loss", "linear_dpo_loss"),
-    "referenced": ("dpo_loss", "bco_loss", "linear_dpo_loss", "linear_bco_loss"),
-    "logps": ("token_logps", "sequence_logps", "linear_token_logps", "linear_sequence_logps"),
-    "sequence": ("sequence_logps", "linear_sequence_logps"),
-    "token": ("token_logps", "linear_token_logps"),
+# The functions, and the keywords of each.
+FUNCTIONS: dict[str, type] = {
+    "token_logps": keywords.LogitsKeywords,
+    "sequence_logps": keywords.SequenceLogitsKeywords,
+    "cpo_loss": keywords.CPOLogitsKeywords,
+    "dpo_loss": keywords.DPOLogitsKeywords,
+    "bco_loss": keywords.BCOLogitsKeywords,
+    "linear_token_logps": keywords.LinearKeywords,
+    "linear_sequence_logps": keywords.SequenceLinearKeywords,
+    "linear_cpo_loss": keywords.CPOLinearKeywords,
+    "linear_dpo_loss": keywords.DPOLinearKeywords,
+    "linear_bco_loss": keywords.BCOLinearKeywords,
 }
-
-# group, changes, error, message
-Row = tuple[str, dict[str, Any], type[Exception], str]
-
-
-def each(group: str, argument: str, values: list[Any]) -> list[Row]:
-    """A row for each (value, error, message) of an argument; the message comes after the argument's name."""
-    return [(group, {argument: value}, error, rf"{argument}\b.*{text}") for value, error, text in values]
-
-
-def names(group: str) -> tuple[str, ...]:
-    """The functions of a group, or the one of this name."""
-    return GROUPS.get(group, (group,))
+# The modules, and the function that each evaluates.
+MODULES: dict[str, str] = {
+    f"{prefix}{name}Loss": f"{prefix.lower()}{'_' if prefix else ''}{name.lower()}_loss"
+    for prefix in ("", "Linear")
+    for name in ("CPO", "DPO", "BCO")
+}
 
 
 def valid(name: str, *, packed: bool = False) -> dict[str, Any]:
@@ -85,12 +76,6 @@ def complaint(function: Callable[..., Any], arguments: Mapping[str, Any], error:
     return "accepted"
 
 
-def complaints(
-    group: str, changes: Mapping[str, Any], error: type[Exception], match: str, *, packed: bool = False
-) -> list[str]:
-    """Of all functions of a group."""
-    found = []
-    for name in names(group):
-        arguments = changed(valid(name, packed=packed), changes)
-        found += [f"{name}: {text}" for text in [complaint(getattr(fp, name), arguments, error, match)] if text]
-    return found
+def refusal(error: type[Exception], message: str, function: Callable[..., Any], *given: Any, **keywords: Any) -> str:
+    """The same of a call whose whole message is known."""
+    return complaint(functools.partial(function, *given), keywords, error, f"^{re.escape(message)}$")

@@ -17,6 +17,7 @@ from parallel_refusals import (
     not_a_member,
 )
 from ranks import Raised, run_ranks
+from shared import once
 from torch import Tensor
 
 import fused_pref as fp
@@ -53,7 +54,7 @@ def everything(rank: int) -> dict[str, Any]:
 
 @functools.cache
 def on_ranks(world: int) -> list[dict[str, Any]]:
-    ranks = run_ranks(world, everything)
+    ranks = once(f"on {world} ranks", lambda: run_ranks(world, everything))
     assert not any(isinstance(result, Raised) for result in ranks), ranks
     return ranks
 

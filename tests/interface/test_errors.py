@@ -1,261 +1,196 @@
-"""The error table: each bad call names the argument, what was expected and what came, and changes nothing."""
+"""What no single value shows to be wrong: keywords that contradict each other, entries of tensors, and what stays."""
 
 import inspect
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from harness import make_batch, reference_logps
+import torch.distributed as dist
+from malformed import FUNCTIONS, MODULES, changed, complaint, refusal, valid
 
 import fused_pref as fp
+from fused_pref import functional
+from fused_pref.keywords import BCOKeywords, TokenKeywords, defaults
+from fused_pref.ranks import group_of
+from fused_pref.spec import transform_of
 
 NAN, INF = float("nan"), float("inf")
-BATCH = make_batch(4, 5, 11)
-REF = reference_logps(4)
-DESIRABLE = torch.tensor([True, False, True, False])
-PACKED = (torch.randn(9, 11), torch.randint(0, 11, (9,)))
-
-CPO = (BATCH.logits, BATCH.labels)
-DPO = (*CPO, REF)
-BCO = (*CPO, DESIRABLE, REF)
-CALLS: dict[str, tuple[Any, ...]] = {
-    "token_logps": CPO,
-    "sequence_logps": CPO,
-    "cpo_loss": CPO,
-    "dpo_loss": DPO,
-    "bco_loss": BCO,
-}
-
-# keyword, bad value, error, part of the message
-SHARED = [
-    ("ignore_index", 1.5, TypeError, "an integer; got 1.5"),
-    ("ignore_index", True, TypeError, "an integer; got True"),
-    ("shift", 1, TypeError, "True or False; got 1"),
-    ("softcap", 0.0, ValueError, "> 0; got 0.0"),
-    ("softcap", -3.0, ValueError, "> 0; got -3.0"),
-    ("softcap", INF, ValueError, "got inf"),
-    ("logit_scale", 0, ValueError, "other than 0; got 0"),
-    ("logit_scale", NAN, ValueError, "got nan"),
-    ("logit_scale", "1", TypeError, "got '1'"),
-    ("temperature", 0.0, ValueError, "> 0; got 0.0"),
-    ("temperature", -1.0, ValueError, "> 0; got -1.0"),
-    ("temperature", None, TypeError, "got None"),
-    ("backend", "cuda", ValueError, "'triton'"),
-    ("backend", None, ValueError, "'triton'"),
-    ("backend", 3, TypeError, "got 3"),
-    ("logits_mean", "prompt", ValueError, "'completion'"),
-    ("logits_mean", False, TypeError, "got False"),
-    ("inplace_backward", None, TypeError, "True or False"),
-]
-PAIR = [
-    ("beta", 0.0, ValueError, "> 0; got 0.0"),
-    ("beta", -0.1, ValueError, "> 0; got -0.1"),
-    ("beta", NAN, ValueError, "got nan"),
-    ("beta", INF, ValueError, "got inf"),
-    ("beta", "0.1", TypeError, "got '0.1'"),
-    ("beta", True, TypeError, "got True"),
-    ("loss_type", "sigmoids", ValueError, "'sigmoid'"),
-    ("loss_type", None, ValueError, "'sigmoid'"),
-    ("loss_type", 3, TypeError, "'sigmoid'"),
-    ("label_smoothing", 1.0, ValueError, "[0, 1); got 1.0"),
-    ("label_smoothing", -0.1, ValueError, "[0, 1); got -0.1"),
-    ("label_smoothing", NAN, ValueError, "got nan"),
-    ("pair_normalizer", 0, ValueError, "> 0; got 0"),
-    ("pair_normalizer", torch.ones(1), ValueError, "0-d"),
-    ("pair_normalizer", torch.tensor(-1.0), ValueError, "got -1.0"),
-    ("pair_normalizer", torch.tensor(True), ValueError, "0-d"),
-    ("token_normalizer", -1, ValueError, ">= 0; got -1"),
-    ("token_normalizer", "4", TypeError, "got '4'"),
-]
-CPO_ONLY = [
-    ("cpo_alpha", -1.0, ValueError, ">= 0; got -1.0"),
-    ("cpo_alpha", NAN, ValueError, "got nan"),
-    ("simpo_gamma", INF, ValueError, "got inf"),
-    ("alpha", NAN, ValueError, "got nan"),
-    ("alpha", None, TypeError, "got None"),
-    ("nll_reduction", "mean", ValueError, "'token'"),
-]
-BCO_ONLY = [
-    ("beta", 0.0, ValueError, "> 0; got 0.0"),
-    ("beta", NAN, ValueError, "got nan"),
-    ("delta", NAN, ValueError, "got nan"),
-    ("delta", "0", TypeError, "RewardShift"),
-    ("delta", torch.zeros(4), ValueError, "0-d"),
-    ("delta", torch.tensor(1), ValueError, "floating"),
-    ("sample_weight", torch.ones(3), ValueError, "(S,) = (4,)"),
-    ("sample_weight", torch.ones(4, dtype=torch.int64), TypeError, "(S,)"),
-    ("sample_weight", [1.0] * 4, TypeError, "tensor"),
-    ("reduction", "sum", ValueError, "'class_mean'"),
-    ("sequence_normalizer", 0, ValueError, "> 0; got 0"),
-    ("class_normalizer", (1, 2), ValueError, 'reduction="class_mean"'),
+SHIFT = "a RewardShift, a finite number or a 0-d"
+BCO = tuple(name for name in FUNCTIONS if "bco" in name)
+RATIO = "logit_scale, softcap and temperature must have ratios that float32 can hold; got one of "
+RATIOS = [
+    ({"softcap": 1e39}, "1e-39"),
+    ({"softcap": 1e-39}, "1e+39"),
+    ({"logit_scale": 1e-46}, "1e-46"),
+    ({"temperature": 1e39}, "1e-39"),
 ]
 
 
-def raises(error: type[Exception], name: str, text: str, function: Any, *args: Any, **keywords: Any) -> None:
-    with pytest.raises(error) as caught:
-        function(*args, **keywords)
-    assert name in str(caught.value)
-    assert text in str(caught.value)
-
-
-@pytest.mark.parametrize(("keyword", "value", "error", "text"), SHARED, ids=lambda x: str(x)[:20])
-@pytest.mark.parametrize("function", CALLS)
-def test_shared_keywords(function: str, keyword: str, value: Any, error: type[Exception], text: str) -> None:
-    raises(error, keyword, text, getattr(fp, function), *CALLS[function], **{keyword: value})
-
-
-def objective_rows() -> list[Any]:
-    tables = {"cpo_loss": PAIR + CPO_ONLY, "dpo_loss": PAIR, "bco_loss": BCO_ONLY}
-    return [(function, *row) for function, rows in tables.items() for row in rows]
-
-
-@pytest.mark.parametrize(("function", "keyword", "value", "error", "text"), objective_rows(), ids=lambda x: str(x)[:20])
-def test_objective_keywords(function: str, keyword: str, value: Any, error: type[Exception], text: str) -> None:
-    raises(error, keyword, text, getattr(fp, function), *CALLS[function], **{keyword: value})
-
-
-MODULES = {"cpo_loss": fp.CPOLoss, "dpo_loss": fp.DPOLoss, "bco_loss": fp.BCOLoss}
+@pytest.mark.parametrize(("given", "came"), RATIOS)
+def test_ratios(given: dict[str, float], came: str) -> None:
+    assert refusal(ValueError, RATIO + came, transform_of, {**defaults(TokenKeywords), **given}) == ""
 
 
 @pytest.mark.parametrize(
-    ("function", "keyword", "value", "error", "text"),
-    [("cpo_loss", *row) for row in PAIR[:3] + PAIR[6:7] + CPO_ONLY]
-    + [("dpo_loss", *row) for row in PAIR[:3] + SHARED[3:5]]
-    + [("bco_loss", *row) for row in BCO_ONLY[:2] + SHARED[9:10]],
-    ids=lambda x: str(x)[:20],
-)
-def test_modules_refuse_at_construction(
-    function: str, keyword: str, value: Any, error: type[Exception], text: str
-) -> None:
-    raises(error, keyword, text, MODULES[function], **{keyword: value})
-
-
-TENSORS: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str, str]] = [
-    ("cpo_loss", (BATCH.logits[0], BATCH.labels[0]), {}, ValueError, "logits", "(S, T, V)"),
-    ("cpo_loss", (BATCH.logits.long(), BATCH.labels), {}, TypeError, "logits", "int64"),
-    ("cpo_loss", (BATCH.logits.to(torch.complex64), BATCH.labels), {}, TypeError, "logits", "complex64"),
-    ("cpo_loss", (BATCH.logits.tolist(), BATCH.labels), {}, TypeError, "logits", "tensor"),
-    ("cpo_loss", (BATCH.logits[..., :0], BATCH.labels), {}, ValueError, "logits", "V >= 1"),
-    ("cpo_loss", (BATCH.logits.to_sparse(), BATCH.labels), {}, TypeError, "logits", "dense"),
-    ("cpo_loss", (BATCH.logits.to("meta"), BATCH.labels), {}, ValueError, "logits", "meta"),
-    ("cpo_loss", (BATCH.logits, BATCH.labels.float()), {}, TypeError, "labels", "float32"),
-    ("cpo_loss", (BATCH.logits, BATCH.labels.bool()), {}, TypeError, "labels", "bool"),
-    ("cpo_loss", (BATCH.logits, BATCH.labels[:, 1:]), {}, ValueError, "labels", "(S, T) = (4, 5)"),
-    ("cpo_loss", (BATCH.logits, BATCH.labels.to("meta")), {}, ValueError, "labels", "meta"),
-    ("cpo_loss", (BATCH.logits[:3], BATCH.labels[:3]), {}, ValueError, "labels", "S = 3"),
-    ("dpo_loss", (BATCH.logits[:3], BATCH.labels[:3], REF[:3]), {}, ValueError, "labels", "S = 3"),
-    ("dpo_loss", (*CPO, REF[:2]), {}, ValueError, "ref_logps", "(S,) = (4,)"),
-    ("dpo_loss", (*CPO, REF[:, None]), {}, ValueError, "ref_logps", "(4, 1)"),
-    ("dpo_loss", (*CPO, REF.long()), {}, TypeError, "ref_logps", "int64"),
-    ("dpo_loss", (*CPO, None), {}, TypeError, "ref_logps", "None"),
-    ("bco_loss", (*CPO, DESIRABLE.long(), REF), {}, TypeError, "desirable", "bool"),
-    ("bco_loss", (*CPO, DESIRABLE.tolist(), REF), {}, TypeError, "desirable", "tensor"),
-    ("bco_loss", (*CPO, DESIRABLE[:3], REF), {}, ValueError, "desirable", "(S,) = (4,)"),
-    ("bco_loss", (*CPO, DESIRABLE, REF[:3]), {}, ValueError, "ref_logps", "(S,) = (4,)"),
-    ("bco_loss", BCO, {"reduction": "class_mean", "class_normalizer": 3}, TypeError, "class_normalizer", "pair"),
-    ("bco_loss", BCO, {"reduction": "class_mean", "class_normalizer": (1, -2)}, ValueError, "class_normalizer", "-2"),
-    (
-        "bco_loss",
-        BCO,
-        {"reduction": "class_mean", "class_normalizer": (1, None)},
-        TypeError,
-        "class_normalizer",
-        "pair",
-    ),
-    ("bco_loss", BCO, {"reduction": "class_mean", "sequence_normalizer": 3}, ValueError, "sequence_normalizer", "mean"),
-    ("sequence_logps", CPO, {"average": 1}, TypeError, "average", "True or False"),
-    ("cpo_loss", PACKED, {"cu_seqlens": [0, 9]}, TypeError, "cu_seqlens", "tensor"),
-    ("cpo_loss", CPO, {"cu_seqlens": torch.tensor([0, 5])}, ValueError, "logits", "(N_total, V)"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([0, 5, 4, 9, 9])}, ValueError, "cu_seqlens", "never fall"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([0, 5, 8])}, ValueError, "cu_seqlens", "N_total = 9"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([0, 5, 12])}, ValueError, "cu_seqlens", "N_total = 9"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([1, 5, 9])}, ValueError, "cu_seqlens", "start at 0"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([0, 9])}, ValueError, "cu_seqlens", "S = 1"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([0.0, 5.0, 9.0])}, TypeError, "cu_seqlens", "float32"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([[0, 5, 9]])}, ValueError, "cu_seqlens", "(S+1,)"),
-    ("cpo_loss", PACKED, {"cu_seqlens": torch.tensor([], dtype=torch.int32)}, ValueError, "cu_seqlens", "(S+1,)"),
-    (
-        "cpo_loss",
-        (BATCH.logits[:1].expand(4, 5, 11), BATCH.labels),
-        {"inplace_backward": True},
-        ValueError,
-        "logits",
-        "expanded",
-    ),
-]
-
-
-@pytest.mark.parametrize(("function", "args", "keywords", "error", "name", "text"), TENSORS, ids=range(len(TENSORS)))
-def test_tensors(
-    function: str, args: tuple[Any, ...], keywords: dict[str, Any], error: type[Exception], name: str, text: str
-) -> None:
-    raises(error, name, text, getattr(fp, function), *args, **keywords)
-
-
-@pytest.mark.parametrize("function", CALLS)
-def test_unknown_keywords(function: str) -> None:
-    raises(TypeError, "betta", function, getattr(fp, function), *CALLS[function], betta=0.1)
-    with pytest.raises(TypeError):
-        getattr(fp, function)(*CALLS[function], 0.1)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "error", "text"),
+    ("delta", "error", "message"),
     [
-        ({"kind": "mean"}, ValueError, "'running_mean'"),
-        ({"kind": None}, ValueError, "'running_mean'"),
-        ({"kind": "ema", "decay": 1.0}, ValueError, "decay must be a number in [0, 1); got 1.0"),
-        ({"kind": "ema", "decay": -0.1}, ValueError, "decay"),
-        ({"kind": "ema", "decay": NAN}, ValueError, "decay"),
-        ({"kind": "fixed", "value": INF}, ValueError, "value"),
-        ({"update": "epoch"}, ValueError, "'step'"),
-        ({"process_group": "world"}, TypeError, "process_group"),
-        ({"dekay": 0.9}, TypeError, "dekay"),
+        ("0.1", TypeError, f"delta must be {SHIFT} tensor; got '0.1'"),
+        (None, TypeError, f"delta must be {SHIFT} tensor; got None"),
+        (True, TypeError, f"delta must be {SHIFT} tensor; got True"),
+        (INF, ValueError, f"delta must be {SHIFT} tensor; got inf"),
+        (
+            torch.zeros(1),
+            ValueError,
+            f"delta must be {SHIFT} floating tensor; got a float32 tensor of shape (1,) on cpu",
+        ),
+        (torch.tensor(1), ValueError, f"delta must be {SHIFT} floating tensor; got a int64 tensor of shape () on cpu"),
+        (
+            torch.tensor(1j),
+            ValueError,
+            f"delta must be {SHIFT} floating tensor; got a complex64 tensor of shape () on cpu",
+        ),
+        (
+            torch.tensor(0.5).to_sparse(),
+            TypeError,
+            "delta must be dense; got layout torch.sparse_coo: call .to_dense() first",
+        ),
+        (
+            fp.RewardShift().to("meta"),
+            ValueError,
+            "delta must be a RewardShift on cpu like the other tensors; got one on meta",
+        ),
     ],
 )
-def test_reward_shift(keywords: dict[str, Any], error: type[Exception], text: str) -> None:
-    raises(error, "", text, fp.RewardShift, **keywords)
+def test_reward_shifts(delta: Any, error: type[Exception], message: str) -> None:
+    assert refusal(error, message, functional.reward_shift, {"delta": delta}, torch.device("cpu")) == ""
 
 
-def test_failed_call_changes_nothing() -> None:
-    shift = fp.RewardShift()
-    fp.bco_loss(*BCO, delta=shift)
-    before = {name: value.clone() for name, value in shift.state_dict().items()}
-    inputs = [value.clone() for value in BCO]
-    for bad in ({"beta": 0.0}, {"sample_weight": torch.ones(3)}, {"temperature": 0.0}, {"class_normalizer": (1, 2)}):
-        with pytest.raises(ValueError, match=r"must be|needs"):
-            fp.bco_loss(*BCO, delta=shift, **bad)
-    assert all(torch.equal(value, before[name]) for name, value in shift.state_dict().items())
-    assert all(torch.equal(value, copy) for value, copy in zip(BCO, inputs, strict=True))
+CLASSES = {"reduction": "class_mean"}
+PAIR = "class_normalizer must be a pair (n+, n-)"
 
 
-def test_device_values_are_checked_on_request() -> None:
-    with fp.checks():
-        raises(ValueError, "ref_logps", "finite; got nan at [1]", fp.dpo_loss, *CPO, torch.tensor([0, NAN, 0, 0]))
-        weights = torch.tensor([1.0, 1.0, -2.0, 1.0])
-        raises(ValueError, "sample_weight", ">= 0; got -2.0 at [2]", fp.bco_loss, *BCO, sample_weight=weights)
-    assert fp.dpo_loss(*CPO, torch.tensor([0, NAN, 0, 0])).loss.isnan()
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        (
+            {"sequence_normalizer": 4, **CLASSES},
+            ValueError,
+            'sequence_normalizer needs reduction="mean"; got .*class_mean',
+        ),
+        (
+            {"class_normalizer": (1, 1)},
+            ValueError,
+            "class_normalizer needs reduction=\"class_mean\"; got reduction='mean'",
+        ),
+        (
+            {"class_normalizer": (1, torch.tensor(-3.0)), **CLASSES},
+            ValueError,
+            r"class_normalizer must be .* >= 0; got -3.0",
+        ),
+        ({"class_normalizer": ("1", 1), **CLASSES}, TypeError, r"class_normalizer must be .* >= 0; got '1'"),
+        *[
+            ({"class_normalizer": value, **CLASSES}, TypeError, r"class_normalizer must be a pair \(n\+, n-\)")
+            for value in (3, (1,), (1, 2, 3), "ab", {1: 2, 3: 4}, torch.ones(2), np.ones(2), (None, 1), (1, None))
+        ],
+    ],
+)
+def test_normalizers_of_bco(given: dict[str, Any], error: type[Exception], match: str) -> None:
+    arguments = {"keywords": {**defaults(BCOKeywords), **given}}
+    assert complaint(functional.bco_normalizers, arguments, error, match) == ""
+
+
+@pytest.mark.parametrize("value", ["world", 0, True, [0, 1], dist.ProcessGroup])
+def test_process_groups(value: Any) -> None:
+    assert (
+        complaint(lambda: group_of("g", value), {}, TypeError, "g must be a torch.distributed.ProcessGroup, .*; got")
+        == ""
+    )
+
+
+NUMBERS: list[tuple[str, dict[str, Any]]] = [
+    ("cpo", {"ignore_index": np.int64(-100), "softcap": np.float32(30), "temperature": np.float64(0.5)}),
+    ("cpo", {"logit_scale": Fraction(1, 2), "logits_mean": None, "pair_normalizer": np.int32(3)}),
+    ("dpo", {"beta": np.float16(0.5), "token_normalizer": torch.tensor(5)}),
+    ("bco", {"beta": 1, "delta": np.float32(0.5), "sequence_normalizer": np.float64(3)}),
+    ("bco", {"reduction": "class_mean", "class_normalizer": [np.int64(2), torch.tensor(2.0)]}),
+    ("linear_bco", {"memory_budget": np.int64(10**7), "max_valid_tokens": np.uint8(20), "skip_mass": np.float32(0.1)}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), NUMBERS)
+def test_numbers_of_other_kinds_are_numbers(name: str, changes: dict[str, Any]) -> None:
+    name = f"{name}_loss"
+    assert getattr(fp, name)(**changed(valid(name), changes)).loss.isfinite()
+
+
+# Entries, which are looked at under ``checks`` alone.
+SCORES = "log-prob of each (token|sequence) must be finite; got nan"
+ENTRIES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+    (BCO, {"labels": lambda y: y.index_fill(1, y.new_tensor([2]), 11)}, r"labels.*V=11\); got 11 at \[0, 2\]"),
+    (BCO, {"labels": lambda y: y.index_fill(1, y.new_tensor([2]), -1)}, r"labels.*; got -1 at \[0, 2\]"),
+    (
+        tuple(name for name in FUNCTIONS if "dpo" in name or "bco" in name),
+        {"ref_logps": torch.tensor([0, 0, NAN, 0])},
+        r"ref_logps must be finite; got nan at \[2\]",
+    ),
+    (BCO, {"sample_weight": torch.tensor([1, 1, -1.0, 1])}, r"sample_weight must be >= 0; got -1.0 at \[2\]"),
+    (BCO, {"sample_weight": torch.tensor([1, 1, 1, INF])}, r"sample_weight must be >= 0; got inf at \[3\]"),
+    (BCO, {"delta": torch.tensor(NAN)}, "delta must be finite; got nan"),
+    (tuple(name for name in FUNCTIONS if "linear" not in name), {"logits": lambda z: z * NAN}, SCORES),
+    (tuple(name for name in FUNCTIONS if "linear" in name), {"hidden": lambda h: h * NAN}, SCORES),
+]
+
+
+@pytest.mark.parametrize(("names", "changes", "match"), ENTRIES)
+def test_entries_are_looked_at_on_request(names: tuple[str, ...], changes: dict[str, Any], match: str) -> None:
+    for name in names:
+        arguments = changed(valid(name), changes)
+        with fp.checks():
+            assert complaint(getattr(fp, name), arguments, ValueError, match) == ""
+        getattr(fp, name)(**arguments)
+
+
+def test_checks_take_no_arguments() -> None:
+    with pytest.raises(TypeError, match=r"checks\(\) takes 0 positional arguments but 1 was given"):
+        fp.checks(True)  # type: ignore[call-arg]
 
 
 def test_checks_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = BATCH.labels.clone()
-    labels[0, 2] = 11
+    arguments = valid("cpo_loss")
+    arguments["labels"][0, 2] = 11
     monkeypatch.setenv("FUSED_PREF_CHECKS", "1")
-    raises(ValueError, "labels", "got 11 at [0, 2]", fp.cpo_loss, BATCH.logits, labels)
+    assert complaint(fp.cpo_loss, arguments, ValueError, r"labels.*got 11 at \[0, 2\]") == ""
     monkeypatch.setenv("FUSED_PREF_CHECKS", "0")
-    assert fp.cpo_loss(BATCH.logits, labels).loss.isnan()
+    assert fp.cpo_loss(**arguments).loss.isnan()
+
+
+@pytest.mark.parametrize("name", BCO)
+def test_failed_call_changes_nothing(name: str) -> None:
+    shift, function = fp.RewardShift(), getattr(fp, name)
+    arguments = valid(name)
+    function(**arguments, delta=shift)
+    before = {key: value.clone() for key, value in shift.state_dict().items()}
+    inputs = {key: value.clone() for key, value in arguments.items()}
+    for bad in ({"beta": 0.0}, {"sample_weight": torch.ones(3)}, {"temperature": 0.0}, {"class_normalizer": (1, 2)}):
+        with pytest.raises(ValueError, match=r"must be|needs"):
+            function(**arguments, delta=shift, **bad)
+    assert all(torch.equal(value, before[key]) for key, value in shift.state_dict().items())
+    assert all(torch.equal(value, inputs[key]) for key, value in arguments.items())
 
 
 def test_triton_backend_refuses_float64() -> None:
-    raises(TypeError, "float64", 'backend="torch"', fp.cpo_loss, BATCH.logits.double(), BATCH.labels, backend="triton")
+    arguments = {**changed(valid("cpo_loss"), {"logits": lambda z: z.double()}), "backend": "triton"}
+    assert complaint(fp.cpo_loss, arguments, TypeError, 'float64.*backend="torch"') == ""
 
 
 def test_signatures_agree() -> None:
     """Function, reference and module show the same keywords with the same defaults."""
-    for name in CALLS:
+    for name in FUNCTIONS:
         assert inspect.signature(getattr(fp, name)) == inspect.signature(getattr(fp.reference, name)), name
-    for name, module in MODULES.items():
+    for module, name in MODULES.items():
         parameters = inspect.signature(getattr(fp, name)).parameters.values()
         keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        assert keywords == list(inspect.signature(module).parameters.values())
+        assert keywords == list(inspect.signature(getattr(fp, module)).parameters.values())
         assert all(f"\n    {p.name} (default" in (getattr(fp, name).__doc__ or "") for p in keywords)

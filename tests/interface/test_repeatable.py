@@ -8,12 +8,17 @@ import sys
 import pytest
 import repeated
 from repeated import FUNCTIONS, SIZES, THREADS, everything
+from shared import once
 
 Digests = dict[str, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
 def runs() -> list[Digests]:
+    return once("repeated", run_again)
+
+
+def run_again() -> list[Digests]:
     """Of a fresh process, and two of this one."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     program = [sys.executable, repeated.__file__]

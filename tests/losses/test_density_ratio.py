@@ -82,25 +82,6 @@ def test_sampling_has_its_own_generator() -> None:
     assert not torch.equal(first.coefficients, other.coefficients)
 
 
-def test_errors() -> None:
-    embeddings, desirable = prompts(20)
-    with pytest.raises(RuntimeError, match="fit"):
-        fp.DensityRatio()(embeddings)
-    with pytest.raises(ValueError, match=r"embeddings .*\(M, E\)"):
-        fp.DensityRatio().fit(embeddings[0], desirable)
-    with pytest.raises(TypeError, match=r"desirable .*bool"):
-        fp.DensityRatio().fit(embeddings, desirable.float())
-    with pytest.raises(ValueError, match="both classes"):
-        fp.DensityRatio().fit(embeddings, torch.ones(20, dtype=torch.bool))
-    with pytest.raises(ValueError, match="finite"):
-        fp.DensityRatio().fit(embeddings / 0, desirable)
-    with pytest.raises(ValueError, match="E=6"):
-        fp.DensityRatio().fit(embeddings, desirable)(embeddings[:, :5])
-    for bad in ({"min_ratio": 0}, {"max_ratio": 0.1}, {"sample_size": 1}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            fp.DensityRatio(**bad)
-
-
 def test_scikit_learn_is_optional() -> None:
     code = (
         "import sys; sys.modules['sklearn'] = None\n"

@@ -20,11 +20,16 @@ HEAD = (
 )
 # Tests, and the fewest launches of compiled code that they make.
 PARTS = {
-    "the emulator itself": (["tests/gfx942/test_gfx942.py", "tests/benchmarks/test_static_counts.py"], 40),
+    "the emulator itself, shifts, random cases": (
+        [
+            *("tests/gfx942/test_gfx942.py", "tests/benchmarks/test_static_counts.py", "tests/ops/test_kernels.py"),
+            *("tests/ops/test_in_place.py", "tests/interface/test_properties.py", "--hypothesis-seed=0"),
+            *("-k", "test_gfx942 or test_static_counts or test_shift or test_in_place or test_properties and kernels"),
+        ],
+        130,
+    ),
     "kernels": (["tests/ops/test_kernels.py", "tests/ops/test_scatter_rows.py", "-m", "not slow"], 200),
-    "shifts": (["tests/ops/test_kernels.py", "tests/ops/test_in_place.py", "-k", "shift or in_place"], 40),
     "fused head": (["tests/head/test_fused.py", "-k", HEAD], 200),
-    "random cases": (["tests/interface/test_properties.py", "-k", "kernels", "--hypothesis-seed=0"], 50),
 }
 
 pytestmark = [pytest.mark.emulated, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared import once
 
 import fused_pref
 from fused_pref.ops.devices import GPUS
 
-fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 KEYS = {
@@ -45,18 +45,9 @@ def command(*arguments: str, before: str = "", **environment: str) -> subprocess
 
 
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """All rows, compiled by the first worker that asks."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with open(folder / "kernels.json", "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        if not text:
-            text = command("--json", "--targets", ",".join(GPUS)).stdout
-            file.write(text)
-    return json.loads(text)
+def rows() -> list[dict[str, Any]]:
+    """All rows."""
+    return once("kernels", lambda: json.loads(command("--json", "--targets", ",".join(GPUS)).stdout))
 
 
 def streaming(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,10 +21,11 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def run(copy: Path, line: str) -> subprocess.CompletedProcess[str]:
-    """A command of the page, in the copy."""
+    """A command of the page, in the copy; of its tests the first failure is enough."""
     program, *arguments = shlex.split(line)
     assert program == "python"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    environment["PYTEST_ADDOPTS"] = "-x"
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (copy, copy / "tests", copy / "tests" / "helpers")))
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=500, check=False)

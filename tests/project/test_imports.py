@@ -114,6 +114,8 @@ def test_import_brings_in_little_and_takes_little() -> None:
         took, *others = done.stdout.split()
         assert others == []
         times.append(float(took))
+        if times[-1] < 1:
+            break
     assert min(times) < 1
 
 

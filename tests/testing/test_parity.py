@@ -88,23 +88,6 @@ def test_a_gradient_that_is_missing_or_not_finite_is_seen() -> None:
         assert not any(line.ok for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("keywords", "match"),
-    [
-        ({"logits": ("steep",)}, "logits must be of"),
-        ({"shape": (3, 4, 5, 6)}, r"shape must be \(S, T, D, V\), each >= 1 and S even; got \(3, 4, 5, 6\)"),
-        ({"shape": (2, 4, 0, 6)}, "shape must be"),
-        ({"seeds": 0}, "seeds must be an integer >= 1; got 0"),
-        ({"dtypes": (torch.int64,)}, "dtypes must be of"),
-    ],
-)
-def test_what_is_refused(keywords: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        check_parity(smooth, plain, **{**SMALL, **keywords})
-    with pytest.raises(TypeError, match="loss must be a function whose result is a 0-d tensor"):
-        check_parity(lambda h, w, y: h, plain, **SMALL)
-
-
 def test_a_loss_that_changes_its_inputs_is_refused() -> None:
     """Else it would spoil what its peers get, and pass beside them."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from shared import once
 from trl_models import TRAINING, llama, pairs, tokenizer, unpaired
 
 # Libraries warn of what is not ours to change.
@@ -34,7 +35,12 @@ def _train(kind: str, folder: str, **changes: Any) -> dict[str, Any]:
     return {"log": trainer.state.log_history, "eval": evaluation, "parameters": parameters, "shift": shift}
 
 
+# Whether the head is wrapped by itself, and whether it is tied.
+SHARDED = ((True, False), (False, True))
+
+
 def train_all(rank: int, folder: str) -> dict[str, Any]:
+    sharded = {kind: train_sharded(rank, 2, *kind) for kind in SHARDED}
     halves = {
         "ddp_backend": "gloo",
         "per_device_train_batch_size": 2,
@@ -46,12 +52,15 @@ def train_all(rank: int, folder: str) -> dict[str, Any]:
         "cpo": _train("cpo", folder, **halves),
         "exact": _train("cpo", folder, exact_accumulation=True, **halves),
         "bco": _train("bco", folder, exact_accumulation=True, **halves),
+        "sharded": sharded,
     }
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(2, train_all, str(tmp_path_factory.mktemp("ranks")))
+    """In one go: starting them takes most of the time."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    return once("training on 2 ranks", lambda: run_ranks(2, train_all, folder))
 
 
 def numbers(run: dict[str, Any]) -> list[dict[str, float]]:
@@ -62,7 +71,7 @@ def numbers(run: dict[str, Any]) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_ranks_agree(two_ranks: list[dict[str, Any]]) -> None:
     first, second = two_ranks
-    for name in first:
+    for name in ("stock", "cpo", "exact", "bco"):
         assert torch.equal(first[name]["parameters"], second[name]["parameters"])
         for key, value in first[name]["shift"].items():
             assert torch.equal(second[name]["shift"][key], value)
@@ -147,10 +156,10 @@ def train_sharded(rank: int, world: int, wrap_head: bool, tied: bool) -> tuple[l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wrap_head", "tied"), [(True, False), (False, True)])
-def test_fsdp2_is_one_process(wrap_head: bool, tied: bool) -> None:
-    losses, parameters = train_sharded(0, 1, wrap_head, tied)
-    (first, mine), (second, theirs) = run_ranks(2, train_sharded, 2, wrap_head, tied)
+@pytest.mark.parametrize("kind", SHARDED)
+def test_fsdp2_is_one_process(kind: tuple[bool, bool], two_ranks: list[dict[str, Any]]) -> None:
+    losses, parameters = train_sharded(0, 1, *kind)
+    (first, mine), (second, theirs) = (found["sharded"][kind] for found in two_ranks)
     assert torch.equal(mine, theirs)
     torch.testing.assert_close(mine, parameters, rtol=1e-5, atol=1e-6)
     assert [(a + b) / 2 for a, b in zip(first, second, strict=True)] == pytest.approx(losses, rel=1e-5)

@@ -213,35 +213,6 @@ def test_datasets_of_another_kind(kind: Kind, tmp_path: Path) -> None:
         assert_refused(r"eval_dataset\['b'\] must have at least one row", kind, tmp_path, eval_dataset=parts)
 
 
-def test_no_model(kind: Kind, tmp_path: Path) -> None:
-    assert_refused(
-        "model must be a transformers model, or the name of one; got int", kind, tmp_path, TypeError, model=5
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"beta": 0.0}, "beta must be"),
-        ({"loss_type": "xyz"}, "loss_type must be one of"),
-        ({"label_smoothing": 1.5}, "label_smoothing must be"),
-        ({"cpo_alpha": float("nan")}, "cpo_alpha must be"),
-        ({"alpha": float("inf")}, "alpha must be"),
-        ({"max_length": 0}, "max_length must be an integer >= 1, or None"),
-    ],
-)
-def test_the_configuration_of_cpo(tmp_path: Path, options: dict[str, Any], match: str) -> None:
-    assert_refused(match, KINDS["cpo"], tmp_path, options=options)
-
-
-def test_options_of_the_trainers(kind: Kind, tmp_path: Path) -> None:
-    for options in ({"memory_budget": "1GB"}, {"exact_accumulation": "yes"}):
-        if kind.trainer is CPOTrainer:
-            assert_refused(next(iter(options)), kind, tmp_path, TypeError, **options)
-        else:
-            assert_refused(next(iter(options)), kind, tmp_path, TypeError, options=options)
-
-
 def test_no_pad_token(kind: Kind, tmp_path: Path) -> None:
     match = r"processing_class must have a pad token or an EOS token to pad with; got a \w+ without"
     assert_refused(match, kind, tmp_path, processing_class=tokenizer(pad_token=None, eos_token=None))
@@ -295,31 +266,6 @@ def test_the_wrong_arguments(kind: Kind, tmp_path: Path) -> None:
         f"args must be a {kind.config.__name__}; got TrainingArguments", kind, tmp_path, TypeError, args=args
     )
     assert_refused("unexpected keyword argument", kind, tmp_path, TypeError, beta=0.1)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"delta_kind": "median"}, "delta_kind must be one of"),
-        ({"delta_update": "epoch"}, "delta_update must be one of"),
-        ({"delta_decay": 1.5}, "delta_decay must be"),
-        ({"delta_value": float("nan")}, "delta_value must be"),
-        ({"beta": 0.0}, "beta must be"),
-        ({"loss_type": "kto"}, "loss_type must stay 'apo_zero_unpaired'"),
-        ({"prompt_sample_size": 0}, "prompt_sample_size must be an integer >= 1"),
-        ({"min_density_ratio": -1.0}, "min_density_ratio must be a finite number > 0; got -1.0"),
-        ({"undesirable_weight": float("nan")}, "undesirable_weight must be"),
-        ({"desirable_weight": -1.0}, "desirable_weight must be a finite number >= 0"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of"),
-    ],
-)
-def test_the_configuration_of_bco(tmp_path: Path, options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        BCOConfig(str(tmp_path / "out"), **OPTIONS, **options)
-
-
-def test_an_embedding_function_that_is_none(tmp_path: Path) -> None:
-    assert_refused("embedding_func must be a function", KINDS["bco"], tmp_path, TypeError, embedding_func=3)
 
 
 @pytest.mark.parametrize(("installed", "found"), [("1.14.2", "TRL 1.14.2 is installed"), (None, r"pip install")])
