@@ -19,10 +19,12 @@ from fused_pref.functional import (
     token_logps,
 )
 from fused_pref.losses.density_ratio import DensityRatio
+from fused_pref.losses.open import Sequences
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss, LinearBCOLoss, LinearCPOLoss, LinearDPOLoss
 from fused_pref.ops.backend import triton_obstacle
-from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.outputs import BCOOutput, PairOutput, PreferenceOutput
+from fused_pref.preference import LinearPreferenceLoss, PreferenceLoss, linear_preference_loss, preference_loss
 from fused_pref.validate import checks
 
 if os.environ.get("FUSED_PREF_TUNE") == "1" and triton_obstacle(torch.device("cuda")) is None:
@@ -39,8 +41,12 @@ __all__ = [
     "LinearBCOLoss",
     "LinearCPOLoss",
     "LinearDPOLoss",
+    "LinearPreferenceLoss",
     "PairOutput",
+    "PreferenceLoss",
+    "PreferenceOutput",
     "RewardShift",
+    "Sequences",
     "bco_loss",
     "checks",
     "cpo_loss",
@@ -49,8 +55,10 @@ __all__ = [
     "linear_bco_loss",
     "linear_cpo_loss",
     "linear_dpo_loss",
+    "linear_preference_loss",
     "linear_sequence_logps",
     "linear_token_logps",
+    "preference_loss",
     "reference",
     "sequence_logps",
     "token_logps",

@@ -38,7 +38,7 @@ from fused_pref.outputs import BCOOutput, PairOutput
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _on_all_ranks(function: Function) -> Function:
+def on_all_ranks(function: Function) -> Function:
     """Let the ranks of a vocab-parallel head call the function together; others call it as it is."""
 
     @functools.wraps(function)
@@ -166,7 +166,7 @@ def bco_loss(
 
 
 @accepts(LinearKeywords)
-@_on_all_ranks
+@on_all_ranks
 def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[LinearKeywords]) -> Tensor:
     """:func:`token_logps` of the logits hidden · weightᵀ + bias, which are never made.
 
@@ -185,7 +185,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **keyword
 
 
 @accepts(SequenceLinearKeywords)
-@_on_all_ranks
+@on_all_ranks
 def linear_sequence_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[SequenceLinearKeywords]
 ) -> Tensor:
@@ -207,7 +207,7 @@ def linear_sequence_logps(
 
 
 @accepts(CPOLinearKeywords)
-@_on_all_ranks
+@on_all_ranks
 def linear_cpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, **keywords: Unpack[CPOLinearKeywords]
 ) -> PairOutput:
@@ -233,7 +233,7 @@ def linear_cpo_loss(
 
 
 @accepts(DPOLinearKeywords)
-@_on_all_ranks
+@on_all_ranks
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLinearKeywords]
 ) -> PairOutput:
@@ -258,7 +258,7 @@ def linear_dpo_loss(
 
 
 @accepts(BCOLinearKeywords)
-@_on_all_ranks
+@on_all_ranks
 def linear_bco_loss(
     hidden: Tensor,
     weight: Tensor,

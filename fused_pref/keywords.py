@@ -145,7 +145,21 @@ class LinearKeywords(TokenKeywords, total=False):
     ]
 
 
-class PairKeywords(TypedDict, total=False):
+class ObjectiveKeywords(TypedDict, total=False):
+    """Keywords of every objective."""
+
+    token_weight: Annotated[
+        Tensor | None,
+        Keyword(
+            None,
+            "factors on the log-probs of the labels, of their shape, floating and finite; without gradient. A token of "
+            "weight 0 contributes exactly 0. Averages divide by the number of scored tokens. ref_logps must be "
+            "weighted likewise. None: 1",
+        ),
+    ]
+
+
+class PairKeywords(ObjectiveKeywords, total=False):
     """Keywords of the pairwise objectives."""
 
     beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob differences; for ipo the regularisation strength")]
@@ -184,7 +198,7 @@ class DPOKeywords(PairKeywords, total=False):
     loss_type: Annotated[Literal["sigmoid", "hinge", "ipo"], Keyword("sigmoid", "the preference term")]
 
 
-class BCOKeywords(TypedDict, total=False):
+class BCOKeywords(ObjectiveKeywords, total=False):
     """Keywords of the BCO objective."""
 
     beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob ratios: rewards are beta (logps - ref_logps)")]
@@ -208,6 +222,26 @@ class BCOKeywords(TypedDict, total=False):
     ]
 
 
+class PreferenceKeywords(ObjectiveKeywords, total=False):
+    """Keywords of an objective of the user's."""
+
+    unit: Annotated[
+        Literal[2, 1] | None,
+        Keyword(
+            2,
+            "what has a loss of its own: 2, a pair (chosen sequences first, then rejected); 1, a sequence; None, the "
+            "whole batch, whose sequences may be coupled in any way",
+        ),
+    ]
+    ref_logps: Annotated[
+        Tensor | None, Keyword(None, "(S,) floating, the reference model's log-probs summed over the completions")
+    ]
+    normalizer: Annotated[
+        Number | Tensor | None,
+        Keyword(None, "replaces the number of units in the mean (> 0; number or 0-d tensor); not with unit=None"),
+    ]
+
+
 class SequenceKeywords(TypedDict, total=False):
     """Keywords of the per-sequence log-probs."""
 
@@ -228,6 +262,14 @@ class DPOLogitsKeywords(DPOKeywords, LogitsKeywords, total=False):
 
 class BCOLogitsKeywords(BCOKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.bco_loss`."""
+
+
+class PreferenceLogitsKeywords(PreferenceKeywords, LogitsKeywords, total=False):
+    """Keywords of :func:`fused_pref.preference_loss`."""
+
+
+class PreferenceLinearKeywords(PreferenceKeywords, LinearKeywords, total=False):
+    """Keywords of :func:`fused_pref.linear_preference_loss`."""
 
 
 class SequenceLinearKeywords(SequenceKeywords, LinearKeywords, total=False):

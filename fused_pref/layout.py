@@ -45,6 +45,19 @@ def _(labels, cu_seqlens, ignore_index):  # type: ignore[no-untyped-def]
     return labels.new_empty(labels.shape)
 
 
+def weights_of(token_weight: Tensor, cu_seqlens: Tensor | None, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """Factors on the log-probs of positions, from those on the log-probs of labels; shape of ``token_weight``."""
+    token_weight = token_weight.detach().to(dtype)
+    if not spec.shift or token_weight.numel() == 0:
+        return token_weight
+    return F.pad(token_weight[1:] if cu_seqlens is not None else token_weight[:, 1:], (0, 1))
+
+
+def weighted(logp: Tensor, weights: Tensor) -> Tensor:
+    """Log-probs times their weights; 0 where a weight is 0, whatever the log-prob."""
+    return torch.where(weights == 0, 0, logp * weights)
+
+
 def sequence_sums(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Float64 sum of each sequence's tokens, (S,), in a fixed order; 0 for an empty one."""
     if cu_seqlens is None:
@@ -64,6 +77,7 @@ class ValidRows:
         counts: (S,) int64 rows of each sequence.
         host_counts: the same on the host; empty under ``max_valid_tokens``, which asks the device nothing.
         padding: (N,) bool, rows beyond the valid ones; None where there is none.
+        weights: (N,) factors on the log-probs, in the dtype of the token math; None: 1.
         overflow: 0-d bool, whether there are more valid rows than ``max_valid_tokens``; None where there is no bound.
     """
 
@@ -73,6 +87,7 @@ class ValidRows:
     host_counts: tuple[int, ...] = ()
     padding: Tensor | None = None
     overflow: Tensor | None = None
+    weights: Tensor | None = None
 
     def part(self, members: tuple[slice, ...]) -> "ValidRows":
         """The rows of these runs of sequences, one run after the other."""
@@ -84,21 +99,27 @@ class ValidRows:
         else:
             indices = torch.cat([self.indices[run] for run in runs])
         host_counts = tuple(count for run in members for count in self.host_counts[run])
-        return ValidRows(indices, torch.cat([self.targets[run] for run in runs]), counts, host_counts)
+        targets = torch.cat([self.targets[run] for run in runs])
+        weights = None if self.weights is None else torch.cat([self.weights[run] for run in runs])
+        return ValidRows(indices, targets, counts, host_counts, weights=weights)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Float64 sum of each sequence's rows, (N,) → (S,)."""
+        """Float64 sum of each sequence's log-probs times their weights, (N,) → (S,)."""
+        if self.weights is not None:
+            values = weighted(values, self.weights)
         return sequence_sums(values, F.pad(self.counts.cumsum(0), (1, 0)))
 
     def expand(self, values: Tensor) -> Tensor:
-        """Each sequence's value at its rows, (S,) → (N,); 0 at padding."""
+        """Each sequence's slope at its rows times their weights, (S,) → (N,); 0 at padding."""
         if self.padding is None:
-            return torch.repeat_interleave(values, self.counts, output_size=len(self.targets))
-        if values.shape[0] == 0:
-            return values.new_zeros(len(self.targets))
-        row = torch.arange(len(self.targets), device=values.device)
-        sequence = torch.searchsorted(self.counts.cumsum(0), row, right=True).clamp_(max=values.shape[0] - 1)
-        return values[sequence].masked_fill_(self.padding, 0)
+            found = torch.repeat_interleave(values, self.counts, output_size=len(self.targets))
+        elif values.shape[0] == 0:
+            found = values.new_zeros(len(self.targets))
+        else:
+            row = torch.arange(len(self.targets), device=values.device)
+            sequence = torch.searchsorted(self.counts.cumsum(0), row, right=True).clamp_(max=values.shape[0] - 1)
+            found = values[sequence].masked_fill_(self.padding, 0)
+        return found if self.weights is None else found * self.weights
 
     def scatter_(self, flat: Tensor, values: Tensor) -> None:
         """Write rows (N,) at their indices among all positions (P,), each of which is written once; padding is 0."""
@@ -122,8 +143,12 @@ class ValidRows:
         return values.flatten() if self.indices is None else values.flatten().index_select(0, self.indices)
 
 
-def valid_rows(targets: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int = 0) -> ValidRows:
-    """Find them among targets (S, T) or (N_total,); their own are counted from the vocabulary's column ``first``.
+def valid_rows(
+    targets: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int = 0, weights: Tensor | None = None
+) -> ValidRows:
+    """Find them among targets (S, T) or (N_total,), with their ``weights`` of that shape.
+
+    Their own targets are counted from the vocabulary's column ``first``.
 
     Without ``max_valid_tokens`` the host waits once for the number of rows of each sequence.
 
@@ -140,9 +165,11 @@ def valid_rows(targets: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: in
         host_counts = tuple(counts.tolist())
         number = sum(host_counts)
         if number == total:
-            return ValidRows(None, flat, counts, host_counts)
+            weights = None if weights is None else weights.flatten()
+            return ValidRows(None, flat, counts, host_counts, weights=weights)
         indices = torch.nonzero_static(scored.flatten(), size=number)[:, 0]
-        return ValidRows(indices, flat.index_select(0, indices), counts, host_counts)
+        weights = None if weights is None else weights.flatten().index_select(0, indices)
+        return ValidRows(indices, flat.index_select(0, indices), counts, host_counts, weights=weights)
     bound = min(most, total)
     number = counts.sum()
     if targets.device.type == "cpu" and number > bound:
@@ -152,4 +179,5 @@ def valid_rows(targets: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: in
     # Where there is padding there is a position that scores nothing: the padding points at it.
     spare = scored.flatten().to(torch.uint8).argmin() if total else indices.new_zeros(())
     indices = torch.where(padding, spare, indices)
-    return ValidRows(indices, flat.index_select(0, indices), counts, (), padding, number > bound)
+    weights = None if weights is None else weights.flatten().index_select(0, indices)
+    return ValidRows(indices, flat.index_select(0, indices), counts, (), padding, number > bound, weights)

@@ -91,6 +91,7 @@ class CPOLoss(ObjectiveModule):
         labels: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
         pair_normalizer: Normalizer = None,
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
@@ -99,6 +100,7 @@ class CPOLoss(ObjectiveModule):
             logits,
             labels,
             cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
@@ -120,6 +122,7 @@ class DPOLoss(ObjectiveModule):
         ref_logps: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
         pair_normalizer: Normalizer = None,
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
@@ -129,6 +132,7 @@ class DPOLoss(ObjectiveModule):
             labels,
             ref_logps,
             cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
@@ -151,6 +155,7 @@ class BCOLoss(ShiftModule):
         ref_logps: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
         sequence_normalizer: Normalizer = None,
         class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
@@ -162,6 +167,7 @@ class BCOLoss(ShiftModule):
             desirable,
             ref_logps,
             cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
             sample_weight=sample_weight,
             sequence_normalizer=sequence_normalizer,
             class_normalizer=class_normalizer,
@@ -185,6 +191,7 @@ class LinearCPOLoss(ObjectiveModule):
         *,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
         pair_normalizer: Normalizer = None,
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
@@ -195,6 +202,7 @@ class LinearCPOLoss(ObjectiveModule):
             labels,
             bias=bias,
             cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
@@ -218,6 +226,7 @@ class LinearDPOLoss(ObjectiveModule):
         *,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
         pair_normalizer: Normalizer = None,
         token_normalizer: Normalizer = None,
     ) -> PairOutput:
@@ -229,6 +238,7 @@ class LinearDPOLoss(ObjectiveModule):
             ref_logps,
             bias=bias,
             cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
             pair_normalizer=pair_normalizer,
             token_normalizer=token_normalizer,
         )
@@ -253,6 +263,7 @@ class LinearBCOLoss(ShiftModule):
         *,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
         sequence_normalizer: Normalizer = None,
         class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
@@ -266,6 +277,7 @@ class LinearBCOLoss(ShiftModule):
             ref_logps,
             bias=bias,
             cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
             sample_weight=sample_weight,
             sequence_normalizer=sequence_normalizer,
             class_normalizer=class_normalizer,

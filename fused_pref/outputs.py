@@ -118,3 +118,35 @@ class BCOOutput(_Beside, _BCOFields):
             means[f"count/{side}"] = count
         means["rewards/margins"] = (means["rewards/chosen"] - means["rewards/rejected"]).where(both, 0)
         return means
+
+
+class _PreferenceFields(NamedTuple):
+    loss: Tensor
+    losses: Tensor
+    logps: Tensor
+    lengths: Tensor
+    logits_mean: Tensor | None
+
+
+class PreferenceOutput(_Beside, _PreferenceFields):
+    """Result of an objective of the user's over S sequences; fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        loss: 0-d, differentiable.
+        losses: (units,) the loss of each pair or sequence, 0-d where the batch is one unit; detached.
+        logps: (S,), summed over the completion.
+        lengths: (S,) int64, scored tokens.
+        logits_mean: (S,), mean of the transformed logits of each sequence, 0 without a position; None with
+            ``logits_mean=None``.
+        dropped_mass: as of :class:`PairOutput`; not one of the tuple's items.
+    """
+
+    dropped_mass: Tensor | None = None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached 0-d means over sequences, on the device of the loss; nothing is synchronised."""
+        number = max(self.logps.numel(), 1)
+        means = {"logps": self.logps.sum() / number, "lengths": self.lengths.double().sum() / number}
+        if self.logits_mean is not None:
+            means["logits"] = self.logits_mean.sum() / number
+        return means

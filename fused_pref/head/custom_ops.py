@@ -201,12 +201,13 @@ def linear_known_gradients(
     bias: Tensor | None,
     targets: Tensor,
     cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
     tensors: list[Tensor],
     constants: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, mean of z, gradients of the loss) of an objective whose coefficients are known unit by unit."""
     request, objective = decode(constants, tensors)
-    head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens)
+    head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens, token_weights)
     if isinstance(plan, Grouped):
         logp, means, gradients, _ = evaluate_groups(head, rows, plan, targets, cu_seqlens, objective)
         return logp, means, *_filled(gradients, hidden)
@@ -221,7 +222,7 @@ def linear_known_gradients(
 
 
 @linear_known_gradients.register_fake
-def _(hidden, weight, bias, targets, cu_seqlens, tensors, constants):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, targets, cu_seqlens, token_weights, tensors, constants):  # type: ignore[no-untyped-def]
     request, _ = decode(constants, tensors)
     logp = hidden.new_empty(targets.shape, dtype=ACCUMULATOR[request.dtype])
     return logp, torch.empty_like(logp), *_fake_gradients(hidden, weight, bias, request, late=True)

@@ -18,6 +18,7 @@ from fused_pref.head.plans.head import Gradients, Head, HeadCall
 from fused_pref.head.plans.problem import Forward, Plan, Problem
 from fused_pref.head.plans.skipping import can_skip
 from fused_pref.layout import ValidRows, valid_rows
+from fused_pref.losses.open import OpenObjective
 from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.scores import Scores, gather, mean_sums, saturate
 from fused_pref.losses.unpaired import BCOObjective
@@ -25,14 +26,21 @@ from fused_pref.ops.devices import device_at
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.torch.chunk import Rows, block_rows, ranges
 
-Objective = PairObjective | BCOObjective
+Objective = PairObjective | BCOObjective | OpenObjective
 
 
 def begin(
-    call: HeadCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor | None
+    call: HeadCall,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None = None,
 ) -> tuple[Head, ValidRows, Plan]:
     """The head of a call, the rows it has to project, and its plan."""
-    rows = valid_rows(targets, cu_seqlens, call.spec, 0 if call.shard is None else call.shard.first)
+    first = 0 if call.shard is None else call.shard.first
+    rows = valid_rows(targets, cu_seqlens, call.spec, first, token_weights)
     head = Head(call, hidden, weight, bias)
     return head, rows, plan_of(problem_of(head, rows))
 
@@ -138,7 +146,9 @@ def evaluate_groups(
             logp, totals, gradients = plan.run(head, rows, slope)
             if rows.overflow is not None:
                 logp.masked_fill_(rows.overflow, torch.nan)
-            whole_sums = torch.cat(sums)
+            # Of pairs, each group has its chosen sequences first.
+            halves = [own.chunk(2) for own in sums] if head.call.unit == 2 else [(own,) for own in sums]
+            whole_sums = torch.cat([half for side in zip(*halves, strict=True) for half in side])
             if means is None:
                 means = means_of(head, rows, targets, totals.view(targets.shape), unscored)
                 late = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)

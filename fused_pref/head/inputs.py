@@ -22,7 +22,7 @@ from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.vocab_parallel import Agreement
-from fused_pref.layout import targets_of
+from fused_pref.layout import targets_of, weighted, weights_of
 from fused_pref.losses.scores import Scores, sequence_scores
 from fused_pref.ops import backend
 from fused_pref.ops.interface import ACCUMULATOR
@@ -38,10 +38,12 @@ Tokens = tuple[Tensor, Tensor, Tensor | None]
 class Inputs(ABC):
     """What every call has; ``sequences`` is S, ``dtype`` that of the results.
 
-    ``targets`` are the labels that the positions score, of :func:`fused_pref.layout.targets_of`.
+    ``targets`` are the labels that the positions score, of :func:`fused_pref.layout.targets_of`, and ``weights`` the
+    factors on their log-probs, of the same shape; None: 1.
     """
 
     targets: Tensor
+    weights: Tensor | None
     cu_seqlens: Tensor | None
     spec: Spec
     cp_group: Any
@@ -65,8 +67,15 @@ class Inputs(ABC):
     def tokens(self) -> Tokens:
         """Score the tokens."""
 
+    @property
+    @abstractmethod
+    def differentiable(self) -> bool:
+        """Whether a gradient is wanted of any tensor."""
+
     def scores(self, logp: Tensor, means: Tensor) -> Scores:
-        """What :meth:`tokens` gives, summed per sequence."""
+        """What :meth:`tokens` gives, times the weights, summed per sequence."""
+        if self.weights is not None:
+            logp = weighted(logp, self.weights)
         scores = sequence_scores(logp, means, self.targets, self.cu_seqlens, self.spec)
         if self.cp_group is not None:
             known = [part for part in scores if part is not None]
@@ -80,6 +89,8 @@ class Inputs(ABC):
         """The objective's output for the tokens, scored by :meth:`tokens` if they are not given."""
         logp, means, dropped = tokens or self.tokens()
         output, slope = objective.evaluate(self.scores(logp.detach(), means), self.spec.backend, self.dtype)
+        if self.weights is not None:
+            logp = weighted(logp, self.weights)
         kind: Any = type(output)
         loss = KnownSlopeFunction.apply(logp, self.cu_seqlens, output.loss, slope, self.spec.backend)
         output = kind(loss, *output[1:])
@@ -108,8 +119,16 @@ class LogitsInputs(Inputs):
         if validate.checking():
             _check_labels(labels, logits.shape[-1], spec)
         spec = _resolved({"spec": spec, "dtype": logits.dtype, "device": logits.device, "means": means})
-        targets = targets_of(labels, cu_seqlens, spec)
-        return cls(targets, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[logits.dtype], logits)
+        targets, dtype = targets_of(labels, cu_seqlens, spec), ACCUMULATOR[logits.dtype]
+        weights = keywords.get("token_weight")
+        if weights is not None:
+            weights = _weights(weights, labels, cu_seqlens, spec, dtype)
+        return cls(targets, weights, cu_seqlens, spec, cp_group, sequences, dtype, logits)
+
+    @property
+    def differentiable(self) -> bool:
+        """See :class:`Inputs`."""
+        return torch.is_grad_enabled() and self.logits.requires_grad
 
     def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
@@ -172,9 +191,15 @@ class LinearInputs(Inputs):
         if torch.is_grad_enabled():  # and inside of a Function it is not
             asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
             wanted = frozenset(itertools.compress(GRADIENTS, asked))
-        return cls(
-            targets, cu_seqlens, spec, cp_group, sequences, ACCUMULATOR[dtype], *tensors, dtype, wanted, agreement
-        )
+        weights, kind = keywords.get("token_weight"), ACCUMULATOR[dtype]
+        if weights is not None:
+            weights = _weights(weights, labels, cu_seqlens, spec, kind)
+        return cls(targets, weights, cu_seqlens, spec, cp_group, sequences, kind, *tensors, dtype, wanted, agreement)
+
+    @property
+    def differentiable(self) -> bool:
+        """See :class:`Inputs`."""
+        return bool(self.wanted)
 
     def begin_call(self, unit: int) -> HeadCall:
         """Begin a call of the head, all arguments being valid; ``unit`` is as of :class:`HeadCall`."""
@@ -218,11 +243,11 @@ class LinearInputs(Inputs):
             # In a graph the objective is evaluated on the whole batch.
             detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
             constants = custom_ops.encode((call, objective), tensors)
-            logp, means, *parts = custom_ops.linear_known_gradients(*detached, tensors, constants)
+            logp, means, *parts = custom_ops.linear_known_gradients(*detached, self.weights, tensors, constants)
             output, _ = objective.evaluate(self.scores(logp, means), self.spec.backend, self.dtype)
             gradients = custom_ops.wanted_only(tuple(parts))
         else:
-            head, rows, plan = begin(call, *batch)
+            head, rows, plan = begin(call, *batch, self.weights)
             if not isinstance(plan, Grouped):
                 return super().evaluate(objective, LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan))  # type: ignore[arg-type]
             _, means, gradients, output = evaluate_groups(head, rows, plan, self.targets, self.cu_seqlens, objective)
@@ -235,11 +260,26 @@ class LinearInputs(Inputs):
 
 def per_call(keywords: Mapping[str, Any]) -> None:
     """Validate what kind of thing those keywords are that no constant of a call holds."""
-    for name, symbol in (("cu_seqlens", "(S+1,)"), ("bias", "(V,)"), ("sample_weight", "(S,)")):
+    for name, symbol in (
+        ("cu_seqlens", "(S+1,)"),
+        ("bias", "(V,)"),
+        ("sample_weight", "(S,)"),
+        ("token_weight", "(S, T)"),
+    ):
         validate.tensor_or_none(name, keywords.get(name), symbol)
     if keywords["cp_group"] is not None:
         _cp_group(keywords)
     group_of("tp_group", keywords.get("tp_group"))
+
+
+def _weights(token_weight: Any, labels: Tensor, cu_seqlens: Tensor | None, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """``token_weight``, validated, where the positions are that score the labels."""
+    symbol = "(S, T)" if cu_seqlens is None else "(N_total,)"
+    validate.tensor_or_none("token_weight", token_weight, symbol)
+    shape = tuple(labels.shape)
+    value = validate.tensor("token_weight", token_weight, symbol, shape, validate.FLOATS, labels.device)
+    validate.values("token_weight", value, torch.isfinite, "finite")
+    return weights_of(value, cu_seqlens, spec, dtype)
 
 
 def _cp_group(keywords: Mapping[str, Any]) -> Any:

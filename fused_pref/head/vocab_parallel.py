@@ -95,7 +95,11 @@ def agreed(function: Callable[..., Any], tensors: tuple[Any, ...], keywords: Map
     """
     hidden, weight, labels, *others = tensors
     group = head_group(weight, keywords["tp_group"])
-    names = list(inspect.signature(function).parameters)[3:-1]
+    names = [
+        f"{name}[{i}]" if parameter.kind is parameter.VAR_POSITIONAL else name
+        for name, parameter in list(inspect.signature(function).parameters.items())[3:-1]
+        for i in range(len(others) if parameter.kind is parameter.VAR_POSITIONAL else 1)
+    ]
     asked = {"the function": function.__name__, **dict(zip(names, others, strict=False)), **_shared(keywords)}
     with contextlib.nullcontext() if group is None else Agreement(group, asked, hidden, weight, labels) as agreement:
         hidden, weight, bias = local_head(hidden, weight, keywords["bias"])
@@ -143,6 +147,8 @@ def _text(value: Any) -> str:
         return validate.describe(value.detach()).removesuffix(f" on {value.device}")
     if isinstance(value, torch.nn.Module):
         return f"{value!r} in {'training' if value.training else 'evaluation'}"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
     if isinstance(value, float):
         return repr(int(value) if value.is_integer() else float(value))
     return repr(value)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from parallel_cases import CASES, SIZES, D, S, T, evaluate, parts_of, tensors
+from parallel_cases import CASES, SIZES, D, S, T, evaluate, objective, parts_of, tensors
 from parallel_refusals import DISAGREEMENTS
 from parallel_work import CONTEXT, INTERPRETED, on_ranks, raise_on_one, two_by_two
 from ranks import Raised, run_ranks
@@ -117,7 +117,8 @@ def test_context_parallel_is_one_process() -> None:
     for name, function, extra, keywords in CONTEXT:
         hidden, weight = given["hidden"].clone().requires_grad_(), given["weight"].clone().requires_grad_()
         linear = function if function.startswith("linear_") else f"linear_{function}"
-        output = getattr(fp.reference, linear)(hidden, weight, given["labels"], *[given[k] for k in extra], **keywords)
+        others = [objective if key == "objective" else given[key] for key in extra]
+        output = getattr(fp.reference, linear)(hidden, weight, given["labels"], *others, **keywords)
         (output.sum() if isinstance(output, Tensor) else output.loss).backward()
         outputs = {"values": output} if isinstance(output, Tensor) else output._asdict()
         for got in ranks:

@@ -9,6 +9,7 @@ from cases import OBJECTIVES, Case, Problem, Result, evaluate
 from torch import Tensor
 
 import fused_pref as fp
+from fused_pref.reference.linear import LINEAR_ONLY
 
 # Unit roundoff of the arithmetic, and (values, gradients) as the README promises them.
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -79,7 +80,7 @@ def eager(name: str) -> Any:
     """A linear function as logits in the dtype of the head, and then the reference."""
 
     def function(hidden: Tensor, weight: Tensor, *rest: Tensor, bias: Tensor | None = None, **keywords: Any) -> Any:
-        keywords = {name: value for name, value in keywords.items() if name not in fp.reference.LINEAR_ONLY}
+        keywords = {name: value for name, value in keywords.items() if name not in LINEAR_ONLY}
         return getattr(fp.reference, name)(F.linear(hidden, weight, bias), *rest, **keywords)
 
     return function

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from harness import make_batch, make_hidden, reference_logps
 
+import fused_pref as fp
 from fused_pref import keywords
 
 S, T, D, V = 4, 5, 6, 11
@@ -20,22 +21,37 @@ FUNCTIONS: dict[str, type] = {
     "cpo_loss": keywords.CPOLogitsKeywords,
     "dpo_loss": keywords.DPOLogitsKeywords,
     "bco_loss": keywords.BCOLogitsKeywords,
+    "preference_loss": keywords.PreferenceLogitsKeywords,
     "linear_token_logps": keywords.LinearKeywords,
     "linear_sequence_logps": keywords.SequenceLinearKeywords,
     "linear_cpo_loss": keywords.CPOLinearKeywords,
     "linear_dpo_loss": keywords.DPOLinearKeywords,
     "linear_bco_loss": keywords.BCOLinearKeywords,
+    "linear_preference_loss": keywords.PreferenceLinearKeywords,
 }
 # The modules, and the function that each evaluates.
 MODULES: dict[str, str] = {
     f"{prefix}{name}Loss": f"{prefix.lower()}{'_' if prefix else ''}{name.lower()}_loss"
     for prefix in ("", "Linear")
-    for name in ("CPO", "DPO", "BCO")
+    for name in ("CPO", "DPO", "BCO", "Preference")
 }
 
 
+def margin(chosen: fp.Sequences, rejected: fp.Sequences) -> torch.Tensor:
+    """An objective of the user's."""
+    return rejected.logps - chosen.logps
+
+
+def built(name: str) -> Callable[..., Any]:
+    """A module, to be built from keywords."""
+    build = getattr(fp, name)
+    return functools.partial(build, margin) if name.endswith("PreferenceLoss") else build
+
+
 def valid(name: str, *, packed: bool = False) -> dict[str, Any]:
-    """Arguments of a function, in its order."""
+    """Arguments of a function, in its order; of a module those of a call."""
+    if name in MODULES:
+        return {key: value for key, value in valid(MODULES[name], packed=packed).items() if key != "objective"}
     if name.startswith("linear_"):
         batch = make_hidden(S, T, D, V)
         arguments: dict[str, Any] = {"hidden": batch.hidden, "weight": batch.weight, "labels": batch.labels}
@@ -51,6 +67,8 @@ def valid(name: str, *, packed: bool = False) -> dict[str, Any]:
         arguments["desirable"] = torch.tensor([True, False, True, False])
     if "bco" in name or "dpo" in name:
         arguments["ref_logps"] = reference_logps(S)
+    if "preference" in name:
+        arguments["objective"] = margin
     return arguments
 
 

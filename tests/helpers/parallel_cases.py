@@ -32,6 +32,11 @@ def tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     }
 
 
+def objective(chosen: fp.Sequences, rejected: fp.Sequences) -> Tensor:
+    """Of the user."""
+    return torch.nn.functional.softplus(rejected.average - chosen.average)
+
+
 # name: (function, arguments beyond hidden, weight and labels, keywords)
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "cpo": ("linear_cpo_loss", (), {}),
@@ -53,6 +58,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "frozen hidden states": ("linear_cpo_loss", (), {"frozen": ("hidden",), "bias": True}),
     "no gradient": ("linear_cpo_loss", (), {"frozen": ("hidden", "weight")}),
     "nothing scored": ("linear_cpo_loss", (), {"empty": True}),
+    "own pairs": ("linear_preference_loss", ("objective",), {"bias": True}),
     "packed": ("linear_cpo_loss", (), {"packed": True, "bias": True}),
 }
 
@@ -80,7 +86,7 @@ def evaluate(name: str, dtype: torch.dtype, part: slice, **group: Any) -> dict[s
         keywords["bias"] = leaves["bias"]
     if dtype == torch.float64:
         keywords["backend"] = "torch"
-    others = [given[key] for key in extra]
+    others = [objective if key == "objective" else given[key] for key in extra]
     with forced(force):
         output = getattr(fp, function)(leaves["hidden"], leaves["weight"], labels, *others, **keywords, **group)
     if isinstance(output, Tensor):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import CASES, T, evaluate, parts_of, tensors
+from parallel_cases import CASES, T, evaluate, objective, parts_of, tensors
 from parallel_refusals import (
     DISAGREEMENTS,
     disagree,
@@ -213,7 +213,7 @@ def context_parallel(rank: int) -> dict[str, dict[str, Tensor]]:
     for name, function, extra, keywords in CONTEXT:
         hidden = given["hidden"][:, part].clone().requires_grad_()
         weight = given["weight"].clone().requires_grad_()
-        others = [given[key] for key in extra]
+        others = [objective if key == "objective" else given[key] for key in extra]
         arguments = {"shift": False, "cp_group": dist.group.WORLD, **keywords}
         if function.startswith("linear_"):
             output = getattr(fp, function)(hidden, weight, shifted[:, part], *others, **arguments)
@@ -232,6 +232,7 @@ CONTEXT = [
     ("simpo", "linear_cpo_loss", (), {"loss_type": "simpo", "memory_budget": 1_100_000}),
     ("bco", "linear_bco_loss", ("desirable", "ref_logps"), {"delta": 0.1}),
     ("averages", "linear_sequence_logps", (), {"average": True}),
+    ("own pairs", "linear_preference_loss", ("objective",), {}),
     ("cpo of logits", "cpo_loss", (), {}),
 ]
 

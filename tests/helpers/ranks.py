@@ -49,7 +49,7 @@ def _rank(
     if not isinstance(result, Raised):
         dist.barrier()
         dist.destroy_process_group()
-        # Not by the interpreter's end, where a thread that PyTorch has left behind now and then aborts the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    # Not by the interpreter's end, where a thread that PyTorch has left behind now and then aborts the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from malformed import FUNCTIONS, MODULES, refusal, valid
+from malformed import FUNCTIONS, MODULES, built, refusal, valid
 
 import fused_pref as fp
 from fused_pref import keywords, validate
@@ -28,7 +28,11 @@ ROWS: dict[str, tuple[Any, type[Exception], str]] = {
     "weight": ([0.0], TypeError, "a float32 tensor (V, D=6)"),
     "labels": ([0], TypeError, "a int64 or int32 tensor (S, T)"),
     "desirable": ([True] * 4, TypeError, "a bool tensor (S,)"),
-    "ref_logps": (None, TypeError, f"{FLOATS} (S,)"),
+    "ref_logps": ([0.0], TypeError, f"{FLOATS} (S,)"),
+    "objective": (3, TypeError, "a function of Sequences"),
+    "token_weight": ([1.0], TypeError, "a tensor (S, T) or None"),
+    "unit": (3, ValueError, "2 (pairs), 1 (sequences) or None (the batch)"),
+    "normalizer": (0, ValueError, "a finite number or 0-d tensor > 0"),
     "cu_seqlens": ([0, 20], TypeError, "a tensor (S+1,) or None"),
     "bias": ([0.0], TypeError, "a tensor (V,) or None"),
     "sample_weight": ([1.0] * 4, TypeError, "a tensor (S,) or None"),
@@ -60,6 +64,8 @@ SHOWN = {"class_normalizer": -1}
 
 def row(name: str, table: type) -> tuple[Any, type[Exception], str]:
     """A malformed value of an argument, and how it is refused."""
+    if name == "ref_logps" and "unit" in keywords.table(table):
+        return [0.0], TypeError, "a tensor (S,) or None"
     if name in ROWS:
         return ROWS[name]
     kind = keywords.table(table)[name][0]
@@ -76,10 +82,10 @@ def takers(name: str) -> Iterator[tuple[str, type, Callable[..., Any]]]:
         if name in inspect.signature(call).parameters:
             yield function, table, functools.partial(call, **{key: given[key] for key in given if key != name})
     for module, function in MODULES.items():
-        build, given, table = getattr(fp, module), valid(function), FUNCTIONS[function]
-        if name in inspect.signature(build).parameters:
-            yield module, table, build
-        if name in inspect.signature(build.forward).parameters:
+        build, given, table = built(module), valid(module), FUNCTIONS[function]
+        if name in inspect.signature(getattr(fp, module)).parameters:
+            yield module, table, getattr(fp, module) if name == "objective" else build
+        if name in inspect.signature(getattr(fp, module).forward).parameters:
             rest = {key: given[key] for key in given if key != name}
             yield f"{module}()", table, functools.partial(build(**BESIDE.get(name, {})), **rest)
 
@@ -95,7 +101,9 @@ def accepted_otherwise(name: str) -> list[str]:
     return [f"{taker}: {text}" for taker, text in found if text]
 
 
-ARGUMENTS = sorted({name for function in FUNCTIONS for name in inspect.signature(getattr(fp, function)).parameters})
+ARGUMENTS = sorted(
+    {name for function in FUNCTIONS for name in inspect.signature(getattr(fp, function)).parameters} - {"tensors"}
+)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -146,7 +154,7 @@ def test_other_keywords_are_refused(name: str) -> None:
     own = inspect.signature(getattr(fp, name)).parameters
     foreign = ["betta", "Shift", *(argument for argument in ARGUMENTS if argument not in own)]
     for home in (fp,) if name in MODULES else (fp, fp.reference):
-        call = functools.partial(getattr(home, name), **({} if name in MODULES else valid(name)))
+        call = built(name) if name in MODULES else functools.partial(getattr(home, name), **valid(name))
         for keyword in foreign:
             message = f"{name}{'.__init__' * (name in MODULES)}() got an unexpected keyword argument {keyword!r}"
             assert refusal(TypeError, message, call, **{keyword: 0.1}) == ""
@@ -156,14 +164,14 @@ def test_other_keywords_are_refused(name: str) -> None:
 def test_a_module_takes_its_hyperparameters_at_construction_alone(name: str) -> None:
     for keyword in ("beta", "ignore_index"):
         message = f"{name}.forward() got an unexpected keyword argument {keyword!r}"
-        assert refusal(TypeError, message, getattr(fp, name)(), **valid(MODULES[name]), **{keyword: 0}) == ""
+        assert refusal(TypeError, message, built(name)(), **valid(name), **{keyword: 0}) == ""
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, *MODULES])
+@pytest.mark.parametrize("name", [name for name in (*FUNCTIONS, *MODULES) if "preference" not in name.lower()])
 def test_positional_arguments(name: str) -> None:
     """One that is missing, one too many, and one that is given twice."""
     module = name in MODULES
-    arguments = valid(MODULES.get(name, name))
+    arguments = valid(name)
     call = getattr(fp, name)() if module else getattr(fp, name)
     shown, number = (f"{name}.forward" if module else name), len(arguments) + module
     much = f"takes {number} positional arguments but {number + 1} were given"

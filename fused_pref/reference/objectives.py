@@ -1,0 +1,237 @@
+"""Log-probs and objectives of logits, in plain PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_pref.keywords import (
+    BCOLogitsKeywords,
+    CPOLogitsKeywords,
+    DPOLogitsKeywords,
+    LogitsKeywords,
+    PreferenceLogitsKeywords,
+    SequenceLogitsKeywords,
+    accepts,
+)
+from fused_pref.losses.open import Sequences
+from fused_pref.outputs import BCOOutput, PairOutput, PreferenceOutput
+from fused_pref.reference.tokens import Cover, Tokens, cast, given, logits_mean, ratio, score
+
+
+@accepts(LogitsKeywords)
+def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeywords]) -> Tensor:
+    """Log-prob of every scored token, log softmax(z)[y], differentiable.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; any floating dtype.
+        labels: (S, T) or (N_total,) integers, as causal-LM labels come (see ``shift``).
+
+    Returns:
+        (S, T-1) with ``shift`` ((S, 0) for T = 0), (S, T) without, (N_total,) packed; float32, float64 for float64
+        logits. 0 where nothing is scored, NaN for a label outside the vocabulary.
+    """
+    logp = score(logits, labels, keywords).logp.view(labels.shape)
+    return logp[:, :-1] if keywords["shift"] and keywords["cu_seqlens"] is None else logp
+
+
+@accepts(SequenceLogitsKeywords)
+def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLogitsKeywords]) -> Tensor:
+    """Log-prob of every completion, differentiable: Σ logp over its scored tokens, or their average.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``.
+        labels: (S, T) or (N_total,).
+
+    Returns:
+        (S,) float32, float64 for float64 logits; 0 for an empty completion.
+    """
+    tokens = score(logits, labels, keywords)
+    return cast(tokens.sums / tokens.lengths if keywords["average"] else tokens.sums, tokens.logp.dtype)
+
+
+@accepts(CPOLogitsKeywords)
+def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeywords]) -> PairOutput:
+    """Contrastive preference optimisation (CPO, arXiv 2401.08417): mean over pairs of ℓ(Δ), plus cpo_alpha · NLL.
+
+    Δ = r(logps_w) − r(logps_l), where logps are summed over the completion, averaged for ipo and simpo, and r is the
+    identity or AlphaPO's transform (``alpha``, arXiv 2501.03884). ℓ is ``loss_type``: see :func:`_preference`.
+    NLL is −Σ logp / number over scored chosen tokens, or −mean over pairs of summed logps_w. Rewards are β r(logps).
+
+    Args:
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
+        labels: (2B, T) or (N_total,).
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient.
+    """
+    loss_type, cpo_alpha, beta = keywords["loss_type"], keywords["cpo_alpha"], keywords["beta"]
+    if loss_type == "alphapo":
+        loss_type, cpo_alpha = "simpo", 0.0
+    tokens = score(logits, labels, keywords)
+    logps = tokens.sums / tokens.lengths if loss_type in ("ipo", "simpo") else tokens.sums
+    transformed = _alphapo(logps, keywords["alpha"])
+    pairs = len(logps) // 2
+    delta = transformed[:pairs] - transformed[pairs:]
+    losses = _preference(loss_type, delta, beta, keywords["label_smoothing"], keywords["simpo_gamma"])
+    pair_count = given(keywords["pair_normalizer"], pairs)
+    loss, nll = ratio(losses.sum(), pair_count), losses.new_zeros(())
+    if cpo_alpha != 0:
+        token_count = given(keywords["token_normalizer"], tokens.counts[:pairs].sum())
+        nll_count = token_count if keywords["nll_reduction"] == "token" else pair_count
+        nll = ratio(-tokens.sums[:pairs].sum(), nll_count)
+        loss = loss + cpo_alpha * nll
+    return _pair_output(tokens, loss, nll, logps, beta * transformed, keywords["logits_mean"])
+
+
+@accepts(DPOLogitsKeywords)
+def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
+    """Direct preference optimisation (DPO, arXiv 2305.18290): mean over pairs of ℓ(Δ).
+
+    Δ = (logps_w − ref_w) − (logps_l − ref_l), for ipo with both log-ratios divided by the length; ℓ is ``loss_type``:
+    see :func:`_preference`. Rewards are β(logps − ref_logps) of the sums.
+
+    Args:
+        logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
+        labels: (2B, T) or (N_total,).
+        ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
+    """
+    loss_type, beta = keywords["loss_type"], keywords["beta"]
+    tokens = score(logits, labels, keywords)
+    log_ratios = tokens.sums - ref_logps.detach().double()
+    lengths = tokens.lengths if loss_type == "ipo" else torch.ones_like(tokens.lengths)
+    entering_w, entering_l = (log_ratios / lengths).tensor_split(2)
+    losses = _preference(loss_type, entering_w - entering_l, beta, keywords["label_smoothing"])
+    loss = ratio(losses.sum(), given(keywords["pair_normalizer"], len(losses)))
+    logps, rewards = tokens.sums / lengths, beta * log_ratios
+    return _pair_output(tokens, loss, torch.zeros_like(loss), logps, rewards, keywords["logits_mean"])
+
+
+@accepts(BCOLogitsKeywords)
+def bco_loss(
+    logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[BCOLogitsKeywords]
+) -> BCOOutput:
+    """Binary classifier optimisation (BCO, arXiv 2404.04656): −logσ(r − δ) for desirable, −ρ logσ(−(r − δ)) for others.
+
+    r = β(logps − ref_logps), δ is ``delta`` (no gradient flows through it) and ρ ``sample_weight``, a factor on the
+    loss of either class. ``reduction``: the mean over all sequences, or the sum of the two class means.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order.
+        labels: (S, T) or (N_total,).
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`BCOOutput`; only ``loss`` carries a gradient. A ``RewardShift`` is updated last.
+    """
+    tokens = score(logits, labels, keywords)
+    rewards = keywords["beta"] * (tokens.sums - ref_logps.detach().double())
+    shift: Any = keywords["delta"]
+    learned = hasattr(shift, "peek")
+    delta, state = shift.peek(rewards.detach(), desirable) if learned else (shift, None)
+    delta = torch.as_tensor(delta, dtype=torch.float64, device=rewards.device).detach()
+
+    losses = torch.where(desirable, -F.logsigmoid(rewards - delta), -F.logsigmoid(-(rewards - delta)))
+    if keywords["sample_weight"] is not None:
+        losses = losses * keywords["sample_weight"].detach().double()
+    if keywords["reduction"] == "mean":
+        loss = ratio(losses.sum(), given(keywords["sequence_normalizer"], len(losses)))
+    else:
+        positives, negatives = given(keywords["class_normalizer"], (desirable.sum(), (~desirable).sum()))
+        loss = ratio(losses[desirable].sum(), positives) + ratio(losses[~desirable].sum(), negatives)
+
+    dtype, cover = tokens.logp.dtype, keywords["logits_mean"]
+    output = BCOOutput(
+        cast(loss, dtype),
+        cast(delta, dtype),
+        cast(tokens.sums.detach(), dtype),
+        cast(rewards.detach(), dtype),
+        logits_mean(tokens, desirable, cover),
+        logits_mean(tokens, ~desirable, cover),
+        desirable.sum(),
+        (~desirable).sum(),
+    )
+    output.desirable = desirable
+    if learned:
+        shift.commit(state)
+    return output
+
+
+@accepts(PreferenceLogitsKeywords)
+def preference_loss(
+    logits: Tensor,
+    labels: Tensor,
+    objective: Callable[..., Tensor],
+    *tensors: Tensor,
+    **keywords: Unpack[PreferenceLogitsKeywords],
+) -> PreferenceOutput:
+    """The mean over units of a function of per-sequence log-probs; over ``normalizer`` in place of their number.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; of pairs the chosen sequences first, then the rejected.
+        labels: (S, T) or (N_total,).
+        objective: (chosen, rejected, *tensors) → (B,), (sequences, *tensors) → (S,) or 0-d: see ``unit``.
+        tensors: handed to it.
+
+    Returns:
+        :class:`PreferenceOutput`; only ``loss`` carries a gradient.
+    """
+    tokens, refs, unit = score(logits, labels, keywords), keywords["ref_logps"], keywords["unit"]
+    refs = None if refs is None else refs.detach().double()
+    whole = Sequences(tokens.sums, tokens.counts, refs)
+    if len(tokens.sums) == 0:
+        losses = tokens.sums
+    elif unit == 2:
+        chosen, rejected = ([None if x is None else x.tensor_split(2)[side] for x in whole] for side in (0, 1))
+        losses = objective(Sequences(*chosen), Sequences(*rejected), *tensors)  # type: ignore[arg-type]
+    else:
+        losses = objective(whole, *tensors)
+    dtype, number = tokens.logp.dtype, max(losses.numel(), 1)
+    loss = ratio(losses.double().sum(), given(keywords["normalizer"], number))
+    means = None
+    if keywords["logits_mean"] is not None:
+        members = torch.eye(len(tokens.sums), dtype=torch.bool, device=labels.device)
+        each = [logits_mean(tokens, member, keywords["logits_mean"]) for member in members]
+        means = torch.stack(each) if each else tokens.logp.new_zeros(0)  # type: ignore[arg-type]
+    each = [cast(losses.detach().double(), dtype), cast(tokens.sums.detach(), dtype), tokens.counts]
+    return PreferenceOutput(cast(loss, dtype), each[0], each[1], each[2], means)
+
+
+def _preference(loss_type: str, delta: Tensor, beta: float, epsilon: float, gamma: float = 0.0) -> Tensor:
+    """ℓ(Δ) per pair, (B,) → (B,)."""
+    if loss_type == "sigmoid":  # CPO, DPO; with ε the conservative form
+        return _cross_entropy(beta * delta, epsilon)
+    if loss_type == "simpo":  # arXiv 2405.14734
+        return _cross_entropy(beta * delta - gamma, epsilon)
+    if loss_type == "hinge":  # SLiC, arXiv 2305.10425
+        return torch.relu(1 - beta * delta)
+    if loss_type == "ipo":  # arXiv 2310.12036
+        return (delta - 1 / (2 * beta)) ** 2
+    raise ValueError(f"loss_type: {loss_type!r}")
+
+
+def _cross_entropy(x: Tensor, epsilon: float) -> Tensor:
+    """−(1−ε) logσ(x) − ε logσ(−x), without the second term (0 · ∞ at x = ∞) for ε = 0."""
+    loss = -(1 - epsilon) * F.logsigmoid(x)
+    return loss - epsilon * F.logsigmoid(-x) if epsilon else loss
+
+
+def _alphapo(logps: Tensor, alpha: float) -> Tensor:
+    """(1 − p^−α)/α = −expm1(min(−α·logps, 80))/α; its gradient is 0 beyond the clamp. The identity for α = 0."""
+    return -torch.expm1((-alpha * logps).clamp(max=80)) / alpha if alpha else logps
+
+
+def _pair_output(tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewards: Tensor, cover: Cover) -> PairOutput:
+    dtype = tokens.logp.dtype
+    chosen = torch.arange(len(logps), device=logps.device) < len(logps) // 2
+    logps_w, logps_l = cast(logps.detach(), dtype).tensor_split(2)
+    rewards_w, rewards_l = cast(rewards.detach(), dtype).tensor_split(2)
+    means = (logits_mean(tokens, chosen, cover), logits_mean(tokens, ~chosen, cover))
+    return PairOutput(cast(loss, dtype), cast(nll.detach(), dtype), logps_w, logps_l, rewards_w, rewards_l, *means)
