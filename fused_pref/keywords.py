@@ -208,6 +208,29 @@ class BCOKeywords(TypedDict, total=False):
     ]
 
 
+class KTOKeywords(TypedDict, total=False):
+    """Keywords of the KTO objective."""
+
+    kl: Annotated[
+        float | Tensor,
+        Keyword(
+            0.0,
+            "estimate of KL(policy || reference) in nats, clamped by the caller: a finite number or a 0-d tensor, "
+            "through which no gradient flows; no effect on apo_zero_unpaired",
+        ),
+    ]
+    beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob ratios: rewards are beta (logps - ref_logps)")]
+    loss_type: Annotated[
+        Literal["kto", "apo_zero_unpaired"], Keyword("kto", "rewards against beta kl, or against 0 (APO)")
+    ]
+    desirable_weight: Annotated[float, Keyword(1.0, "factor >= 0 on the losses of desirable sequences, finite")]
+    undesirable_weight: Annotated[float, Keyword(1.0, "factor >= 0 on the losses of undesirable sequences, finite")]
+    sequence_normalizer: Annotated[
+        Number | Tensor | None,
+        Keyword(None, "replaces the number of sequences S in the mean (> 0; number or 0-d tensor)"),
+    ]
+
+
 class SequenceKeywords(TypedDict, total=False):
     """Keywords of the per-sequence log-probs."""
 
@@ -230,6 +253,10 @@ class BCOLogitsKeywords(BCOKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.bco_loss`."""
 
 
+class KTOLogitsKeywords(KTOKeywords, LogitsKeywords, total=False):
+    """Keywords of :func:`fused_pref.kto_loss`."""
+
+
 class SequenceLinearKeywords(SequenceKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_sequence_logps`."""
 
@@ -244,6 +271,10 @@ class DPOLinearKeywords(DPOKeywords, LinearKeywords, total=False):
 
 class BCOLinearKeywords(BCOKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_bco_loss`."""
+
+
+class KTOLinearKeywords(KTOKeywords, LinearKeywords, total=False):
+    """Keywords of :func:`fused_pref.linear_kto_loss`."""
 
 
 @functools.cache

@@ -9,7 +9,7 @@ Symbols: S sequences, B pairs (S = 2B), T padded length, V vocabulary; w chosen,
 logistic function. Token math is float32 (float64 for float64 logits); sums of log-probs and what follows are float64.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +23,30 @@ from fused_pref.keywords import (
     CPOLogitsKeywords,
     DPOLinearKeywords,
     DPOLogitsKeywords,
+    KTOLinearKeywords,
+    KTOLogitsKeywords,
     LinearKeywords,
     LogitsKeywords,
-    Number,
     SequenceLinearKeywords,
     SequenceLogitsKeywords,
     TokenKeywords,
     accepts,
     table,
 )
-from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
+from fused_pref.reference_tokens import Cover, Tokens, cast, given, logits_mean, ratio, score
 
-Cover = Literal["all", "completion"] | None
 LINEAR_ONLY = set(table(LinearKeywords)) - set(table(TokenKeywords))
 
 __all__ = [
     "bco_loss",
     "cpo_loss",
     "dpo_loss",
+    "kto_loss",
     "linear_bco_loss",
     "linear_cpo_loss",
     "linear_dpo_loss",
+    "linear_kto_loss",
     "linear_sequence_logps",
     "linear_token_logps",
     "sequence_logps",
@@ -63,7 +66,7 @@ def token_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[LogitsKeyword
         (S, T-1) with ``shift`` ((S, 0) for T = 0), (S, T) without, (N_total,) packed; float32, float64 for float64
         logits. 0 where nothing is scored, NaN for a label outside the vocabulary.
     """
-    logp = _score(logits, labels, keywords).logp.view(labels.shape)
+    logp = score(logits, labels, keywords).logp.view(labels.shape)
     return logp[:, :-1] if keywords["shift"] and keywords["cu_seqlens"] is None else logp
 
 
@@ -78,8 +81,8 @@ def sequence_logps(logits: Tensor, labels: Tensor, **keywords: Unpack[SequenceLo
     Returns:
         (S,) float32, float64 for float64 logits; 0 for an empty completion.
     """
-    tokens = _score(logits, labels, keywords)
-    return _cast(tokens.sums / tokens.lengths if keywords["average"] else tokens.sums, tokens.logp.dtype)
+    tokens = score(logits, labels, keywords)
+    return cast(tokens.sums / tokens.lengths if keywords["average"] else tokens.sums, tokens.logp.dtype)
 
 
 @accepts(CPOLogitsKeywords)
@@ -100,18 +103,18 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     loss_type, cpo_alpha, beta = keywords["loss_type"], keywords["cpo_alpha"], keywords["beta"]
     if loss_type == "alphapo":
         loss_type, cpo_alpha = "simpo", 0.0
-    tokens = _score(logits, labels, keywords)
+    tokens = score(logits, labels, keywords)
     logps = tokens.sums / tokens.lengths if loss_type in ("ipo", "simpo") else tokens.sums
     transformed = _alphapo(logps, keywords["alpha"])
     pairs = len(logps) // 2
     delta = transformed[:pairs] - transformed[pairs:]
     losses = _preference(loss_type, delta, beta, keywords["label_smoothing"], keywords["simpo_gamma"])
-    pair_count = _given(keywords["pair_normalizer"], pairs)
-    loss, nll = _ratio(losses.sum(), pair_count), losses.new_zeros(())
+    pair_count = given(keywords["pair_normalizer"], pairs)
+    loss, nll = ratio(losses.sum(), pair_count), losses.new_zeros(())
     if cpo_alpha != 0:
-        token_count = _given(keywords["token_normalizer"], tokens.counts[:pairs].sum())
+        token_count = given(keywords["token_normalizer"], tokens.counts[:pairs].sum())
         nll_count = token_count if keywords["nll_reduction"] == "token" else pair_count
-        nll = _ratio(-tokens.sums[:pairs].sum(), nll_count)
+        nll = ratio(-tokens.sums[:pairs].sum(), nll_count)
         loss = loss + cpo_alpha * nll
     return _pair_output(tokens, loss, nll, logps, beta * transformed, keywords["logits_mean"])
 
@@ -132,12 +135,12 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
         :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
     """
     loss_type, beta = keywords["loss_type"], keywords["beta"]
-    tokens = _score(logits, labels, keywords)
+    tokens = score(logits, labels, keywords)
     log_ratios = tokens.sums - ref_logps.detach().double()
     lengths = tokens.lengths if loss_type == "ipo" else torch.ones_like(tokens.lengths)
     entering_w, entering_l = (log_ratios / lengths).tensor_split(2)
     losses = _preference(loss_type, entering_w - entering_l, beta, keywords["label_smoothing"])
-    loss = _ratio(losses.sum(), _given(keywords["pair_normalizer"], len(losses)))
+    loss = ratio(losses.sum(), given(keywords["pair_normalizer"], len(losses)))
     logps, rewards = tokens.sums / lengths, beta * log_ratios
     return _pair_output(tokens, loss, torch.zeros_like(loss), logps, rewards, keywords["logits_mean"])
 
@@ -160,7 +163,7 @@ def bco_loss(
     Returns:
         :class:`BCOOutput`; only ``loss`` carries a gradient. A ``RewardShift`` is updated last.
     """
-    tokens = _score(logits, labels, keywords)
+    tokens = score(logits, labels, keywords)
     rewards = keywords["beta"] * (tokens.sums - ref_logps.detach().double())
     shift: Any = keywords["delta"]
     learned = hasattr(shift, "peek")
@@ -171,26 +174,49 @@ def bco_loss(
     if keywords["sample_weight"] is not None:
         losses = losses * keywords["sample_weight"].detach().double()
     if keywords["reduction"] == "mean":
-        loss = _ratio(losses.sum(), _given(keywords["sequence_normalizer"], len(losses)))
+        loss = ratio(losses.sum(), given(keywords["sequence_normalizer"], len(losses)))
     else:
-        positives, negatives = _given(keywords["class_normalizer"], (desirable.sum(), (~desirable).sum()))
-        loss = _ratio(losses[desirable].sum(), positives) + _ratio(losses[~desirable].sum(), negatives)
+        positives, negatives = given(keywords["class_normalizer"], (desirable.sum(), (~desirable).sum()))
+        loss = ratio(losses[desirable].sum(), positives) + ratio(losses[~desirable].sum(), negatives)
 
-    dtype, cover = tokens.logp.dtype, keywords["logits_mean"]
-    output = BCOOutput(
-        _cast(loss, dtype),
-        _cast(delta, dtype),
-        _cast(tokens.sums.detach(), dtype),
-        _cast(rewards.detach(), dtype),
-        _logits_mean(tokens, desirable, cover),
-        _logits_mean(tokens, ~desirable, cover),
-        desirable.sum(),
-        (~desirable).sum(),
-    )
-    output.desirable = desirable
+    output = _unpaired_output(BCOOutput, tokens, loss, delta, rewards, desirable, keywords["logits_mean"])
     if learned:
         shift.commit(state)
     return output
+
+
+@accepts(KTOLogitsKeywords)
+def kto_loss(
+    logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[KTOLogitsKeywords]
+) -> KTOOutput:
+    """Kahneman-Tversky optimisation (KTO, arXiv 2402.01306): the mean over sequences of w⁺(1 − σ(r − β·kl)) for
+    desirable ones and of w⁻(1 − σ(β·kl − r)) for others.
+
+    r = β(logps − ref_logps), kl is ``kl`` (no gradient flows through it), w⁺ ``desirable_weight`` and w⁻
+    ``undesirable_weight``. ``apo_zero_unpaired`` (APO, arXiv 2408.06266): w⁺(1 − σ(r)) and w⁻σ(r).
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order.
+        labels: (S, T) or (N_total,).
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`KTOOutput`; only ``loss`` carries a gradient.
+    """
+    beta, loss_type = keywords["beta"], keywords["loss_type"]
+    tokens = score(logits, labels, keywords)
+    rewards = beta * (tokens.sums - ref_logps.detach().double())
+    kl = torch.as_tensor(keywords["kl"], dtype=torch.float64, device=rewards.device).detach()
+    if loss_type == "kto":
+        wins, losses = 1 - torch.sigmoid(rewards - beta * kl), 1 - torch.sigmoid(beta * kl - rewards)
+    elif loss_type == "apo_zero_unpaired":
+        wins, losses = 1 - torch.sigmoid(rewards), torch.sigmoid(rewards)
+    else:
+        raise ValueError(f"loss_type: {loss_type!r}")
+    losses = torch.where(desirable, keywords["desirable_weight"] * wins, keywords["undesirable_weight"] * losses)
+    loss = ratio(losses.sum(), given(keywords["sequence_normalizer"], len(losses)))
+    return _unpaired_output(KTOOutput, tokens, loss, kl, rewards, desirable, keywords["logits_mean"])
 
 
 @accepts(LinearKeywords)
@@ -236,6 +262,19 @@ def linear_bco_loss(
     return bco_loss(_logits(hidden, weight, keywords), labels, desirable, ref_logps, **_of_logits(keywords))
 
 
+@accepts(KTOLinearKeywords)
+def linear_kto_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    **keywords: Unpack[KTOLinearKeywords],
+) -> KTOOutput:
+    """:func:`kto_loss` of hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
+    return kto_loss(_logits(hidden, weight, keywords), labels, desirable, ref_logps, **_of_logits(keywords))
+
+
 def _logits(hidden: Tensor, weight: Tensor, keywords: LinearKeywords) -> Tensor:
     """The logits in float32, or float64 for float64 inputs."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -272,110 +311,28 @@ def _alphapo(logps: Tensor, alpha: float) -> Tensor:
     return -torch.expm1((-alpha * logps).clamp(max=80)) / alpha if alpha else logps
 
 
-class _Tokens(NamedTuple):
-    """A batch as one row of P positions: S·T padded, N_total packed."""
-
-    logits: Tensor  # (P, V) transformed, without gradient
-    logp: Tensor  # (P,) 0 where not scored
-    scored: Tensor  # (P,) bool
-    sequence: Tensor  # (P,) int64, the sequence of a position
-    sums: Tensor  # (S,) float64, of logp
-    counts: Tensor  # (S,) int64, scored tokens
-    lengths: Tensor  # (S,) int64, what an average divides by: counts, 1 for an empty completion
-
-
-def _score(logits: Tensor, labels: Tensor, keywords: TokenKeywords) -> _Tokens:
-    """Score every target. Only rows of scored positions enter: others get a zero gradient whatever they hold."""
-    sequence, sequences = _sequence_of(labels, keywords["cu_seqlens"])
-    targets = _targets(labels.flatten().long(), sequence, keywords["shift"], keywords["ignore_index"])
-    scored = targets != keywords["ignore_index"]
-    rows = logits.flatten(0, -2)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    label_logps = _label_logps(_transform(rows[scored], keywords), targets[scored])
-    logp = torch.zeros_like(rows[:, 0]).masked_scatter(scored, label_logps)
-    sums = torch.zeros(sequences, dtype=torch.float64, device=rows.device)
-    sums = sums.index_add(0, sequence, _cast(logp, torch.float64))
-    counts = torch.bincount(sequence[scored], minlength=sequences)
-    z = _transform(rows.detach(), keywords)
-    return _Tokens(z, logp, scored, sequence, sums, counts, counts.clamp(min=1))
-
-
-def _sequence_of(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """The sequence of every position, (P,) int64, and their number S."""
-    sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
-    lengths = labels.shape[1] if cu_seqlens is None else cu_seqlens.diff()
-    return torch.arange(sequences, device=labels.device).repeat_interleave(lengths), sequences
-
-
-def _targets(labels: Tensor, sequence: Tensor, shift: bool, ignore_index: int) -> Tensor:
-    """The label that each position scores, (P,): its own, or with ``shift`` the next one of its sequence, if any."""
-    if not shift:
-        return labels
-    targets = torch.full_like(labels, ignore_index)
-    targets[:-1] = labels[1:].where(sequence[1:] == sequence[:-1], ignore_index)
-    return targets
-
-
-def _transform(logits: Tensor, keywords: TokenKeywords) -> Tensor:
-    """The logits transform, z = softcap(logit_scale · logits) / temperature with softcap(x) = c tanh(x/c)."""
-    z, c = keywords["logit_scale"] * logits, keywords["softcap"]
-    return (z if c is None else c * torch.tanh(z / c)) / keywords["temperature"]
-
-
-def _label_logps(z: Tensor, targets: Tensor) -> Tensor:
-    """Per row log softmax(z)[y], (N, V), (N,) → (N,); NaN, and so its gradient, where y is outside the vocabulary."""
-    inside = (targets >= 0) & (targets < z.shape[-1])
-    logp = z.log_softmax(-1).gather(-1, targets.where(inside, 0)[:, None])[:, 0]
-    return logp * torch.where(inside, 1.0, torch.nan).to(logp.dtype)
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _ratio(total: Tensor, count: Number | Tensor) -> Tensor:
-    """A total over a count, 0-d; 0 with zero gradient where the count is 0, but NaN if the total is not finite."""
-    count = torch.as_tensor(count, dtype=torch.float64, device=total.device)
-    return total / count.where(count > 0, torch.inf)
-
-
-def _logits_mean(tokens: _Tokens, members: Tensor, cover: Cover) -> Tensor | None:
-    """Mean of z over the vocabulary and the positions of the ``members`` (S,) bool; 0 where there is no position."""
-    if cover is None:
-        return None
-    positions = members[tokens.sequence]
-    z = tokens.logits[positions & tokens.scored if cover == "completion" else positions].double()
-    return _cast(_ratio(z.sum(), z.numel()), tokens.logp.dtype)
-
-
-def _pair_output(
-    tokens: _Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewards: Tensor, cover: Cover
-) -> PairOutput:
+def _pair_output(tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewards: Tensor, cover: Cover) -> PairOutput:
     dtype = tokens.logp.dtype
     chosen = torch.arange(len(logps), device=logps.device) < len(logps) // 2
-    logps_w, logps_l = _cast(logps.detach(), dtype).tensor_split(2)
-    rewards_w, rewards_l = _cast(rewards.detach(), dtype).tensor_split(2)
-    means = (_logits_mean(tokens, chosen, cover), _logits_mean(tokens, ~chosen, cover))
-    return PairOutput(_cast(loss, dtype), _cast(nll.detach(), dtype), logps_w, logps_l, rewards_w, rewards_l, *means)
+    logps_w, logps_l = cast(logps.detach(), dtype).tensor_split(2)
+    rewards_w, rewards_l = cast(rewards.detach(), dtype).tensor_split(2)
+    means = (logits_mean(tokens, chosen, cover), logits_mean(tokens, ~chosen, cover))
+    return PairOutput(cast(loss, dtype), cast(nll.detach(), dtype), logps_w, logps_l, rewards_w, rewards_l, *means)
 
 
-class _Cast(torch.autograd.Function):
-    """A cast in which finite float64 values, and gradients on their way back, saturate where float32 would overflow."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = value.dtype
-        return _saturate(value, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _saturate(grads[0], ctx.dtype), None
-
-
-def _saturate(value: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = torch.finfo(torch.bfloat16).max
-    return value.clamp(-largest, largest).where(value.isfinite(), value).to(dtype)
-
-
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value if value.dtype == dtype else _Cast.apply(value, dtype)  # type: ignore[return-value]
+def _unpaired_output(
+    kind: Any, tokens: Tokens, loss: Tensor, shift: Tensor, rewards: Tensor, desirable: Tensor, cover: Cover
+) -> Any:
+    dtype = tokens.logp.dtype
+    output = kind(
+        cast(loss, dtype),
+        cast(shift, dtype),
+        cast(tokens.sums.detach(), dtype),
+        cast(rewards.detach(), dtype),
+        logits_mean(tokens, desirable, cover),
+        logits_mean(tokens, ~desirable, cover),
+        desirable.sum(),
+        (~desirable).sum(),
+    )
+    output.desirable = desirable
+    return output

@@ -292,7 +292,7 @@ def test_grids_hold_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             for dtype in case.dtypes:
                 case.launch(dtype)
     # Objectives are one program; rows are split where they are few; targets go in blocks.
-    few = {"_targets_kernel", "_pair_objective_kernel", "_bco_objective_kernel", "_token_logps_combine_kernel"}
+    few = {"_targets_kernel", "_pair_objective_kernel", "_unpaired_objective_kernel", "_token_logps_combine_kernel"}
     assert {kernel for kernel, grid in grids.items() if grid[0] < 2**13} == few
     for kernel, grid in grids.items():
         assert grid[0] < 2**31, kernel
