@@ -299,7 +299,7 @@ def test_grids_hold_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(grid[1:]) <= 2**21 // 1024, kernel
 
 
-@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss"])
+@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss", "kto_loss"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_many_short_sequences(packed: bool, name: str, device: str) -> None:
     """100,000 sequences of one to three tokens, the third part of which score nothing."""
@@ -314,7 +314,7 @@ def test_many_short_sequences(packed: bool, name: str, device: str) -> None:
     else:
         labels[~inside] = IGNORE
     ref, flags = reference_logps(count, device), torch.arange(count, device=device) % 5 < 2
-    arguments = {"dpo_loss": (ref,), "bco_loss": (flags, ref)}.get(name, ())
+    arguments = {"dpo_loss": (ref,), "bco_loss": (flags, ref), "kto_loss": (flags, ref)}.get(name, ())
     assert_parity(name, logits, labels, *arguments, **keywords)
 
 

@@ -84,13 +84,15 @@ TABLES = {
     "cpo_loss": keywords.CPOLogitsKeywords,
     "dpo_loss": keywords.DPOLogitsKeywords,
     "bco_loss": keywords.BCOLogitsKeywords,
+    "kto_loss": keywords.KTOLogitsKeywords,
     "linear_token_logps": keywords.LinearKeywords,
     "linear_sequence_logps": keywords.SequenceLinearKeywords,
     "linear_cpo_loss": keywords.CPOLinearKeywords,
     "linear_dpo_loss": keywords.DPOLinearKeywords,
     "linear_bco_loss": keywords.BCOLinearKeywords,
+    "linear_kto_loss": keywords.KTOLinearKeywords,
 }
-MODULES = {"CPOLoss": "cpo_loss", "DPOLoss": "dpo_loss", "BCOLoss": "bco_loss"}
+MODULES = {"CPOLoss": "cpo_loss", "DPOLoss": "dpo_loss", "BCOLoss": "bco_loss", "KTOLoss": "kto_loss"}
 LINEAR_MODULES = {f"Linear{name}": f"linear_{function}" for name, function in MODULES.items()}
 
 
