@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from closed_forms import assert_fields, assert_same, double, kto_form
 from harness import IGNORE, assert_linear_parity, assert_parity, make_batch, make_hidden, reference_logps, run
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import fused_pref as fp
 from fused_pref import reference
@@ -307,30 +306,3 @@ def test_sums_far_from_the_reference_saturate(device: str, backend: str) -> None
         output, grad = run(fp.kto_loss, batch.logits, batch.labels, flags, ref, beta=1.0, backend=backend)
         assert output.loss == expected
         assert not grad.any()
-
-
-# What a call costs and gives.
-
-
-def test_three_products() -> None:
-    """The plan is ``grouped``: logits once, and one product for each gradient."""
-    batch, ((flags, ref), _) = make_hidden(4, 33, 64, 1031, mask="none"), given()
-    leaves = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
-    with FlopCounterMode(display=False) as counted:
-        fp.linear_kto_loss(*leaves, batch.labels, flags, ref, kl=torch.tensor(0.5)).loss.backward()
-    assert counted.get_total_flops() / (2 * 4 * 32 * 64 * 1031) == pytest.approx(3.0)
-    plan = fp.explain(hidden=64, vocab=1031, tokens=128, sequences=4, objective="kto", device="cpu").plan
-    assert (plan.name, plan.products) == ("grouped", 3)
-
-
-def test_metrics() -> None:
-    """Those of BCO, with ``kl`` in place of ``delta``."""
-    batch, ((flags, ref), _) = make_batch(4, 5, 11), given()
-    output = fp.kto_loss(batch.logits, batch.labels, flags, ref, kl=torch.tensor(1.25))
-    theirs = fp.bco_loss(batch.logits, batch.labels, flags, ref, delta=1.25)
-    metrics, others = output.metrics(), theirs.metrics()
-    assert list(metrics) == ["kl" if name == "delta" else name for name in others]
-    assert all(torch.equal(metrics[name], others.get(name, others["delta"])) for name in metrics)
-    assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
-    assert output._fields == tuple("kl" if name == "delta" else name for name in theirs._fields)
-    assert output._replace(loss=output.loss * 2).desirable is output.desirable
