@@ -31,8 +31,8 @@ _checks = contextvars.ContextVar("fused_pref_checks", default=False)
 def checks() -> Iterator[None]:
     """Within this context, and in this thread, also check values on a device, at the price of host synchronisations.
 
-    Labels outside the vocabulary, malformed ``cu_seqlens``, ``ref_logps`` and ``delta`` that are NaN or infinite,
-    ``sample_weight`` below 0, normalizers that are not positive and log-probs that are NaN or infinite raise
+    Labels outside the vocabulary, malformed ``cu_seqlens``, ``ref_logps``, ``delta`` and ``kl`` that are NaN or
+    infinite, ``sample_weight`` below 0, normalizers that are not positive and log-probs that are NaN or infinite raise
     ``ValueError`` there.
     ``FUSED_PREF_CHECKS=1`` in the environment does the same for the whole process. Compiled graphs are not checked.
     """
