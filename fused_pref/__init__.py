@@ -1,4 +1,4 @@
-"""Memory-efficient CPO, BCO and DPO losses for large vocabularies."""
+"""Memory-efficient CPO, BCO, DPO and KTO losses for large vocabularies."""
 
 import os
 
@@ -10,9 +10,11 @@ from fused_pref.functional import (
     bco_loss,
     cpo_loss,
     dpo_loss,
+    kto_loss,
     linear_bco_loss,
     linear_cpo_loss,
     linear_dpo_loss,
+    linear_kto_loss,
     linear_sequence_logps,
     linear_token_logps,
     sequence_logps,
@@ -21,9 +23,18 @@ from fused_pref.functional import (
 from fused_pref.losses.density_ratio import DensityRatio
 from fused_pref.losses.open import Sequences
 from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.modules import BCOLoss, CPOLoss, DPOLoss, LinearBCOLoss, LinearCPOLoss, LinearDPOLoss
+from fused_pref.modules import (
+    BCOLoss,
+    CPOLoss,
+    DPOLoss,
+    KTOLoss,
+    LinearBCOLoss,
+    LinearCPOLoss,
+    LinearDPOLoss,
+    LinearKTOLoss,
+)
 from fused_pref.ops.backend import triton_obstacle
-from fused_pref.outputs import BCOOutput, PairOutput, PreferenceOutput
+from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput, PreferenceOutput
 from fused_pref.preference import LinearPreferenceLoss, PreferenceLoss, linear_preference_loss, preference_loss
 from fused_pref.validate import checks
 
@@ -38,9 +49,12 @@ __all__ = [
     "CPOLoss",
     "DPOLoss",
     "DensityRatio",
+    "KTOLoss",
+    "KTOOutput",
     "LinearBCOLoss",
     "LinearCPOLoss",
     "LinearDPOLoss",
+    "LinearKTOLoss",
     "LinearPreferenceLoss",
     "PairOutput",
     "PreferenceLoss",
@@ -52,9 +66,11 @@ __all__ = [
     "cpo_loss",
     "dpo_loss",
     "explain",
+    "kto_loss",
     "linear_bco_loss",
     "linear_cpo_loss",
     "linear_dpo_loss",
+    "linear_kto_loss",
     "linear_preference_loss",
     "linear_sequence_logps",
     "linear_token_logps",

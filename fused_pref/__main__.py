@@ -15,7 +15,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status of a command line, ``sys.argv`` by default."""
-    return run_command("fused_pref", "Memory-efficient CPO, BCO and DPO losses.", COMMANDS, argv)
+    return run_command("fused_pref", "Memory-efficient CPO, BCO, DPO and KTO losses.", COMMANDS, argv)
 
 
 if __name__ == "__main__":

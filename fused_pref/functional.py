@@ -23,6 +23,8 @@ from fused_pref.keywords import (
     CPOLogitsKeywords,
     DPOLinearKeywords,
     DPOLogitsKeywords,
+    KTOLinearKeywords,
+    KTOLogitsKeywords,
     LinearKeywords,
     LogitsKeywords,
     SequenceLinearKeywords,
@@ -30,10 +32,10 @@ from fused_pref.keywords import (
     accepts,
 )
 from fused_pref.losses.pair import PairObjective, cpo_spec, dpo_spec
-from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.losses.unpaired import BCOObjective, bco_spec
-from fused_pref.ops.interface import BCOSpec
-from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.losses.reward_shift import reward_shift
+from fused_pref.losses.unpaired import UnpairedObjective, bco_normalizers, bco_spec, kto_numbers, kto_spec
+from fused_pref.ops.interface import UnpairedSpec
+from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -161,8 +163,39 @@ def bco_loss(
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    spec = bco_spec(keywords)
-    return _bco_loss(LogitsInputs.of(logits, labels, keywords), spec, keywords, desirable, ref_logps)
+    spec, normalizers = bco_spec(keywords), bco_normalizers(keywords)
+    inputs = LogitsInputs.of(logits, labels, keywords)
+    delta = reward_shift(keywords, inputs.targets.device)
+    return _unpaired_loss(inputs, spec, desirable, ref_logps, delta, keywords["sample_weight"], *normalizers)
+
+
+@accepts(KTOLogitsKeywords)
+def kto_loss(
+    logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[KTOLogitsKeywords]
+) -> KTOOutput:
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): the mean over sequences of w⁺σ(β·kl − r) or w⁻σ(r − β·kl).
+
+    Rewards are r = β (logps − ref_logps), and σ(β·kl − r) = 1 − σ(r − β·kl). w⁺ is ``desirable_weight``, for desirable
+    sequences, and w⁻ ``undesirable_weight``, for others. ``loss_type="apo_zero_unpaired"`` (APO, arXiv 2408.06266) has
+    0 in place of kl. No gradient flows through kl, which is not estimated here: the paper takes the mean of logps −
+    ref_logps over completions of other prompts of the batch, clamped at 0.
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order; floating, as of
+            :func:`token_logps`.
+        labels: (S, T) or (N_total,) int64 or int32.
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`KTOOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient.
+
+    Raises:
+        ValueError, TypeError: a malformed argument.
+    """
+    spec, (kl, sequences) = kto_spec(keywords), kto_numbers(keywords)
+    inputs = LogitsInputs.of(logits, labels, keywords)
+    return _unpaired_loss(inputs, spec, desirable, ref_logps, kl, None, sequences, None)
 
 
 @accepts(LinearKeywords)
@@ -286,8 +319,41 @@ def linear_bco_loss(
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    spec = bco_spec(keywords)
-    return _bco_loss(LinearInputs.of(hidden, weight, labels, keywords), spec, keywords, desirable, ref_logps)
+    spec, normalizers = bco_spec(keywords), bco_normalizers(keywords)
+    inputs = LinearInputs.of(hidden, weight, labels, keywords)
+    delta = reward_shift(keywords, inputs.targets.device)
+    return _unpaired_loss(inputs, spec, desirable, ref_logps, delta, keywords["sample_weight"], *normalizers)
+
+
+@accepts(KTOLinearKeywords)
+@on_all_ranks
+def linear_kto_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    **keywords: Unpack[KTOLinearKeywords],
+) -> KTOOutput:
+    """:func:`kto_loss` from hidden states and the head's weight, in the memory of the gradients: three products.
+
+    Args:
+        hidden: (S, T, D), or (N_total, D) with ``cu_seqlens``; sequences in any order; it and the weight as of
+            :func:`linear_token_logps`.
+        weight: (V, D).
+        labels: (S, T) or (N_total,) int64 or int32.
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`KTOOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient.
+
+    Raises:
+        ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
+    """
+    spec, (kl, sequences) = kto_spec(keywords), kto_numbers(keywords)
+    inputs = LinearInputs.of(hidden, weight, labels, keywords)
+    return _unpaired_loss(inputs, spec, desirable, ref_logps, kl, None, sequences, None)
 
 
 def _token_logps(inputs: Inputs) -> Tensor:
@@ -303,38 +369,24 @@ def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
     return (sums / scores.counts.clamp(min=1) if average else sums).to(inputs.dtype)  # type: ignore[operator]
 
 
-def _bco_loss(inputs: Inputs, spec: BCOSpec, keywords: Mapping[str, Any], desirable: Any, ref_logps: Any) -> BCOOutput:
+def _unpaired_loss(
+    inputs: Inputs,
+    spec: UnpairedSpec,
+    desirable: Any,
+    ref_logps: Any,
+    shift: Any,
+    sample_weight: Any,
+    *normalizers: Any,
+) -> Any:
     desirable = inputs.per_sequence("desirable", desirable, (torch.bool,))
     ref_logps = inputs.per_sequence("ref_logps", ref_logps)
-    sample_weight = keywords["sample_weight"]
     if sample_weight is not None:
         validate.tensor_or_none("sample_weight", sample_weight, "(S,)")
-        sample_weight = inputs.per_sequence("sample_weight", sample_weight, good=_weighs, expected=">= 0")
-    normalizers = bco_normalizers(keywords)
-    delta = reward_shift(keywords, inputs.targets.device)
-    output = inputs.evaluate(BCOObjective(spec, desirable, ref_logps, delta, sample_weight, *normalizers))
+        weighs = {"good": lambda weight: weight.isfinite() & (weight >= 0), "expected": ">= 0"}
+        sample_weight = inputs.per_sequence("sample_weight", sample_weight, **weighs)
+    output = inputs.evaluate(UnpairedObjective(spec, desirable, ref_logps, shift, sample_weight, *normalizers))
     output.desirable = desirable
     return output
-
-
-def _weighs(sample_weight: Tensor) -> Tensor:
-    return sample_weight.isfinite() & (sample_weight >= 0)
-
-
-def reward_shift(keywords: Mapping[str, Any], device: torch.device | None = None) -> RewardShift | float | Tensor:
-    """``delta``: a RewardShift on this device (None: any), a finite number or a detached 0-d tensor."""
-    delta = keywords["delta"]
-    if isinstance(delta, RewardShift):
-        if device is not None and delta.mean.device != device:
-            place = f"a RewardShift on {device} like the other tensors"
-            raise ValueError(f"delta must be {place}; got one on {delta.mean.device}")
-        return delta
-    if isinstance(delta, Tensor):
-        if validate.tensor("delta", delta, "()", None, ()).dim() != 0 or not delta.is_floating_point():
-            raise validate.fail("delta", "a RewardShift, a finite number or a 0-d floating tensor", delta)
-        validate.values("delta", delta, torch.isfinite, "finite")
-        return delta.detach()
-    return validate.finite("delta", delta, "a RewardShift, a finite number or a 0-d tensor")
 
 
 def pair_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None, float | Tensor | None]:
@@ -344,22 +396,3 @@ def pair_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None
         None if pairs is None else validate.normalizer("pair_normalizer", pairs),
         None if tokens is None else validate.normalizer("token_normalizer", tokens, zero=True),
     )
-
-
-def bco_normalizers(keywords: Mapping[str, Any]) -> tuple[Any, Any]:
-    """``sequence_normalizer`` and ``class_normalizer``; one that the reduction does not use is refused, not ignored."""
-    sequences, classes = keywords["sequence_normalizer"], keywords["class_normalizer"]
-    reduction = keywords["reduction"]
-    if sequences is not None and reduction != "mean":
-        raise ValueError(f'sequence_normalizer needs reduction="mean"; got reduction={reduction!r}')
-    if classes is not None:
-        if reduction != "class_mean":
-            raise ValueError(f'class_normalizer needs reduction="class_mean"; got reduction={reduction!r}')
-        if not isinstance(classes, tuple | list) or len(classes) != 2:
-            raise validate.fail("class_normalizer", "a pair (n+, n-)", classes, TypeError)
-        if classes[0] is None or classes[1] is None:
-            raise validate.fail("class_normalizer", "a pair (n+, n-) of numbers or 0-d tensors", classes, TypeError)
-        classes = tuple(validate.normalizer("class_normalizer", count, zero=True) for count in classes)
-    if sequences is not None:
-        sequences = validate.normalizer("sequence_normalizer", sequences)
-    return sequences, classes

@@ -222,6 +222,29 @@ class BCOKeywords(ObjectiveKeywords, total=False):
     ]
 
 
+class KTOKeywords(ObjectiveKeywords, total=False):
+    """Keywords of the KTO objective."""
+
+    kl: Annotated[
+        float | Tensor,
+        Keyword(
+            0.0,
+            "estimate of KL(policy || reference) in nats, clamped by the caller: a finite number or a 0-d tensor, "
+            "through which no gradient flows; no effect on apo_zero_unpaired",
+        ),
+    ]
+    beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob ratios: rewards are beta (logps - ref_logps)")]
+    loss_type: Annotated[
+        Literal["kto", "apo_zero_unpaired"], Keyword("kto", "rewards against beta kl, or against 0 (APO)")
+    ]
+    desirable_weight: Annotated[float, Keyword(1.0, "factor >= 0 on the losses of desirable sequences, finite")]
+    undesirable_weight: Annotated[float, Keyword(1.0, "factor >= 0 on the losses of undesirable sequences, finite")]
+    sequence_normalizer: Annotated[
+        Number | Tensor | None,
+        Keyword(None, "replaces the number of sequences S in the mean (> 0; number or 0-d tensor)"),
+    ]
+
+
 class PreferenceKeywords(ObjectiveKeywords, total=False):
     """Keywords of an objective of the user's."""
 
@@ -264,6 +287,10 @@ class BCOLogitsKeywords(BCOKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.bco_loss`."""
 
 
+class KTOLogitsKeywords(KTOKeywords, LogitsKeywords, total=False):
+    """Keywords of :func:`fused_pref.kto_loss`."""
+
+
 class PreferenceLogitsKeywords(PreferenceKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.preference_loss`."""
 
@@ -286,6 +313,10 @@ class DPOLinearKeywords(DPOKeywords, LinearKeywords, total=False):
 
 class BCOLinearKeywords(BCOKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_bco_loss`."""
+
+
+class KTOLinearKeywords(KTOKeywords, LinearKeywords, total=False):
+    """Keywords of :func:`fused_pref.linear_kto_loss`."""
 
 
 @functools.cache

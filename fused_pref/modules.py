@@ -15,12 +15,14 @@ from fused_pref.keywords import (
     CPOLogitsKeywords,
     DPOLinearKeywords,
     DPOLogitsKeywords,
+    KTOLinearKeywords,
+    KTOLogitsKeywords,
     accepts,
 )
 from fused_pref.losses.pair import cpo_spec, dpo_spec
-from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.losses.unpaired import bco_spec
-from fused_pref.outputs import BCOOutput, PairOutput
+from fused_pref.losses.reward_shift import RewardShift, reward_shift
+from fused_pref.losses.unpaired import bco_normalizers, bco_spec, kto_numbers, kto_spec
+from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
 from fused_pref.spec import linear_spec, logits_spec
 
 Normalizer = float | Tensor | None
@@ -63,7 +65,7 @@ class ShiftModule(ObjectiveModule):
     """An objective with δ: a :class:`RewardShift` given as ``delta`` is a submodule."""
 
     def __init__(self, keywords: Mapping[str, Any], *checks: Callable[[Mapping[str, Any]], Any]) -> None:
-        super().__init__(keywords, *checks, functional.bco_normalizers, functional.reward_shift)
+        super().__init__(keywords, *checks, bco_normalizers, reward_shift)
         self.delta = self.keywords.pop("delta")
 
     def call_keywords(self, **given: Any) -> dict[str, Any]:
@@ -174,6 +176,40 @@ class BCOLoss(ShiftModule):
         )
 
 
+class KTOLoss(ObjectiveModule):
+    """:func:`fused_pref.kto_loss` as a module."""
+
+    function = staticmethod(functional.kto_loss)
+
+    @accepts(KTOLogitsKeywords)
+    def __init__(self, **keywords: Unpack[KTOLogitsKeywords]) -> None:
+        super().__init__(keywords, kto_spec, logits_spec, kto_numbers)
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        ref_logps: Tensor,
+        *,
+        kl: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        sequence_normalizer: Normalizer = None,
+    ) -> KTOOutput:
+        """See :func:`fused_pref.kto_loss`."""
+        return self.call(
+            logits,
+            labels,
+            desirable,
+            ref_logps,
+            kl=kl,
+            cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
+            sequence_normalizer=sequence_normalizer,
+        )
+
+
 class LinearCPOLoss(ObjectiveModule):
     """:func:`fused_pref.linear_cpo_loss` as a module."""
 
@@ -281,4 +317,42 @@ class LinearBCOLoss(ShiftModule):
             sample_weight=sample_weight,
             sequence_normalizer=sequence_normalizer,
             class_normalizer=class_normalizer,
+        )
+
+
+class LinearKTOLoss(ObjectiveModule):
+    """:func:`fused_pref.linear_kto_loss` as a module."""
+
+    function = staticmethod(functional.linear_kto_loss)
+
+    @accepts(KTOLinearKeywords)
+    def __init__(self, **keywords: Unpack[KTOLinearKeywords]) -> None:
+        super().__init__(keywords, kto_spec, linear_spec, kto_numbers)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        ref_logps: Tensor,
+        *,
+        kl: float | Tensor | None = None,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        sequence_normalizer: Normalizer = None,
+    ) -> KTOOutput:
+        """See :func:`fused_pref.linear_kto_loss`."""
+        return self.call(
+            hidden,
+            weight,
+            labels,
+            desirable,
+            ref_logps,
+            kl=kl,
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            token_weight=token_weight,
+            sequence_normalizer=sequence_normalizer,
         )

@@ -102,22 +102,59 @@ class BCOOutput(_Beside, _BCOFields):
         Class means do not reduce over ranks, so sums (``rewards/chosen_sum``, …) and counts (``count/chosen``, …) are
         given beside them. A mean over a class that is absent is 0, and so is the margin.
         """
-        chosen, rejected = self.desirable, ~self.desirable
-        both = (self.chosen_count > 0) & (self.rejected_count > 0)
-        means: dict[str, Tensor] = {"delta": self.delta}
-        for side, members, count, logits_mean in (
-            ("chosen", chosen, self.chosen_count, self.chosen_logits_mean),
-            ("rejected", rejected, self.rejected_count, self.rejected_logits_mean),
-        ):
-            sums = {"rewards": self.rewards.where(members, 0).sum(), "logps": self.logps.where(members, 0).sum()}
-            if logits_mean is not None:
-                sums["logits"] = logits_mean * count
-            for name, total in sums.items():
-                means[f"{name}/{side}_sum"] = total
-                means[f"{name}/{side}"] = total / count.clamp(min=1)
-            means[f"count/{side}"] = count
-        means["rewards/margins"] = (means["rewards/chosen"] - means["rewards/rejected"]).where(both, 0)
-        return means
+        return {"delta": self.delta, **_class_metrics(self)}
+
+
+class _KTOFields(NamedTuple):
+    loss: Tensor
+    kl: Tensor
+    logps: Tensor
+    rewards: Tensor
+    chosen_logits_mean: Tensor | None
+    rejected_logits_mean: Tensor | None
+    chosen_count: Tensor
+    rejected_count: Tensor
+
+
+class KTOOutput(_Beside, _KTOFields):
+    """Result of the KTO objective over S sequences; fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        loss: 0-d, differentiable.
+        kl: 0-d, the estimate of the KL divergence as it was passed, in nats.
+        logps: (S,), summed over the completion.
+        rewards: (S,), beta (logps - ref_logps).
+        chosen_logits_mean, rejected_logits_mean: as of :class:`BCOOutput`.
+        chosen_count, rejected_count: 0-d int64, desirable and undesirable sequences.
+        desirable: bool (S,), the classes as they were passed; not one of the tuple's items.
+        dropped_mass: as of :class:`PairOutput`; not one of the tuple's items.
+    """
+
+    desirable: Tensor
+    dropped_mass: Tensor | None = None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """As of :class:`BCOOutput`, with ``kl`` in place of ``delta``."""
+        return {"kl": self.kl, **_class_metrics(self)}
+
+
+def _class_metrics(output: BCOOutput | KTOOutput) -> dict[str, Tensor]:
+    chosen, rejected = output.desirable, ~output.desirable
+    both = (output.chosen_count > 0) & (output.rejected_count > 0)
+    means: dict[str, Tensor] = {}
+    for side, members, count, logits_mean in (
+        ("chosen", chosen, output.chosen_count, output.chosen_logits_mean),
+        ("rejected", rejected, output.rejected_count, output.rejected_logits_mean),
+    ):
+        sums = {"rewards": output.rewards.where(members, 0).sum(), "logps": output.logps.where(members, 0).sum()}
+        if logits_mean is not None:
+            sums["logits"] = logits_mean * count
+        for name, total in sums.items():
+            means[f"{name}/{side}_sum"] = total
+            means[f"{name}/{side}"] = total / count.clamp(min=1)
+        means[f"count/{side}"] = count
+    means["rewards/margins"] = (means["rewards/chosen"] - means["rewards/rejected"]).where(both, 0)
+    return means
 
 
 class _PreferenceFields(NamedTuple):

@@ -31,8 +31,8 @@ _checks = contextvars.ContextVar("fused_pref_checks", default=False)
 def checks() -> Iterator[None]:
     """Within this context, and in this thread, also check values on a device, at the price of host synchronisations.
 
-    Labels outside the vocabulary, malformed ``cu_seqlens``, ``ref_logps`` and ``delta`` that are NaN or infinite,
-    ``sample_weight`` below 0, normalizers that are not positive and log-probs that are NaN or infinite raise
+    Labels outside the vocabulary, malformed ``cu_seqlens``, ``ref_logps``, ``delta`` and ``kl`` that are NaN or
+    infinite, ``sample_weight`` below 0, normalizers that are not positive and log-probs that are NaN or infinite raise
     ``ValueError`` there.
     ``FUSED_PREF_CHECKS=1`` in the environment does the same for the whole process. Compiled graphs are not checked.
     """
@@ -115,6 +115,14 @@ def positive(name: str, value: Any) -> float:
     """A finite number above 0."""
     expected = "a finite number > 0"
     if finite(name, value, expected) <= 0:
+        raise fail(name, expected, value)
+    return float(value)
+
+
+def not_negative(name: str, value: Any) -> float:
+    """A finite number of at least 0."""
+    expected = "a finite number >= 0"
+    if finite(name, value, expected) < 0:
         raise fail(name, expected, value)
     return float(value)
 
@@ -268,6 +276,19 @@ def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor:
     if finite(name, checked, expected) < 0 or (checked == 0 and not zero):
         raise fail(name, expected, checked)
     return value.detach() if isinstance(value, Tensor) else float(value)
+
+
+def scalar(name: str, value: Any, others: str = "") -> float | Tensor:
+    """A finite number, or a floating 0-d tensor, detached, which is looked at under :func:`checks`.
+
+    ``others`` is what else the argument may be, for the message.
+    """
+    if not isinstance(value, Tensor):
+        return finite(name, value, f"{others}a finite number or a 0-d tensor")
+    if tensor(name, value, "()", None, ()).dim() != 0 or not value.is_floating_point():
+        raise fail(name, f"{others}a finite number or a 0-d floating tensor", value)
+    values(name, value, torch.isfinite, "finite")
+    return value.detach()
 
 
 def values(name: str, value: Tensor, good: Callable[[Tensor], Tensor], expected: str) -> None:

@@ -83,6 +83,7 @@ def self_checks(device: torch.device) -> Iterator[tuple[str, torch.dtype, float,
         "cpo_loss": (labels,),
         "dpo_loss": (labels, ref_logps),
         "bco_loss": (labels, desirable, ref_logps),
+        "kto_loss": (labels, desirable, ref_logps),
     }
     for dtype, linear in itertools.product((torch.float32, torch.bfloat16), (False, True)):
         for name, tensors in cases.items():

@@ -33,7 +33,7 @@ MODELS = {
     "qwen3-8b": (4096, 151936),
     "smollm2-135m": (576, 49152),
 }
-OBJECTIVES = ("cpo", "dpo", "bco", "logps")
+OBJECTIVES = ("cpo", "dpo", "bco", "kto", "logps")
 DELTAS = ("batch", "known")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEVICES = ("cpu", "cuda", "xpu", *GPUS)
@@ -129,7 +129,7 @@ class Explanation:
     @property
     def steps(self) -> tuple[str, ...]:
         """What is done, in order."""
-        return self.plan.steps(self.problem, "sequences" if self.objective == "bco" else "pairs")
+        return self.plan.steps(self.problem, "sequences" if self.objective in ("bco", "kto") else "pairs")
 
     def _product(self, rows: int) -> int:
         return 2 * rows * self.problem.hidden * self.problem.vocabulary
@@ -188,7 +188,7 @@ def explain(
     Args:
         model: a name in ``MODELS`` of this module; or give ``hidden`` and ``vocab``, which go before a model's.
         tokens: N, scored tokens.
-        objective: ``"cpo"``, ``"dpo"``, ``"bco"``, or ``"logps"`` for the building blocks.
+        objective: ``"cpo"``, ``"dpo"``, ``"bco"``, ``"kto"``, or ``"logps"`` for the building blocks.
         hidden: D.
         vocab: V.
         dtype: of hidden states and weight, ``torch.bfloat16`` or its name.
@@ -228,7 +228,7 @@ def explain(
         validate.within("skip_mass", skip_mass, 0, 1)
     validate.at_least("memory_budget", memory_budget, 1, optional=True)
     memory = _memory(kind, constants, device_memory)
-    unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "logps": 0}[objective]
+    unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "kto": 1, "logps": 0}[objective]
     if unit == 2 and sequences % 2:
         raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
     units = sequences // unit if unit else 0

@@ -21,12 +21,12 @@ from fused_pref.layout import ValidRows, valid_rows
 from fused_pref.losses.open import OpenObjective
 from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.scores import Scores, gather, mean_sums, saturate
-from fused_pref.losses.unpaired import BCOObjective
+from fused_pref.losses.unpaired import UnpairedObjective
 from fused_pref.ops.devices import device_at
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.torch.chunk import Rows, block_rows, ranges
 
-Objective = PairObjective | BCOObjective | OpenObjective
+Objective = PairObjective | UnpairedObjective | OpenObjective
 
 
 def begin(

@@ -1,5 +1,6 @@
 """BCO's reward shift δ as a module with exactly resumable state."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -192,3 +193,14 @@ class RewardShift(ExactModule):
         """The options that matter to the kind."""
         options = {"ema": f", decay={self.decay}", "fixed": f", value={self.value}"}.get(self.kind, "")
         return f"{self.kind!r}{options}, update={self.update!r}"
+
+
+def reward_shift(keywords: Mapping[str, Any], device: torch.device | None = None) -> RewardShift | float | Tensor:
+    """``delta``: a RewardShift on this device (None: any), a finite number or a detached 0-d tensor."""
+    delta = keywords["delta"]
+    if isinstance(delta, RewardShift):
+        if device is not None and delta.mean.device != device:
+            place = f"a RewardShift on {device} like the other tensors"
+            raise ValueError(f"delta must be {place}; got one on {delta.mean.device}")
+        return delta
+    return validate.scalar("delta", delta, "a RewardShift, ")

@@ -1,49 +1,104 @@
-"""Objectives of single sequences: BCO. See :mod:`fused_pref.losses.pair` for what they are functions of."""
+"""Objectives of single sequences: BCO and KTO. See :mod:`fused_pref.losses.pair` for what they are functions of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.keywords import BCOKeywords, choices
+from fused_pref.keywords import BCOKeywords, KTOKeywords, choices
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
-from fused_pref.ops.interface import BCOSpec, ShiftMemory
-from fused_pref.outputs import BCOOutput
+from fused_pref.ops.interface import ShiftMemory, UnpairedSpec
+from fused_pref.outputs import BCOOutput, KTOOutput
 
 BCO_REDUCTIONS = choices(BCOKeywords, "reduction")
+KTO_LOSS_TYPES = choices(KTOKeywords, "loss_type")
+
+
+def logistic_value(x: Tensor) -> tuple[Tensor, Tensor]:
+    """σ(−x) and its derivative."""
+    loss = torch.sigmoid(-x)
+    return loss, -loss * torch.sigmoid(x)
+
+
+# The loss of a sequence with margin x = ±(r − shift), and its derivative; device twins are in ``ops/triton/losses.py``.
+UNPAIRED_LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "bco": partial(logistic_loss, smoothing=0.0),
+    "kto": logistic_value,
+    "apo_zero_unpaired": logistic_value,
+}
+Output = BCOOutput | KTOOutput
+OUTPUTS: dict[str, type[Output]] = {"bco": BCOOutput, "kto": KTOOutput, "apo_zero_unpaired": KTOOutput}
 
 
 @validate.remembered("beta", "reduction")
-def bco_spec(keywords: Mapping[str, Any]) -> BCOSpec:
+def bco_spec(keywords: Mapping[str, Any]) -> UnpairedSpec:
     """From BCO's keywords."""
-    return BCOSpec(
+    return UnpairedSpec(
+        loss_type="bco",
         beta=validate.positive("beta", keywords["beta"]),
         reduction=validate.choice("reduction", keywords["reduction"], BCO_REDUCTIONS),
     )
 
 
+@validate.remembered("beta", "loss_type", "desirable_weight", "undesirable_weight")
+def kto_spec(keywords: Mapping[str, Any]) -> UnpairedSpec:
+    """From KTO's keywords."""
+    return UnpairedSpec(
+        loss_type=validate.choice("loss_type", keywords["loss_type"], KTO_LOSS_TYPES),
+        beta=validate.positive("beta", keywords["beta"]),
+        desirable_weight=validate.not_negative("desirable_weight", keywords["desirable_weight"]),
+        undesirable_weight=validate.not_negative("undesirable_weight", keywords["undesirable_weight"]),
+    )
+
+
+def bco_normalizers(keywords: Mapping[str, Any]) -> tuple[Any, Any]:
+    """``sequence_normalizer`` and ``class_normalizer``; one that the reduction does not use is refused, not ignored."""
+    sequences, classes = keywords["sequence_normalizer"], keywords["class_normalizer"]
+    reduction = keywords["reduction"]
+    if sequences is not None and reduction != "mean":
+        raise ValueError(f'sequence_normalizer needs reduction="mean"; got reduction={reduction!r}')
+    if classes is not None:
+        if reduction != "class_mean":
+            raise ValueError(f'class_normalizer needs reduction="class_mean"; got reduction={reduction!r}')
+        if not isinstance(classes, tuple | list) or len(classes) != 2:
+            raise validate.fail("class_normalizer", "a pair (n+, n-)", classes, TypeError)
+        if classes[0] is None or classes[1] is None:
+            raise validate.fail("class_normalizer", "a pair (n+, n-) of numbers or 0-d tensors", classes, TypeError)
+        classes = tuple(validate.normalizer("class_normalizer", count, zero=True) for count in classes)
+    if sequences is not None:
+        sequences = validate.normalizer("sequence_normalizer", sequences)
+    return sequences, classes
+
+
+def kto_numbers(keywords: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor | None]:
+    """``kl`` and ``sequence_normalizer``."""
+    kl, sequences = validate.scalar("kl", keywords["kl"]), keywords["sequence_normalizer"]
+    return kl, None if sequences is None else validate.normalizer("sequence_normalizer", sequences)
+
+
 @dataclass(frozen=True)
-class BCOObjective:
-    """BCO with its tensors: a value that is evaluated on a batch, or once on each group of its sequences.
+class UnpairedObjective:
+    """BCO or KTO with its tensors: a value that is evaluated on a batch, or once on each group of its sequences.
 
     Attributes:
         spec: the hyperparameters.
         desirable: (S,) bool.
         ref_logps: (S,) sums of the reference model.
-        delta: the reward shift.
+        shift: the reward shift δ of BCO, or KTO's KL divergence in nats.
         sample_weight: (S,) factors on the losses, or None.
         sequence_normalizer: replaces S in ``reduction="mean"``.
         class_normalizer: replaces the class counts in ``reduction="class_mean"``.
     """
 
-    spec: BCOSpec
+    spec: UnpairedSpec
     desirable: Tensor
     ref_logps: Tensor
-    delta: RewardShift | Tensor | float
+    shift: RewardShift | Tensor | float
     sample_weight: Tensor | None
     sequence_normalizer: float | Tensor | None
     class_normalizer: tuple[float | Tensor, float | Tensor] | None
@@ -52,23 +107,23 @@ class BCOObjective:
     def unit(self) -> int:
         """Sequences after which their slopes are known: one, or 0 if not before the batch has moved δ."""
         moves = (
-            isinstance(self.delta, RewardShift)
-            and self.delta.update == "forward"
-            and self.delta.updating(recomputed=True)
+            isinstance(self.shift, RewardShift)
+            and self.shift.update == "forward"
+            and self.shift.updating(recomputed=True)
         )
         return 0 if moves else 1
 
-    def for_parts(self, counts: Tensor) -> "BCOObjective":
+    def for_parts(self, counts: Tensor) -> "UnpairedObjective":
         """The same with the δ of now, whose parts are normalised by the whole batch; counts (S,) of scored tokens."""
         sequences, classes = self.sequence_normalizer, self.class_normalizer
         if self.spec.reduction == "mean":
             sequences = counts.shape[0] if sequences is None else sequences
         elif classes is None:
             classes = (self.desirable.sum(), (~self.desirable).sum())
-        delta = self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
-        return replace(self, delta=delta, sequence_normalizer=sequences, class_normalizer=classes)
+        shift = self.shift.current() if isinstance(self.shift, RewardShift) else self.shift
+        return replace(self, shift=shift, sequence_normalizer=sequences, class_normalizer=classes)
 
-    def part(self, members: tuple[slice, ...]) -> "BCOObjective":
+    def part(self, members: tuple[slice, ...]) -> "UnpairedObjective":
         """Of these runs of sequences, from :meth:`for_parts`."""
         return replace(
             self,
@@ -77,27 +132,32 @@ class BCOObjective:
             sample_weight=None if self.sample_weight is None else gather(self.sample_weight, members),
         )
 
-    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> tuple[BCOOutput, Tensor]:
+    def evaluate(self, scores: Scores, backend: str, dtype: torch.dtype) -> tuple[Output, Tensor]:
         """What is reported, in ``dtype``, and the slope ∂loss/∂sums, (S,) float64, from the same code.
 
         A :class:`RewardShift` is updated here, as the last thing that can fail.
         """
-        if backend == "triton" and not (isinstance(self.delta, RewardShift) and self.delta.collective):
+        if backend == "triton" and not (isinstance(self.shift, RewardShift) and self.shift.collective):
             return self._evaluate_triton(scores)
-        desirable, rewards = self.desirable, self.spec.beta * (scores.sums - self.ref_logps.double())
-        delta, state = self.delta, None
-        if isinstance(delta, RewardShift):
-            delta, state = delta.peek(rewards, desirable)
+        spec, desirable = self.spec, self.desirable
+        rewards = spec.beta * (scores.sums - self.ref_logps.double())
+        shift, state = self.shift, None
+        if isinstance(shift, RewardShift):
+            shift, state = shift.peek(rewards, desirable)
         # A number goes to the device with the launch that adds it: copying it there would wait.
-        used = rewards.new_zeros((), dtype=torch.float64) + delta
+        given = rewards.new_zeros((), dtype=torch.float64) + shift
+        used: Any = {"kto": spec.beta * given, "apo_zero_unpaired": 0.0}.get(spec.loss_type, given)
         sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
-        losses, slopes = logistic_loss(sign * (rewards - used), 0.0)
-        slope = self.spec.beta * sign * slopes
+        losses, slopes = UNPAIRED_LOSSES[spec.loss_type](sign * (rewards - used))
+        slope = spec.beta * sign * slopes
+        if (spec.desirable_weight, spec.undesirable_weight) != (1, 1):
+            weight = torch.full_like(rewards, spec.undesirable_weight).masked_fill(desirable, spec.desirable_weight)
+            losses, slope = losses * weight, slope * weight
         if self.sample_weight is not None:
             weight = self.sample_weight.double()
             losses, slope = losses * weight, slope * weight
         counts = (desirable.sum(), (~desirable).sum())
-        if self.spec.reduction == "mean":
+        if spec.reduction == "mean":
             number = max(rewards.shape[0], 1) if self.sequence_normalizer is None else self.sequence_normalizer
             loss, slope = ratio(losses.sum(), number), ratio(slope, number)
         else:
@@ -107,63 +167,64 @@ class BCOObjective:
             slope = torch.where(desirable, ratio(slope, positives), ratio(slope, negatives))
         means = logits_means(scores, desirable, dtype)
         each = (narrow(scores.sums, dtype), narrow(rewards, dtype))
-        result = BCOOutput(narrow(loss, dtype), narrow(used, dtype), *each, *means, *counts), saturate(slope, dtype)
-        if isinstance(self.delta, RewardShift):
-            self.delta.commit(state)
+        fields: list[Any] = [narrow(loss, dtype), narrow(given, dtype), *each, *means, *counts]
+        result = OUTPUTS[spec.loss_type](*fields), saturate(slope, dtype)
+        if isinstance(self.shift, RewardShift):
+            self.shift.commit(state)
         return result
 
-    def joined(self, parts: list[BCOOutput], scores: Scores, dtype: torch.dtype) -> BCOOutput:
+    def joined(self, parts: list[Output], scores: Scores, dtype: torch.dtype) -> Output:
         """The results of all groups as those of the batch, whose scores give the means of the logits."""
         if len(parts) == 1 and scores.totals is None:
             return parts[0]
-        losses, deltas, *each = zip(*(part[:4] for part in parts), strict=True)
+        losses, shifts, *each = zip(*(part[:4] for part in parts), strict=True)
         loss = narrow(torch.stack(losses).double().sum(), dtype)
         means, counts = logits_means(scores, self.desirable, dtype), (self.desirable.sum(), (~self.desirable).sum())
-        fields: list[Any] = [loss, deltas[0], *map(torch.cat, each), *means, *counts]
-        return BCOOutput(*fields)
+        fields: list[Any] = [loss, shifts[0], *map(torch.cat, each), *means, *counts]
+        return OUTPUTS[self.spec.loss_type](*fields)
 
     def gather_statistics(self, sums: Tensor) -> None:
         """Let a RewardShift that moves with its step know the batch, from the sums (S,) of its completions."""
-        if isinstance(self.delta, RewardShift) and self.delta.updating():
-            _, state = self.delta.peek(self.spec.beta * (sums - self.ref_logps.double()), self.desirable)
-            self.delta.commit(state)
+        if isinstance(self.shift, RewardShift) and self.shift.updating():
+            _, state = self.shift.peek(self.spec.beta * (sums - self.ref_logps.double()), self.desirable)
+            self.shift.commit(state)
 
-    def _evaluate_triton(self, scores: Scores) -> tuple[BCOOutput, Tensor]:
-        delta: Any = self.delta
-        shift: Any = (*[None] * 4, "fixed", None, 0.0)
-        if isinstance(delta, RewardShift):
-            shift = shift if delta.kind == "fixed" else delta.memory
-            delta = delta.value
-        loss, scalars, numbers, logps, rewards, slope = bco_objective_op(
+    def _evaluate_triton(self, scores: Scores) -> tuple[Output, Tensor]:
+        shift: Any = self.shift
+        memory: Any = (*[None] * 4, "fixed", None, 0.0)
+        if isinstance(shift, RewardShift):
+            memory = memory if shift.kind == "fixed" else shift.memory
+            shift = shift.value
+        loss, scalars, numbers, logps, rewards, slope = unpaired_objective_op(
             scores.sums,
             scores.totals,
             scores.positions,
             self.desirable,
             self.ref_logps,
             self.sample_weight,
-            *split(delta),
-            *shift,
+            *split(shift),
+            *memory,
             *split(self.sequence_normalizer),
             *(part for number in self.class_normalizer or (None, None) for part in split(number)),
             *astuple(self.spec),
         )
-        used, *means = scalars.unbind()
+        given, *means = scalars.unbind()
         fields: list[Any] = [*(means if scores.totals is not None else (None, None)), *numbers.unbind()]
-        return BCOOutput(loss, used, logps, rewards, *fields), slope
+        return OUTPUTS[self.spec.loss_type](loss, given, logps, rewards, *fields), slope
 
 
 @torch.library.custom_op(
-    "fused_pref::bco_objective", mutates_args=("shift_mean", "shift_count", "pending_sum", "pending_count")
+    "fused_pref::unpaired_objective", mutates_args=("shift_mean", "shift_count", "pending_sum", "pending_count")
 )
-def bco_objective_op(
+def unpaired_objective_op(
     sums: Tensor,
     totals: Tensor | None,
     positions: Tensor | None,
     desirable: Tensor,
     ref_logps: Tensor,
     sample_weight: Tensor | None,
-    delta_number: float | None,
-    delta_tensor: Tensor | None,
+    shift_number: float | None,
+    shift_tensor: Tensor | None,
     shift_mean: Tensor | None,
     shift_count: Tensor | None,
     pending_sum: Tensor | None,
@@ -177,32 +238,35 @@ def bco_objective_op(
     positive_tensor: Tensor | None,
     negative_number: float | None,
     negative_tensor: Tensor | None,
+    loss_type: str,
     beta: float,
     reduction: str,
+    desirable_weight: float,
+    undesirable_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.ops.triton.objective.bco_objective`."""
+    """See :func:`fused_pref.ops.triton.objective.unpaired_objective`."""
     from fused_pref.ops.triton import objective
 
-    delta: Any = delta_number if delta_tensor is None else delta_tensor
+    shift: Any = shift_number if shift_tensor is None else shift_tensor
     if shift_mean is not None and shift_count is not None and pending_sum is not None and pending_count is not None:
-        delta = ShiftMemory(shift_mean, shift_count, pending_sum, pending_count, kind, update, decay)
+        shift = ShiftMemory(shift_mean, shift_count, pending_sum, pending_count, kind, update, decay)
     positive = positive_number if positive_tensor is None else positive_tensor
     negative = negative_number if negative_tensor is None else negative_tensor
-    return objective.bco_objective(
+    return objective.unpaired_objective(
         sums,
         totals,
         positions,
         desirable,
         ref_logps,
         sample_weight,
-        delta,
+        shift,
         sequence_number if sequence_tensor is None else sequence_tensor,
         None if positive is None or negative is None else (positive, negative),
-        BCOSpec(beta, reduction),
+        UnpairedSpec(loss_type, beta, reduction, desirable_weight, undesirable_weight),
     )
 
 
-@bco_objective_op.register_fake
+@unpaired_objective_op.register_fake
 def _(sums, *arguments):  # type: ignore[no-untyped-def]
     loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
     numbers = sums.new_empty(2, dtype=torch.int64)

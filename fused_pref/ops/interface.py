@@ -79,11 +79,14 @@ class PairSpec:
 
 
 @dataclass(frozen=True)
-class BCOSpec:
-    """Validated hyperparameters of the BCO objective."""
+class UnpairedSpec:
+    """Validated hyperparameters of an objective of single sequences: ``"bco"``, or a loss type of KTO."""
 
+    loss_type: str
     beta: float
-    reduction: str
+    reduction: str = "mean"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 class ShiftMemory(NamedTuple):

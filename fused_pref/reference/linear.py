@@ -11,6 +11,7 @@ from fused_pref.keywords import (
     BCOLinearKeywords,
     CPOLinearKeywords,
     DPOLinearKeywords,
+    KTOLinearKeywords,
     LinearKeywords,
     PreferenceLinearKeywords,
     SequenceLinearKeywords,
@@ -18,11 +19,12 @@ from fused_pref.keywords import (
     accepts,
     table,
 )
-from fused_pref.outputs import BCOOutput, PairOutput, PreferenceOutput
+from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput, PreferenceOutput
 from fused_pref.reference.objectives import (
     bco_loss,
     cpo_loss,
     dpo_loss,
+    kto_loss,
     preference_loss,
     sequence_logps,
     token_logps,
@@ -72,6 +74,19 @@ def linear_bco_loss(
 ) -> BCOOutput:
     """:func:`bco_loss` of hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
     return bco_loss(_logits(hidden, weight, keywords), labels, desirable, ref_logps, **_of_logits(keywords))
+
+
+@accepts(KTOLinearKeywords)
+def linear_kto_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    **keywords: Unpack[KTOLinearKeywords],
+) -> KTOOutput:
+    """:func:`kto_loss` of hidden · weightᵀ + bias; hidden (S, T, D) or (N_total, D), weight (V, D)."""
+    return kto_loss(_logits(hidden, weight, keywords), labels, desirable, ref_logps, **_of_logits(keywords))
 
 
 @accepts(PreferenceLinearKeywords)

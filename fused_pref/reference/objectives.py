@@ -12,13 +12,14 @@ from fused_pref.keywords import (
     BCOLogitsKeywords,
     CPOLogitsKeywords,
     DPOLogitsKeywords,
+    KTOLogitsKeywords,
     LogitsKeywords,
     PreferenceLogitsKeywords,
     SequenceLogitsKeywords,
     accepts,
 )
 from fused_pref.losses.open import Sequences
-from fused_pref.outputs import BCOOutput, PairOutput, PreferenceOutput
+from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput, PreferenceOutput
 from fused_pref.reference.tokens import Cover, Tokens, cast, given, logits_mean, ratio, score
 
 
@@ -147,21 +148,44 @@ def bco_loss(
         positives, negatives = given(keywords["class_normalizer"], (desirable.sum(), (~desirable).sum()))
         loss = ratio(losses[desirable].sum(), positives) + ratio(losses[~desirable].sum(), negatives)
 
-    dtype, cover = tokens.logp.dtype, keywords["logits_mean"]
-    output = BCOOutput(
-        cast(loss, dtype),
-        cast(delta, dtype),
-        cast(tokens.sums.detach(), dtype),
-        cast(rewards.detach(), dtype),
-        logits_mean(tokens, desirable, cover),
-        logits_mean(tokens, ~desirable, cover),
-        desirable.sum(),
-        (~desirable).sum(),
-    )
-    output.desirable = desirable
+    output = _unpaired_output(BCOOutput, tokens, loss, delta, rewards, desirable, keywords["logits_mean"])
     if learned:
         shift.commit(state)
     return output
+
+
+@accepts(KTOLogitsKeywords)
+def kto_loss(
+    logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **keywords: Unpack[KTOLogitsKeywords]
+) -> KTOOutput:
+    """Kahneman-Tversky optimisation (KTO, arXiv 2402.01306): the mean over sequences of w⁺(1 − σ(r − β·kl)) for
+    desirable ones and of w⁻(1 − σ(β·kl − r)) for others.
+
+    r = β(logps − ref_logps), kl is ``kl`` (no gradient flows through it), w⁺ ``desirable_weight`` and w⁻
+    ``undesirable_weight``. ``apo_zero_unpaired`` (APO, arXiv 2408.06266): w⁺(1 − σ(r)) and w⁻σ(r).
+
+    Args:
+        logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order.
+        labels: (S, T) or (N_total,).
+        desirable: bool (S,).
+        ref_logps: (S,) floating, the reference model's log-probs summed over the completions.
+
+    Returns:
+        :class:`KTOOutput`; only ``loss`` carries a gradient.
+    """
+    beta, loss_type = keywords["beta"], keywords["loss_type"]
+    tokens = score(logits, labels, keywords)
+    rewards = beta * (tokens.sums - ref_logps.detach().double())
+    kl = torch.as_tensor(keywords["kl"], dtype=torch.float64, device=rewards.device).detach()
+    if loss_type == "kto":
+        wins, losses = 1 - torch.sigmoid(rewards - beta * kl), 1 - torch.sigmoid(beta * kl - rewards)
+    elif loss_type == "apo_zero_unpaired":
+        wins, losses = 1 - torch.sigmoid(rewards), torch.sigmoid(rewards)
+    else:
+        raise ValueError(f"loss_type: {loss_type!r}")
+    losses = torch.where(desirable, keywords["desirable_weight"] * wins, keywords["undesirable_weight"] * losses)
+    loss = ratio(losses.sum(), given(keywords["sequence_normalizer"], len(losses)))
+    return _unpaired_output(KTOOutput, tokens, loss, kl, rewards, desirable, keywords["logits_mean"])
 
 
 @accepts(PreferenceLogitsKeywords)
@@ -235,3 +259,21 @@ def _pair_output(tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewar
     rewards_w, rewards_l = cast(rewards.detach(), dtype).tensor_split(2)
     means = (logits_mean(tokens, chosen, cover), logits_mean(tokens, ~chosen, cover))
     return PairOutput(cast(loss, dtype), cast(nll.detach(), dtype), logps_w, logps_l, rewards_w, rewards_l, *means)
+
+
+def _unpaired_output(
+    kind: Any, tokens: Tokens, loss: Tensor, shift: Tensor, rewards: Tensor, desirable: Tensor, cover: Cover
+) -> Any:
+    dtype = tokens.logp.dtype
+    output = kind(
+        cast(loss, dtype),
+        cast(shift, dtype),
+        cast(tokens.sums.detach(), dtype),
+        cast(rewards.detach(), dtype),
+        logits_mean(tokens, desirable, cover),
+        logits_mean(tokens, ~desirable, cover),
+        desirable.sum(),
+        (~desirable).sum(),
+    )
+    output.desirable = desirable
+    return output

@@ -108,7 +108,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert out.startswith(f"fused_pref {fp.__version__}, Python ")
     assert "  torch 2.99.0+cu999\n" in out
     assert "cpu: backend '" in out
-    for objective in ("cpo_loss", "dpo_loss", "bco_loss"):
+    for objective in ("cpo_loss", "dpo_loss", "bco_loss", "kto_loss"):
         for dtype in ("float32", "bfloat16"):
             assert f"  ok   {objective} {dtype}: value error " in out
             assert f"  ok   linear_{objective} {dtype}: value error " in out

@@ -31,6 +31,9 @@ def objectives(device: str) -> dict[str, Any]:
         "bco-batch": lambda h, w, b, y: (
             fp.linear_bco_loss(h, w, y, desirable, ref, bias=b, delta=moved, sample_weight=weights).loss
         ),
+        "kto": lambda h, w, b, y: (
+            fp.linear_kto_loss(h, w, y, desirable, ref, bias=b, kl=y.sum() / 40.0, desirable_weight=1.3).loss
+        ),
         "sequences": lambda h, w, b, y: fp.linear_sequence_logps(h, w, y, bias=b).sum(),
     }
 
@@ -38,7 +41,7 @@ def objectives(device: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("wanted", ["hwb", "h", ""])
-@pytest.mark.parametrize("name", ["cpo", "dpo", "bco", "bco-batch", "sequences"])
+@pytest.mark.parametrize("name", ["cpo", "dpo", "bco", "bco-batch", "kto", "sequences"])
 def test_fullgraph(name: str, wanted: str, device: str) -> None:
     """A backbone and the loss in one graph, for batches whose number of scored tokens differs."""
     torch._dynamo.reset()

@@ -129,6 +129,7 @@ class Products(TorchDispatchMode):
         ("linear_bco_loss", {"delta": fp.RewardShift(update="step")}, 3),
         ("linear_bco_loss", {"delta": fp.RewardShift("fixed", value=0.1)}, 3),
         ("linear_bco_loss", {"delta": fp.RewardShift()}, 3),
+        ("linear_kto_loss", {"kl": torch.tensor(0.2)}, 3),
         ("linear_bco_loss", {"delta": fp.RewardShift(), "memory_budget": "least"}, 4),
         ("linear_cpo_loss", {"memory_budget": "least"}, 4),
     ],
@@ -141,7 +142,8 @@ def test_products_are_counted(objective: str, keywords: dict[str, Any], products
     number = int((batch.labels[:, 1:] >= 0).sum())
     assert number == 96
     extra = {"linear_dpo_loss": (reference_logps(4),)}
-    extra["linear_bco_loss"] = (torch.tensor([True, False, True, False]), reference_logps(4))
+    unpaired = (torch.tensor([True, False, True, False]), reference_logps(4))
+    extra["linear_bco_loss"] = extra["linear_kto_loss"] = unpaired
     leaves = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
     if keywords.get("memory_budget") == "least":
         with pytest.raises(ValueError, match="memory_budget must be at least") as refused:

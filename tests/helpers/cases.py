@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fused_pref as fp
 from fused_pref.losses.pair import CPO_LOSS_TYPES, DPO_LOSS_TYPES
+from fused_pref.losses.unpaired import KTO_LOSS_TYPES
 
 PROFILE = os.environ.get("FUSED_PREF_PROPERTIES", "")
 if PROFILE not in ("", "long") and not PROFILE.isdecimal():
@@ -18,7 +19,8 @@ if PROFILE not in ("", "long") and not PROFILE.isdecimal():
 CASES = {"": 60, "long": 10_000}.get(PROFILE) or int(PROFILE)
 
 PAIRS = ("cpo_loss", "dpo_loss")
-OBJECTIVES = (*PAIRS, "bco_loss", "sequence_logps", "token_logps")
+UNPAIRED = ("bco_loss", "kto_loss")
+OBJECTIVES = (*PAIRS, *UNPAIRED, "sequence_logps", "token_logps")
 STRIDES = ("contiguous", "swapped", "transposed", "offset", "strided", "expanded", "flat")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -138,7 +140,7 @@ def build(case: Case) -> Problem:
     if case.weighted:
         keywords["sample_weight"] = torch.rand(sequences, generator=generator) * 2
     ref, desirable = 4 * normal(sequences) - 15, torch.rand(sequences, generator=generator) < 0.5
-    arguments = {"dpo_loss": (ref,), "bco_loss": (desirable, ref)}.get(case.objective, ())
+    arguments = (desirable, ref) if case.objective in UNPAIRED else (ref,) * (case.objective == "dpo_loss")
     problem = Problem(parts, labels, arguments, keywords, case)
     if case.room is not None:
         keywords["max_valid_tokens"] = scored_tokens(problem) + case.room
@@ -254,6 +256,14 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "delta": st.sampled_from([0.0, 0.4, -3.0]),
         "reduction": st.sampled_from(["mean", "class_mean"]),
     },
+    "kto_loss": {
+        "beta": st.sampled_from([0.05, 0.1, 1.0]),
+        "kl": st.sampled_from([0.0, 3.0, 40.0]),
+        "loss_type": st.sampled_from(KTO_LOSS_TYPES),
+        "desirable_weight": st.sampled_from([1.0, 0.0, 1.3]),
+        "undesirable_weight": st.sampled_from([1.0, 0.7]),
+        "sequence_normalizer": st.sampled_from([None, 5]),
+    },
     "sequence_logps": {"average": st.booleans()},
     "token_logps": {},
 }
@@ -324,5 +334,5 @@ def cases(
     )
 
 
-NUMBERS = ("pair_normalizer", "token_normalizer", "sequence_normalizer", "delta")
+NUMBERS = ("pair_normalizer", "token_normalizer", "sequence_normalizer", "delta", "kl")
 SHIFTS = [None, ("running_mean", "forward"), ("ema", "forward"), ("ema", "step"), ("fixed", "forward")]

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_pref import reference
 from fused_pref.losses.pair import CPO_LOSS_TYPES, DPO_LOSS_TYPES
 
-FUNCTIONS = ["token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss"]
+FUNCTIONS = ["token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss", "kto_loss"]
 OBJECTIVES = [
     *(("cpo_loss", {"loss_type": kind}) for kind in CPO_LOSS_TYPES),
     ("cpo_loss", {"loss_type": "hinge", "cpo_alpha": 0.0}),
@@ -20,6 +20,8 @@ OBJECTIVES = [
     *(("dpo_loss", {"loss_type": kind}) for kind in DPO_LOSS_TYPES),
     ("bco_loss", {}),
     ("bco_loss", {"reduction": "class_mean"}),
+    ("kto_loss", {"kl": 1.5, "undesirable_weight": 1.3}),
+    ("kto_loss", {"loss_type": "apo_zero_unpaired"}),
 ]
 every_objective = pytest.mark.parametrize(("name", "keywords"), OBJECTIVES, ids=str)
 TRANSFORMS = [{}, {"softcap": 2.5, "logit_scale": 1.7, "temperature": 0.6}, {"temperature": 3.0, "logit_scale": -0.5}]
@@ -31,7 +33,7 @@ def objective(name: str, batch: Batch, **keywords: Any) -> tuple[Any, Tensor]:
     sequences = len(keywords["cu_seqlens"]) - 1 if "cu_seqlens" in keywords else len(batch.labels)
     desirable = torch.arange(sequences) % 2 == 0
     arguments = {"cpo_loss": (), "dpo_loss": (reference_logps(sequences),)}
-    arguments["bco_loss"] = (desirable, reference_logps(sequences))
+    arguments["bco_loss"] = arguments["kto_loss"] = (desirable, reference_logps(sequences))
     return run(getattr(reference, name), batch.logits, batch.labels, *arguments[name], **keywords)
 
 
@@ -52,6 +54,8 @@ PAIRS = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "pair_norm
 CPO = {"cpo_alpha": 1.0, "simpo_gamma": 0.5, "alpha": 0.0, "nll_reduction": "token"}
 BCO = {"beta": 0.1, "delta": 0.0, "sample_weight": None, "reduction": "mean"}
 BCO |= {"sequence_normalizer": None, "class_normalizer": (None, None)}
+KTO = {"beta": 0.1, "kl": 0.0, "loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0}
+KTO |= {"sequence_normalizer": None}
 
 
 def log_sigmoid(x: float) -> float:
@@ -138,6 +142,22 @@ def bco_form(batch: Batch, desirable: list[bool], ref: list[float], **keywords: 
         loss = sum(mean([losses[s] for s in side], count) for side, count in classes)
     means = z_means([[sequences[s] for s in side] for side in members], k)
     return [loss, delta, [s.sum for s in sequences], rewards, *means, *map(len, members)]
+
+
+def kto_form(batch: Batch, desirable: list[bool], ref: list[float], **keywords: Any) -> list[Any]:
+    """All fields of a KTOOutput."""
+    k = SimpleNamespace(**{**TOKENS, **KTO, **keywords})
+    sequences, kl = score(batch, k), float(k.kl)
+    rewards = [k.beta * (s.sum - r) for s, r in zip(sequences, ref, strict=True)]
+    shift = k.beta * kl if k.loss_type == "kto" else 0.0
+    losses = [
+        k.desirable_weight / (1 + math.exp(r - shift)) if d else k.undesirable_weight / (1 + math.exp(shift - r))
+        for r, d in zip(rewards, desirable, strict=True)
+    ]
+    members = [[s for s, d in enumerate(desirable) if d == side] for side in (True, False)]
+    means = z_means([[sequences[s] for s in side] for side in members], k)
+    loss = mean(losses, k.sequence_normalizer)
+    return [loss, kl, [s.sum for s in sequences], rewards, *means, *map(len, members)]
 
 
 def assert_fields(output: Any, expected: list[Any]) -> None:

@@ -27,6 +27,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "bco": ("linear_bco_loss", {"delta": 0.3}),
     "bco-class": ("linear_bco_loss", {"delta": torch.tensor(-1.0), "reduction": "class_mean"}),
     "bco-batch": ("linear_bco_loss", {"delta": "running_mean"}),
+    "kto": ("linear_kto_loss", {"kl": torch.tensor(2.0), "desirable_weight": 0.7}),
     "tokens": ("linear_token_logps", {}),
     "sequences": ("linear_sequence_logps", {"average": True}),
 }
@@ -36,7 +37,8 @@ SOFTCAP = {"softcap": 3.0, "logit_scale": -1.7, "temperature": 0.6}
 
 def arguments(name: str, device: str = "cpu", sequences: int = 6) -> tuple[torch.Tensor, ...]:
     ref = reference_logps(sequences, device)
-    return {"linear_dpo_loss": (ref,), "linear_bco_loss": (DESIRABLE[:sequences].to(device), ref)}.get(name, ())
+    both = (DESIRABLE[:sequences].to(device), ref)
+    return {"linear_dpo_loss": (ref,), "linear_bco_loss": both, "linear_kto_loss": both}.get(name, ())
 
 
 def parity(objective: str, batch: Hidden, *, device: str = "cpu", **keywords: Any) -> Any:

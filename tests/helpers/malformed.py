@@ -21,19 +21,21 @@ FUNCTIONS: dict[str, type] = {
     "cpo_loss": keywords.CPOLogitsKeywords,
     "dpo_loss": keywords.DPOLogitsKeywords,
     "bco_loss": keywords.BCOLogitsKeywords,
+    "kto_loss": keywords.KTOLogitsKeywords,
     "preference_loss": keywords.PreferenceLogitsKeywords,
     "linear_token_logps": keywords.LinearKeywords,
     "linear_sequence_logps": keywords.SequenceLinearKeywords,
     "linear_cpo_loss": keywords.CPOLinearKeywords,
     "linear_dpo_loss": keywords.DPOLinearKeywords,
     "linear_bco_loss": keywords.BCOLinearKeywords,
+    "linear_kto_loss": keywords.KTOLinearKeywords,
     "linear_preference_loss": keywords.PreferenceLinearKeywords,
 }
 # The modules, and the function that each evaluates.
 MODULES: dict[str, str] = {
     f"{prefix}{name}Loss": f"{prefix.lower()}{'_' if prefix else ''}{name.lower()}_loss"
     for prefix in ("", "Linear")
-    for name in ("CPO", "DPO", "BCO", "Preference")
+    for name in ("CPO", "DPO", "BCO", "KTO", "Preference")
 }
 
 
@@ -63,9 +65,9 @@ def valid(name: str, *, packed: bool = False) -> dict[str, Any]:
         for key in (rows, "labels"):
             arguments[key] = torch.cat([arguments[key][s, :n] for s, n in enumerate(LENGTHS)])
         arguments["cu_seqlens"] = torch.tensor([0, *LENGTHS]).cumsum(0)
-    if "bco" in name:
+    if "bco" in name or "kto" in name:
         arguments["desirable"] = torch.tensor([True, False, True, False])
-    if "bco" in name or "dpo" in name:
+    if "desirable" in arguments or "dpo" in name:
         arguments["ref_logps"] = reference_logps(S)
     if "preference" in name:
         arguments["objective"] = margin

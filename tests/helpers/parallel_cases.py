@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         {"delta": "ema", "reduction": "class_mean"},
     ),
     "bco in slices": ("linear_bco_loss", ("desirable", "ref_logps"), {"delta": "ema", "force": "vocab_major"}),
+    "kto": ("linear_kto_loss", ("desirable", "ref_logps"), {"kl": 0.5, "undesirable_weight": 1.3, "bias": True}),
     "tokens": ("linear_token_logps", (), {"bias": True}),
     "sequences": ("linear_sequence_logps", (), {"average": True}),
     "bounded": ("linear_cpo_loss", (), {"max_valid_tokens": 24}),

@@ -231,6 +231,7 @@ CONTEXT = [
     ("cpo", "linear_cpo_loss", (), {}),
     ("simpo", "linear_cpo_loss", (), {"loss_type": "simpo", "memory_budget": 1_100_000}),
     ("bco", "linear_bco_loss", ("desirable", "ref_logps"), {"delta": 0.1}),
+    ("kto", "linear_kto_loss", ("desirable", "ref_logps"), {"kl": 0.5, "desirable_weight": 1.3}),
     ("averages", "linear_sequence_logps", (), {"average": True}),
     ("own pairs", "linear_preference_loss", ("objective",), {}),
     ("cpo of logits", "cpo_loss", (), {}),

@@ -23,7 +23,7 @@ LAUNCHERS = [
     (sequences, "sequence_scores"),
     (sequences, "expand"),
     (objective, "pair_objective"),
-    (objective, "bco_objective"),
+    (objective, "unpaired_objective"),
 ]
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_unique2"}
 # Kernels whose programs may write the same value to one place: rows beyond the valid ones under ``max_valid_tokens``

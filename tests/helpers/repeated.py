@@ -15,7 +15,7 @@ SIZES = {"torch": (8, 33, 64, 1031), "triton": (2, 4, 8, 40)}
 # Bytes beyond the least workspace, in which one logit would be made at a time.
 ROOM = {"torch": 2**18, "triton": 2**12}
 THREADS = (1, 2)
-FUNCTIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss")
+FUNCTIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss", "kto_loss")
 
 
 def digests(backend: str) -> dict[str, str]:
@@ -40,7 +40,8 @@ def digest(output: Any, gradients: list[Any]) -> str:
 
 def arguments(name: str, sequences: int, place: str) -> tuple[torch.Tensor, ...]:
     ref, desirable = reference_logps(sequences, place), torch.arange(sequences, device=place) % 3 == 0
-    return {"dpo_loss": (ref,), "bco_loss": (desirable, ref)}.get(name.removeprefix("linear_"), ())
+    both = (desirable, ref)
+    return {"dpo_loss": (ref,), "bco_loss": both, "kto_loss": both}.get(name.removeprefix("linear_"), ())
 
 
 def keywords_of(name: str, place: str) -> dict[str, Any]:

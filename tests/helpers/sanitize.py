@@ -51,6 +51,7 @@ def losses(device: str, dtype: torch.dtype, columns: int) -> Iterator[Step]:
 
     yield "CPO, padded", call(fp.cpo_loss, False, logits_mean="all")
     yield "DPO in place, padded", call(fp.dpo_loss, False, ref, inplace_backward=True, softcap=5.0)
+    yield "KTO, packed", call(fp.kto_loss, True, flags, ref, kl=0.5, undesirable_weight=1.3, logits_mean="all")
     yield "BCO, packed", call(fp.bco_loss, True, flags, ref, delta=shift, logits_mean="completion")
 
 

@@ -19,6 +19,7 @@ def train(hidden: Tensor, head: torch.nn.Linear, labels: Tensor, ref_logps: Tens
     shift = fp.RewardShift("ema", update="step")
     bco = fp.LinearBCOLoss(beta=0.1, delta=shift)
     assert_type(fp.linear_bco_loss(hidden, head.weight, labels, desirable, ref_logps, delta=shift), fp.BCOOutput)
+    assert_type(fp.linear_kto_loss(hidden, head.weight, labels, desirable, ref_logps, kl=ref_logps[0]), fp.KTOOutput)
     assert_type(fp.linear_sequence_logps(hidden, head.weight, labels, average=True), Tensor)
     assert_type(fp.token_logps(head(hidden), labels, temperature=2.0), Tensor)
     assert_type(fp.dpo_loss(head(hidden), labels, ref_logps, label_smoothing=0.1).chosen_rewards, Tensor)

@@ -32,13 +32,14 @@ def losses(shift: fp.RewardShift) -> dict[str, Any]:
         "cpo": lambda z, y: fp.cpo_loss(z, y, loss_type="simpo", alpha=0.1, softcap=9.0),
         "dpo": lambda z, y: fp.dpo_loss(z, y, REF.to(z.device), label_smoothing=0.1),
         "bco": lambda z, y: fp.bco_loss(z, y, DESIRABLE.to(z.device), REF.to(z.device), delta=shift),
+        "kto": lambda z, y: fp.kto_loss(z, y, DESIRABLE.to(z.device), REF.to(z.device), kl=y.sum() / 10.0),
     }
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["cpo", "dpo", "bco"])
+@pytest.mark.parametrize("name", ["cpo", "dpo", "bco", "kto"])
 def test_fullgraph(name: str, backend: str, device: str) -> None:
     if backend == "inductor" and name != "bco":
         pytest.skip("one objective through inductor is enough: the token terms are the same opaque ops")

@@ -115,6 +115,8 @@ NUMBERS: list[tuple[str, dict[str, Any]]] = [
     ("dpo", {"beta": np.float16(0.5), "token_normalizer": torch.tensor(5)}),
     ("bco", {"beta": 1, "delta": np.float32(0.5), "sequence_normalizer": np.float64(3)}),
     ("bco", {"reduction": "class_mean", "class_normalizer": [np.int64(2), torch.tensor(2.0)]}),
+    ("kto", {"beta": 1, "kl": np.float32(0.5), "desirable_weight": np.int64(2), "sequence_normalizer": np.float64(3)}),
+    ("kto", {"kl": torch.tensor(0.5, dtype=torch.bfloat16), "undesirable_weight": Fraction(1, 3)}),
     ("linear_bco", {"memory_budget": np.int64(10**7), "max_valid_tokens": np.uint8(20), "skip_mass": np.float32(0.1)}),
 ]
 
@@ -131,13 +133,14 @@ ENTRIES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (BCO, {"labels": lambda y: y.index_fill(1, y.new_tensor([2]), 11)}, r"labels.*V=11\); got 11 at \[0, 2\]"),
     (BCO, {"labels": lambda y: y.index_fill(1, y.new_tensor([2]), -1)}, r"labels.*; got -1 at \[0, 2\]"),
     (
-        tuple(name for name in FUNCTIONS if "dpo" in name or "bco" in name),
+        tuple(name for name in FUNCTIONS if name.endswith(("dpo_loss", "bco_loss", "kto_loss"))),
         {"ref_logps": torch.tensor([0, 0, NAN, 0])},
         r"ref_logps must be finite; got nan at \[2\]",
     ),
     (BCO, {"sample_weight": torch.tensor([1, 1, -1.0, 1])}, r"sample_weight must be >= 0; got -1.0 at \[2\]"),
     (BCO, {"sample_weight": torch.tensor([1, 1, 1, INF])}, r"sample_weight must be >= 0; got inf at \[3\]"),
     (BCO, {"delta": torch.tensor(NAN)}, "delta must be finite; got nan"),
+    (("kto_loss", "linear_kto_loss"), {"kl": torch.tensor(NAN)}, "kl must be finite; got nan"),
     (tuple(name for name in FUNCTIONS if "linear" not in name), {"logits": lambda z: z * NAN}, SCORES),
     (tuple(name for name in FUNCTIONS if "linear" in name), {"hidden": lambda h: h * NAN}, SCORES),
 ]

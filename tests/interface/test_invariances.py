@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OBJECTIVES, PAIRS, Case, Problem, Result, build, cases, evaluate, examples
+from cases import OBJECTIVES, PAIRS, UNPAIRED, Case, Problem, Result, build, cases, evaluate, examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from judge import at_a_kink, roundings, tolerance
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fused_pref as fp
 
-LOSSES = OBJECTIVES[:3]
+LOSSES = OBJECTIVES[:4]
 EACH = ("chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards", "logps", "rewards", "result")
 DTYPES = (torch.float64, torch.float32)
 EITHER = st.booleans().flatmap(lambda linear: cases(linear=linear, largest=12, dtypes=DTYPES))
@@ -44,7 +44,7 @@ class Sequences:
         case = replace(case, packed=True, strides=("contiguous",) * 4, options=options, room=None)
         problem = build(case)
         source, *head = problem.parts
-        names = ("desirable", "ref_logps") if case.objective == "bco_loss" else ("ref_logps",)
+        names = ("desirable", "ref_logps") if case.objective in UNPAIRED else ("ref_logps",)
         each = dict(zip(names, problem.arguments, strict=False))
         each["factors"] = torch.randn(len(case.lengths), generator=torch.Generator().manual_seed(case.seed))
         if case.weighted:
@@ -85,7 +85,7 @@ class Sequences:
             keywords["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(labels.dtype)
         if "sample_weight" in self.each:
             keywords["sample_weight"] = self.each["sample_weight"]
-        names = {"bco_loss": ("desirable", "ref_logps"), "dpo_loss": ("ref_logps",)}.get(self.case.objective, ())
+        names = [name for name in ("desirable", "ref_logps") if name in self.each]
         arguments = tuple(self.each[name] for name in names)
         return Problem({self.source: rows, **self.head}, labels, arguments, keywords, self.case, self.each["factors"])
 
@@ -244,7 +244,7 @@ def test_microbatches(case: Case, number: int) -> None:
         shift = batch.case.options["shift"]
         chosen = sum(int((label[1:] if shift else label).ne(-100).sum()) for label in batch.labels[:units])
         whole: dict[str, Any] = {"pair_normalizer": units, "token_normalizer": chosen}
-    elif batch.case.options["reduction"] == "mean":
+    elif batch.case.options.get("reduction", "mean") == "mean":
         whole = {"sequence_normalizer": units}
     else:
         desirable = batch.each["desirable"]

@@ -128,6 +128,24 @@ VALIDATORS: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...], list[tuple[An
             [*NOT_NUMBERS, *((x, ValueError) for x in (0, 0.0, -0.0, -3, np.float64(0), Fraction(-1, 2)))],
         ),
     ),
+    "not_negative": (
+        lambda x: validate.not_negative("x", x),
+        (*NUMBERS, 0, -0.0),
+        in_words(f"{FINITE} >= 0", [*NOT_NUMBERS, *((x, ValueError) for x in (-5e-324, -3, Fraction(-1, 2)))]),
+    ),
+    "scalar": (
+        lambda x: validate.scalar("x", x),
+        (*NUMBERS, -3, torch.tensor(0.5), torch.tensor(-2, dtype=torch.bfloat16), torch.tensor(NAN)),
+        [
+            *in_words(
+                f"{FINITE} or a 0-d tensor", [row for row in NOT_NUMBERS if not isinstance(row[0], torch.Tensor)]
+            ),
+            *in_words(
+                f"{FINITE} or a 0-d floating tensor",
+                [(x, ValueError) for x in (torch.zeros(1), torch.tensor(2), torch.tensor(True), torch.tensor(1j))],
+            ),
+        ],
+    ),
     "within": (
         lambda x: validate.within("x", x, 0, 1),
         (0, 0.0, 0.999, np.float32(0.5), Fraction(1, 2)),

@@ -53,6 +53,9 @@ ROWS: dict[str, tuple[Any, type[Exception], str]] = {
     "simpo_gamma": (NAN, ValueError, "a finite number"),
     "alpha": (NAN, ValueError, "a finite number"),
     "delta": (NAN, ValueError, "a RewardShift, a finite number or a 0-d tensor"),
+    "kl": (NAN, ValueError, "a finite number or a 0-d tensor"),
+    "desirable_weight": (-1e-9, ValueError, "a finite number >= 0"),
+    "undesirable_weight": (-1, ValueError, "a finite number >= 0"),
     "sequence_normalizer": (0.0, ValueError, "a finite number or 0-d tensor > 0"),
     "class_normalizer": ((1, -1), ValueError, "a finite number or 0-d tensor >= 0"),
 }

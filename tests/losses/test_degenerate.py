@@ -69,7 +69,7 @@ def test_alphapo_gradient_vanishes_beyond_the_clamp(device: str, backend: str) -
 
 
 @pytest.mark.parametrize("far", ["chosen", "rejected"])
-@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss"])
+@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss", "kto_loss"])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_sums_beyond_float32_saturate(name: str, far: str, loss_type: str, device: str, backend: str) -> None:
     """What is finite in float64 stays finite: log-probs of −2e38 a token, their sums, squares and slopes."""
@@ -79,12 +79,12 @@ def test_sums_beyond_float32_saturate(name: str, far: str, loss_type: str, devic
     batch.logits[members, :-1] = batch.logits[members, :-1].scatter(-1, batch.labels[members, 1:, None], -1e38)
     desirable, ref = torch.tensor([True, True, False, False], device=device), reference_logps(4, device)
     keywords: dict[str, Any] = {"sequence_normalizer": 1e-40}
-    if name != "bco_loss":
+    if name not in ("bco_loss", "kto_loss"):
         keywords = {"loss_type": loss_type, "pair_normalizer": 1e-3}
     if name == "cpo_loss":
         keywords["nll_reduction"] = "sequence"
     keywords |= {"beta": 1.0, "logits_mean": None}
-    arguments = {"dpo_loss": (ref,), "bco_loss": (desirable, ref)}.get(name, ())
+    arguments = {"dpo_loss": (ref,), "bco_loss": (desirable, ref), "kto_loss": (desirable, ref)}.get(name, ())
     arguments = (batch.logits, batch.labels, *arguments)
     output, grad = run(getattr(fp, name), *arguments, **keywords, backend=backend)
     truth, true_grad = run(getattr(fp.reference, name), *arguments, **keywords)

@@ -320,6 +320,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "cpo_loss": {"loss_type": "simpo"},
     "dpo_loss": {"loss_type": "ipo"},
     "bco_loss": {"reduction": "class_mean"},
+    "kto_loss": {"kl": 0.5},
 }
 
 
@@ -328,7 +329,7 @@ NAMED: dict[str, dict[str, Any]] = {
 def test_token_weights_of_named_objectives(name: str, packed: bool, device: str, backend: str) -> None:
     keywords = {**NAMED[name], "backend": backend}
     extra: list[Any] = [] if name == "cpo_loss" else [reference_logps(6, device)]
-    if name == "bco_loss":
+    if name in ("bco_loss", "kto_loss"):
         extra = [torch.tensor([True, False] * 3, device=device), *extra]
     batch = make_batch(6, 5, 19, device=device)
     weight = torch.rand(6, 5, device=device).where(torch.rand(6, 5, device=device) > 0.3, 0)

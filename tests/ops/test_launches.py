@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_pref as fp
 from fused_pref import validate
-from fused_pref.ops.interface import BCOSpec, PairSpec, Transform
+from fused_pref.ops.interface import PairSpec, Transform, UnpairedSpec
 from fused_pref.ops.triton import dlogits, logprob, objective, sequences
 
 OBJECTIVES = ["cpo", "dpo", "bco", "bco_step"]
@@ -135,8 +135,8 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
     logp, statistics, means = logprob.token_logps_fwd(logits, targets, "all", -100, Transform())
     sums, counts, totals, positions = sequences.sequence_scores(logp, means, targets, None, "all", -100)
     objective.pair_objective(sums, counts, totals, positions, ref, None, None, PairSpec("sigmoid", 0.1, 0.0, 1.0))
-    bco = (None, 0.0, None, None, BCOSpec(0.1, "mean"))
-    objective.bco_objective(sums, totals, positions, desirable, ref, *bco)
+    bco = (None, 0.0, None, None, UnpairedSpec("bco", 0.1))
+    objective.unpaired_objective(sums, totals, positions, desirable, ref, *bco)
     sequences.expand(sums, None, ends, 24)
     grad = torch.empty_like(logits)
     dlogits.token_logps_bwd(grad, logits, targets, statistics, logp, -100, Transform())
@@ -147,7 +147,7 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
         "_token_logps_combine_kernel": [24, 24, 72, 24, 2 * 3 * 24],
         "_sequence_scores_kernel": [24, 24, 24, 4, 4, 4, 4],
         "_pair_objective_kernel": [4, 4, 4, 4, 1, 3, 4, 4, 4],
-        "_bco_objective_kernel": [4, 4, 4, 1, 3, 2, 4, 4, 4],
+        "_unpaired_objective_kernel": [4, 4, 4, 1, 3, 2, 4, 4, 4],
         "_expand_kernel": [4, 24],
         "_token_logps_bwd_kernel": [24, 72, 24, 24 * 67],
     }

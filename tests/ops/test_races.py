@@ -24,7 +24,7 @@ from fused_pref.ops.triton import chunk, configs, exponentials
 ROOT = Path(__file__).parents[2]
 SOURCES = list(Path(fused_pref.__file__).parent.glob("ops/triton/*.py"))
 # One program walks all sequences.
-ALONE = {"_pair_objective_kernel", "_bco_objective_kernel"}
+ALONE = {"_pair_objective_kernel", "_unpaired_objective_kernel"}
 PLANES = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel", "_add_target_rows_kernel"}
 
 

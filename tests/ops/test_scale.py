@@ -292,14 +292,14 @@ def test_grids_hold_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             for dtype in case.dtypes:
                 case.launch(dtype)
     # Objectives are one program; rows are split where they are few; targets go in blocks.
-    few = {"_targets_kernel", "_pair_objective_kernel", "_bco_objective_kernel", "_token_logps_combine_kernel"}
+    few = {"_targets_kernel", "_pair_objective_kernel", "_unpaired_objective_kernel", "_token_logps_combine_kernel"}
     assert {kernel for kernel, grid in grids.items() if grid[0] < 2**13} == few
     for kernel, grid in grids.items():
         assert grid[0] < 2**31, kernel
         assert max(grid[1:]) <= 2**21 // 1024, kernel
 
 
-@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss"])
+@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss", "kto_loss"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_many_short_sequences(packed: bool, name: str, device: str) -> None:
     """100,000 sequences of one to three tokens, the third part of which score nothing."""
@@ -314,7 +314,7 @@ def test_many_short_sequences(packed: bool, name: str, device: str) -> None:
     else:
         labels[~inside] = IGNORE
     ref, flags = reference_logps(count, device), torch.arange(count, device=device) % 5 < 2
-    arguments = {"dpo_loss": (ref,), "bco_loss": (flags, ref)}.get(name, ())
+    arguments = {"dpo_loss": (ref,), "bco_loss": (flags, ref), "kto_loss": (flags, ref)}.get(name, ())
     assert_parity(name, logits, labels, *arguments, **keywords)
 
 

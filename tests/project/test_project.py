@@ -84,15 +84,23 @@ TABLES = {
     "cpo_loss": keywords.CPOLogitsKeywords,
     "dpo_loss": keywords.DPOLogitsKeywords,
     "bco_loss": keywords.BCOLogitsKeywords,
+    "kto_loss": keywords.KTOLogitsKeywords,
     "preference_loss": keywords.PreferenceLogitsKeywords,
     "linear_token_logps": keywords.LinearKeywords,
     "linear_sequence_logps": keywords.SequenceLinearKeywords,
     "linear_cpo_loss": keywords.CPOLinearKeywords,
     "linear_dpo_loss": keywords.DPOLinearKeywords,
     "linear_bco_loss": keywords.BCOLinearKeywords,
+    "linear_kto_loss": keywords.KTOLinearKeywords,
     "linear_preference_loss": keywords.PreferenceLinearKeywords,
 }
-MODULES = {"CPOLoss": "cpo_loss", "DPOLoss": "dpo_loss", "BCOLoss": "bco_loss", "PreferenceLoss": "preference_loss"}
+MODULES = {
+    "CPOLoss": "cpo_loss",
+    "DPOLoss": "dpo_loss",
+    "BCOLoss": "bco_loss",
+    "KTOLoss": "kto_loss",
+    "PreferenceLoss": "preference_loss",
+}
 LINEAR_MODULES = {f"Linear{name}": f"linear_{function}" for name, function in MODULES.items()}
 
 

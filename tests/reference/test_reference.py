@@ -113,7 +113,7 @@ def test_gradients(name: str, keywords: dict[str, Any]) -> None:
     """Finite differences: nothing is detached that should not be."""
     batch = double(4, 4, 5, scale=1.0)
     ref, desirable = reference_logps(4), torch.tensor([True, False, True, True])
-    arguments = {"cpo_loss": (), "dpo_loss": (ref,), "bco_loss": (desirable, ref)}[name]
+    arguments = {"cpo_loss": (), "dpo_loss": (ref,)}.get(name, (desirable, ref))
     assert torch.autograd.gradcheck(
         lambda z: getattr(reference, name)(z, batch.labels, *arguments, softcap=3.0, **keywords).loss,
         (batch.logits.requires_grad_(),),

@@ -20,7 +20,7 @@ def test_nothing_to_score(name: str, keywords: dict[str, Any], cover: str) -> No
     assert output.loss.requires_grad
     assert grad.shape == batch.logits.shape
     assert not grad.any()
-    if name != "bco_loss":
+    if name not in ("bco_loss", "kto_loss"):
         assert output.nll_loss == 0
         assert not output.chosen_logps.any()
     assert (output.chosen_logits_mean == 0) == (cover == "completion")
@@ -31,7 +31,7 @@ def test_an_empty_completion_has_no_gradient(name: str, keywords: dict[str, Any]
     output, grad = objective(name, double(4, 5, 6, mask="empty"), **{"beta": 0.01, **keywords})
     assert all(value.isfinite().all() for value in output)
     assert [bool(rows.any()) for rows in grad] == [True, True, False, True]
-    logps = output.logps[2] if name == "bco_loss" else output.rejected_logps[0]
+    logps = output.logps[2] if name in ("bco_loss", "kto_loss") else output.rejected_logps[0]
     assert logps == 0
 
 

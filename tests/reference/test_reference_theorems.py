@@ -119,7 +119,7 @@ def test_alphapo_stays_finite() -> None:
     assert reference.cpo_loss(batch.logits, batch.labels).loss == torch.inf
 
 
-@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_mean", "bco_class_mean"])
+@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_mean", "bco_class_mean", "kto_loss"])
 def test_normalizers_make_accumulation_exact(name: str) -> None:
     """Micro-batches with the normalizers of the whole batch add up to it; with a normalizer of 0 a term is 0."""
     batch, ref, desirable = double(6, 5, 7), reference_logps(6), torch.tensor([True, False, True, True, False, False])
@@ -131,6 +131,7 @@ def test_normalizers_make_accumulation_exact(name: str) -> None:
         "cpo_loss": ({"token_normalizer": chosen_tokens, "pair_normalizer": 3}, {}),
         "dpo_loss": ({"pair_normalizer": torch.tensor(3)}, {}),
         "bco_mean": ({"sequence_normalizer": 6}, {}),
+        "kto_loss": ({"sequence_normalizer": torch.tensor(6.0)}, {"kl": 2.0, "undesirable_weight": 1.3}),
         "bco_class_mean": ({"class_normalizer": (3, torch.tensor(3))}, {"reduction": "class_mean"}),
     }[name]
     truth, true_grad = run(function, batch.logits, batch.labels, *arguments, **whole)

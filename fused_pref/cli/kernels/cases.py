@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.ops.interface import BCOSpec, PairSpec, ShiftMemory, TargetRows, Transform
+from fused_pref.ops.interface import PairSpec, ShiftMemory, TargetRows, Transform, UnpairedSpec
 from fused_pref.ops.torch.chunk import padded
 from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
 
@@ -207,25 +207,26 @@ def pair(
     return objective.pair_objective(sums, counts, *means, ref_logps, normalizer, normalizer, spec)
 
 
-def bco(
+def unpaired(
     dtype: torch.dtype,
+    loss_type: str = "bco",
     kind: str = "fixed",
     update: str | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
     mean: str | None = None,
     number: Tensor | None = None,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, ...]:
-    """Launch BCO; ``number`` stands for δ and every normalizer."""
+    """Launch BCO or KTO; ``number`` stands for the shift and every normalizer, ``factors`` for the class weights."""
     sums, counts, flags = meta(8, dtype=dtype), meta(8, dtype=torch.int64), meta(8, dtype=torch.bool)
     means, numbers = meta(2, dtype=torch.float64), meta(2, dtype=torch.int64)
     delta = 0.0 if number is None else number
     shift = delta if kind == "fixed" else ShiftMemory(means, numbers, means, numbers, kind, update, 0.9)
     totals = (sums, counts) if mean else (None, None)
-    classes = None if number is None else (number, number)
-    return objective.bco_objective(
-        sums, *totals, flags, meta(8), weight, shift, number, classes, BCOSpec(0.1, reduction)
-    )
+    classes = None if number is None or reduction == "mean" else (number, number)
+    spec = UnpairedSpec(loss_type, 0.1, reduction, *factors)
+    return objective.unpaired_objective(sums, *totals, flags, meta(8), weight, shift, number, classes, spec)
 
 
 SOFTCAP, SCALE, NUMBER = Transform("tanh", 1 / 30, 30.0), Transform("linear", 1 / 0.7), meta()
@@ -302,9 +303,12 @@ CASES = [
     Case("hinge, NLL of sequences", partial(pair, loss_type="hinge", nll="sequence"), SUMS),
     Case("ipo, reference", partial(pair, loss_type="ipo", reference=True), SUMS),
     Case("simpo, alpha", partial(pair, loss_type="simpo", alpha=0.25), SUMS),
-    Case("fixed", bco, SUMS),
-    Case("fixed, weights, normalizers", partial(bco, reduction="class_mean", weight=meta(8), number=NUMBER), SUMS),
-    Case("running mean, means", partial(bco, kind="running_mean", update="forward", mean="all"), SUMS),
-    Case("ema, class mean", partial(bco, kind="ema", update="forward", reduction="class_mean"), SUMS),
-    Case("ema, step", partial(bco, kind="ema", update="step"), SUMS),
+    Case("fixed", unpaired, SUMS),
+    Case("fixed, weights, normalizers", partial(unpaired, reduction="class_mean", weight=meta(8), number=NUMBER), SUMS),
+    Case("running mean, means", partial(unpaired, kind="running_mean", update="forward", mean="all"), SUMS),
+    Case("ema, class mean", partial(unpaired, kind="ema", update="forward", reduction="class_mean"), SUMS),
+    Case("ema, step", partial(unpaired, kind="ema", update="step"), SUMS),
+    Case("kto, means", partial(unpaired, loss_type="kto", mean="all"), SUMS),
+    Case("kto, weights, normalizer", partial(unpaired, loss_type="kto", number=NUMBER, factors=(1.0, 1.5)), SUMS),
+    Case("apo_zero_unpaired", partial(unpaired, loss_type="apo_zero_unpaired"), SUMS),
 ]

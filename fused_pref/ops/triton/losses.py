@@ -1,6 +1,7 @@
-"""Device twins of the loss functions in :mod:`fused_pref.losses.pair`, in float64, under the same names.
+"""Device twins of the loss functions in :mod:`fused_pref.losses`, in float64, under the same names.
 
-A pair loss takes Δ and the hyperparameters and gives the loss and ∂loss/∂Δ; ``pair_loss`` picks it by name.
+A pair loss takes Δ and the hyperparameters and gives the loss and ∂loss/∂Δ; ``pair_loss`` picks it by name, and
+``unpaired_loss`` that of a single sequence.
 """
 
 import triton
@@ -74,6 +75,18 @@ def pair_loss(delta, beta, smoothing, gamma, LOSS: tl.constexpr):
     else:
         tl.static_assert(LOSS == "ipo", "unknown pair loss")
         loss, slope = ipo(delta, beta, smoothing, gamma)
+    return loss, slope
+
+
+@triton.jit
+def unpaired_loss(x, LOSS: tl.constexpr):
+    """The loss of a sequence with margin x = ±(r − shift), and its derivative: −logσ(x) for BCO, σ(−x) for KTO."""
+    if LOSS == "bco":
+        loss, slope = -log_logistic(x), -logistic(-x)
+    else:
+        tl.static_assert(LOSS == "kto" or LOSS == "apo_zero_unpaired", "unknown loss of single sequences")
+        loss = logistic(-x)
+        slope = -loss * logistic(x)
     return loss, slope
 
 

@@ -1,8 +1,8 @@
 """The objectives in one launch each: per-sequence sums to loss, slopes and everything that is reported.
 
 One program walks the sequences in blocks, in a fixed order, so that results repeat bitwise. ``loss`` is a tensor of
-its own, because a caller may change it in place; ``scalars`` receives float32: NLL (BCO: δ), mean logits of the chosen
-and of the rejected sequences.
+its own, because a caller may change it in place; ``scalars`` receives float32: NLL (of single sequences: the shift),
+mean logits of the chosen and of the rejected sequences.
 """
 
 import torch
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.interface import AVERAGED, BCOSpec, PairSpec, ShiftMemory
+from fused_pref.ops.interface import AVERAGED, PairSpec, ShiftMemory, UnpairedSpec
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.launch import launch
-from fused_pref.ops.triton.losses import alpha_reward, log_logistic, logistic, pair_loss, saturate
+from fused_pref.ops.triton.losses import alpha_reward, pair_loss, saturate, unpaired_loss
 
 
 @triton.jit
@@ -230,13 +230,24 @@ def _moving_shift(
 
 
 @triton.jit
-def _bco_objective_kernel(
+def _shift_of_rewards(given, beta, LOSS: tl.constexpr):
+    """What is subtracted from the rewards: δ, or β·kl, or 0."""
+    if LOSS == "kto":
+        return beta * given
+    elif LOSS == "bco":
+        return given
+    else:
+        return tl.zeros_like(given)
+
+
+@triton.jit
+def _unpaired_objective_kernel(
     sums,  # [S] float64
     totals, positions,  # [S] float64, int64, or None
     desirable,  # [S] bool
     ref_logps,  # [S]
     sample_weight,  # [S] or None
-    delta,  # 0-d or None
+    shift,  # 0-d or None: δ, or KTO's KL divergence
     shift_mean, shift_count, pending_sum, pending_count,  # [2] or None: state of a RewardShift, updated in place
     sequence_normalizer, positive_normalizer, negative_normalizer,  # 0-d or None
     loss,  # 0-d
@@ -244,9 +255,10 @@ def _bco_objective_kernel(
     numbers,  # [2] int64
     logps, rewards,  # [S]
     slope,  # [S] float64
-    sequences, delta_value: tl.float64, sequence_count: tl.float64, positive_count: tl.float64,
-    negative_count: tl.float64, beta: tl.float64, decay: tl.float64,
-    CLASS_MEAN: tl.constexpr, CLASS_COUNT: tl.constexpr, KIND: tl.constexpr, UPDATE: tl.constexpr,
+    sequences, shift_value: tl.float64, sequence_count: tl.float64, positive_count: tl.float64,
+    negative_count: tl.float64, beta: tl.float64, decay: tl.float64, desirable_weight: tl.float64,
+    undesirable_weight: tl.float64,
+    LOSS: tl.constexpr, CLASS_MEAN: tl.constexpr, CLASS_COUNT: tl.constexpr, KIND: tl.constexpr, UPDATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     w_sum, l_sum, w_finite, l_finite, w_number, l_number = _class_sums(
@@ -255,17 +267,19 @@ def _bco_objective_kernel(
     tl.store(numbers, w_number)
     tl.store(numbers + 1, l_number)
     if KIND == "fixed":
-        shift = _number(delta_value, delta)
+        given = _number(shift_value, shift)
     else:
-        shift = _moving_shift(
+        given = _moving_shift(
             shift_mean, shift_count, pending_sum, pending_count, w_sum, w_finite, l_sum, l_finite, decay, KIND, UPDATE
         )
+    used = _shift_of_rewards(given, beta, LOSS)
     if CLASS_MEAN:
         w_count = _divisor(w_number.to(tl.float64) if CLASS_COUNT else _number(positive_count, positive_normalizer))
         l_count = _divisor(l_number.to(tl.float64) if CLASS_COUNT else _number(negative_count, negative_normalizer))
     else:
         w_count = _divisor(_number(sequence_count, sequence_normalizer))
         l_count = w_count
+    w_weight, l_weight = desirable_weight / w_count, undesirable_weight / l_count
     summed = tl.zeros([BLOCK], tl.float64)
     w_total, l_total = _zeros(tl.float64, BLOCK)
     w_positions, l_positions = _zeros(tl.int64, BLOCK)
@@ -274,16 +288,16 @@ def _bco_objective_kernel(
         inside = s < sequences
         w, l, _, reward = _classes(s, inside, sums, desirable, ref_logps, beta)
         sign = tl.where(w, 1.0, -1.0)
-        x = sign * (reward - shift)
-        weight = sign / tl.where(w, w_count, l_count)
+        losses, rises = unpaired_loss(sign * (reward - used), LOSS)
+        weight = tl.where(w, w_weight, l_weight)
         if sample_weight is not None:
             weight *= tl.load(sample_weight + s, mask=inside, other=0.0).to(tl.float64)
-        summed += tl.where(inside, -log_logistic(x) * (sign * weight), 0.0)
-        tl.store(slope + s, saturate(-beta * logistic(-x) * weight), mask=inside)
+        summed += tl.where(inside, losses * weight, 0.0)
+        tl.store(slope + s, saturate(beta * sign * rises * weight), mask=inside)
         w_total, w_positions = _with_logits(w_total, w_positions, s, w, totals, positions)
         l_total, l_positions = _with_logits(l_total, l_positions, s, l, totals, positions)
     tl.store(loss, saturate(tl.sum(summed, 0)).to(tl.float32))
-    tl.store(scalars, saturate(shift).to(tl.float32))
+    tl.store(scalars, saturate(given).to(tl.float32))
     if totals is not None:
         _store_mean(scalars + 1, w_total, w_positions)
         _store_mean(scalars + 2, l_total, l_positions)
@@ -330,21 +344,21 @@ def pair_objective(
     return loss, scalars, logps, rewards, slope
 
 
-def bco_objective(
+def unpaired_objective(
     sums: Tensor,
     totals: Tensor | None,
     positions: Tensor | None,
     desirable: Tensor,
     ref_logps: Tensor,
     sample_weight: Tensor | None,
-    delta: float | Tensor | ShiftMemory,
+    shift: float | Tensor | ShiftMemory,
     sequence_normalizer: float | Tensor | None,
     class_normalizer: tuple[float | Tensor, float | Tensor] | None,
-    spec: BCOSpec,
+    spec: UnpairedSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, scalars (3,), class counts (2,), logps, rewards (S,), slope (S,) float64; updates a shift. One launch.
 
-    Args as of :class:`fused_pref.losses.unpaired.BCOObjective`, and ``totals`` and ``positions`` of
+    Args as of :class:`fused_pref.losses.unpaired.UnpairedObjective`, and ``totals`` and ``positions`` of
     :class:`fused_pref.losses.scores.Scores`.
     """
     sequences, device = sums.shape[0], sums.device
@@ -358,18 +372,19 @@ def bco_objective(
     positive, negative = class_normalizer or (None, None)
     positive_count, positive_pointer = value_and_pointer(positive, device)
     negative_count, negative_pointer = value_and_pointer(negative, device)
-    if isinstance(delta, ShiftMemory):
-        *state, kind, update, decay = delta
-        delta_value, delta_pointer = 0.0, None
+    if isinstance(shift, ShiftMemory):
+        *state, kind, update, decay = shift
+        shift_value, shift_pointer = 0.0, None
     else:
         state, kind, update, decay = [None] * 4, "fixed", None, 0.0
-        delta_value, delta_pointer = value_and_pointer(delta, device)
+        shift_value, shift_pointer = value_and_pointer(shift, device)
     launch(
-        _bco_objective_kernel, (1,), device,
-        sums, totals, positions, desirable, ref_logps, sample_weight, delta_pointer, *state,
+        _unpaired_objective_kernel, (1,), device,
+        sums, totals, positions, desirable, ref_logps, sample_weight, shift_pointer, *state,
         sequence_pointer, positive_pointer, negative_pointer, loss, scalars, numbers, logps, rewards, slope,
-        sequences=sequences, delta_value=delta_value, sequence_count=sequence_count, positive_count=positive_count,
-        negative_count=negative_count, beta=spec.beta, decay=decay,
+        sequences=sequences, shift_value=shift_value, sequence_count=sequence_count, positive_count=positive_count,
+        negative_count=negative_count, beta=spec.beta, decay=decay, desirable_weight=spec.desirable_weight,
+        undesirable_weight=spec.undesirable_weight, LOSS=spec.loss_type,
         CLASS_MEAN=spec.reduction == "class_mean", CLASS_COUNT=class_normalizer is None, KIND=kind, UPDATE=update,
         BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
