@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fused_pref as fp
+from benchmarks.logits import sigmoid
 from benchmarks.measure import finish, seconds_of
 from fused_pref.cli.peers import bare_products
 from fused_pref.testing.problems import BETA, BOTH, Problem
@@ -41,6 +42,12 @@ OPERATIONS: dict[str, Callable[[Problem], Tensor]] = {
     "linear_cpo_loss": lambda p: fp.linear_cpo_loss(p.hidden, p.weight, p.labels, shift=False).loss,
     "linear_dpo_loss": lambda p: fp.linear_dpo_loss(p.hidden, p.weight, p.labels, p.ref_logps, shift=False).loss,
     **{f"linear_bco_loss, {name}": _bco(delta) for name, delta in DELTAS.items()},
+    "linear_kto_loss": lambda p: (
+        fp.linear_kto_loss(p.hidden, p.weight, p.labels, p.desirable, p.ref_logps, shift=False).loss
+    ),
+    "linear_preference_loss": lambda p: (
+        fp.linear_preference_loss(p.hidden, p.weight, p.labels, sigmoid, shift=False).loss
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import fused_pref as fp
 from fused_pref.testing.problems import BETA, parse_shape
 
-OPERATIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss")
+OPERATIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss", "kto_loss", "preference_loss")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class Implementation:
         return ours(operation) if self.load is None else peer(operation, self.load())
 
 
+def sigmoid(chosen: fp.Sequences, rejected: fp.Sequences) -> Tensor:
+    """An objective of the user's: CPO without NLL."""
+    return -F.logsigmoid(BETA * (chosen.logps - rejected.logps))
+
+
 def ours(operation: str) -> Callable[[Batch], Tensor]:
     """This library, in the backend that ``auto`` chooses."""
     calls: dict[str, Callable[[Batch], Tensor]] = {
@@ -91,6 +96,8 @@ def ours(operation: str) -> Callable[[Batch], Tensor]:
         "cpo_loss": lambda b: fp.cpo_loss(b.logits, b.labels, shift=False).loss,
         "dpo_loss": lambda b: fp.dpo_loss(b.logits, b.labels, b.ref_logps, shift=False).loss,
         "bco_loss": lambda b: fp.bco_loss(b.logits, b.labels, b.desirable, b.ref_logps, shift=False).loss,
+        "kto_loss": lambda b: fp.kto_loss(b.logits, b.labels, b.desirable, b.ref_logps, shift=False).loss,
+        "preference_loss": lambda b: fp.preference_loss(b.logits, b.labels, sigmoid, shift=False).loss,
     }
     return calls[operation]
 
@@ -117,12 +124,22 @@ def peer(operation: str, token_logps: Callable[[Tensor, Tensor], Tensor]) -> Cal
         rewards = BETA * (logps(batch) - batch.ref_logps)
         return -F.logsigmoid(torch.where(batch.desirable, rewards, -rewards)).mean()
 
+    def kto(batch: Batch) -> Tensor:
+        rewards = BETA * (logps(batch) - batch.ref_logps)
+        return (1 - torch.sigmoid(torch.where(batch.desirable, rewards, -rewards))).mean()
+
+    def preference(batch: Batch) -> Tensor:
+        chosen, rejected = logps(batch).chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
     calls: dict[str, Callable[[Batch], Tensor]] = {
         "token_logps": lambda batch: token_logps(batch.logits, batch.labels).sum(),
         "sequence_logps": lambda batch: token_logps(batch.logits, batch.labels).sum(-1).sum(),
         "cpo_loss": cpo,
         "dpo_loss": dpo,
         "bco_loss": bco,
+        "kto_loss": kto,
+        "preference_loss": preference,
     }
     return calls[operation]
 
