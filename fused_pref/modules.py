@@ -47,6 +47,11 @@ class ObjectiveModule(nn.Module):
             check(keywords)
         self.keywords = dict(keywords)
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the tensors that a call takes after its named ones."""
+        return ()
+
     def call_keywords(self, **given: Any) -> dict[str, Any]:
         """The keywords of one call."""
         return {**self.keywords, **{name: value for name, value in given.items() if value is not None}}

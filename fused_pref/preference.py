@@ -1,10 +1,11 @@
 """An objective of the user's in one pass: its gradient is formed where the log-probs are."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fused_pref import validate
@@ -116,6 +117,14 @@ class LinearPreferenceLoss(ObjectiveModule):
     def __init__(self, objective: Objective, **keywords: Unpack[PreferenceLinearKeywords]) -> None:
         super().__init__(keywords, linear_spec, constants)
         self.objective: Any = _callable(objective)
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """What the objective calls its tensors, those without a default: so a batch names them."""
+        function = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
+        parameters = list(inspect.signature(function).parameters.values())[2 if self.keywords["unit"] == 2 else 1 :]
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return tuple(p.name for p in parameters if p.kind in kinds and p.default is p.empty)
 
     def forward(
         self,

@@ -153,7 +153,8 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
             head, so :func:`attach` the model yourself before you wrap it for several devices.
         batch: ``labels`` (S, T) int64, -100 where not scored, and whatever else the loss takes by name (``ref_logps``,
             ``desirable``, ``sample_weight``, ``cu_seqlens``, ...); everything else goes to the model: ``input_ids``
-            (S, T), ``attention_mask``, ... Pairs come as chosen sequences first, then rejected. With ``cu_seqlens``,
+            (S, T), ``attention_mask``, ... Of a ``LinearPreferenceLoss`` that is the tensors of its objective, by the
+            names of its parameters. Pairs come as chosen sequences first, then rejected. With ``cu_seqlens``,
             ``input_ids`` is (1, N_total), ``position_ids`` are made where they are missing, and there is no mask but
             one of ones or of 4 dimensions. An encoder-decoder model takes the prompts as ``input_ids``; its
             ``decoder_input_ids`` are made from the labels where they are missing, and the labels are not shifted.
@@ -180,6 +181,8 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     if list(parameters)[:2] != ["hidden", "weight"]:
         raise validate.fail("loss", LOSS, loss, TypeError)
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]
+    if isinstance(loss, ObjectiveModule):
+        required += loss.tensor_names
     missing = [name for name in required if name not in batch]
     if missing:
         got = ", ".join(map(str, batch)) or "nothing"
@@ -187,7 +190,7 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     for name in required:
         if not isinstance(batch[name], Tensor):
             raise validate.fail(f"batch[{name!r}]", "a tensor", batch[name], TypeError)
-    inputs = {name: value for name, value in batch.items() if name not in parameters}
+    inputs = {name: value for name, value in batch.items() if name not in parameters and name not in required}
     keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
     if keywords.get("cu_seqlens") is not None:
         if virtual_tokens(model):

@@ -139,6 +139,24 @@ def test_other_losses_take_what_they_need_from_the_batch() -> None:
     torch.testing.assert_close(logps, 2 * fp.reference.sequence_logps(logits, labels))
 
 
+def test_tensors_of_an_own_objective_are_found_by_their_names() -> None:
+    class Margin(nn.Module):
+        def forward(self, chosen: fp.Sequences, rejected: fp.Sequences, margin: Tensor, floor: float = 0.0) -> Tensor:
+            return torch.relu(margin + rejected.logps - chosen.logps - floor)
+
+    model, given = llama(), batch()
+    pairs = len(given["labels"]) // 2
+    loss, margin = fp.LinearPreferenceLoss(Margin()), torch.linspace(1, 2, pairs)
+    output = models.preference_forward(model, {**given, "margin": margin}, loss)
+    hinge = fp.LinearPreferenceLoss(lambda sequences, number: sequences.logps * number, unit=1)
+    with pytest.raises(ValueError, match="batch must have number, which the loss takes"):
+        models.preference_forward(model, given, hinge)
+    logits = model(**{name: value for name, value in given.items() if name != "labels"}).logits
+    expected = fp.preference_loss(logits, given["labels"], Margin(), margin)
+    torch.testing.assert_close(output.losses, expected.losses)
+    assert output.loss.requires_grad
+
+
 def test_packed_sequences() -> None:
     model = llama()
     input_ids = torch.randint(3, V, (1, 12), generator=torch.Generator().manual_seed(0))
