@@ -93,6 +93,10 @@ class PreferenceLoss(ObjectiveModule):
         super().__init__(keywords, logits_spec, constants)
         self.objective: Any = _callable(objective)
 
+    def call(self, *tensors: Tensor, **given: Any) -> PreferenceOutput:
+        """See :class:`ObjectiveModule`."""
+        return super().call(*tensors[:2], self.objective, *tensors[2:], **given)
+
     def forward(
         self,
         logits: Tensor,
@@ -105,7 +109,7 @@ class PreferenceLoss(ObjectiveModule):
     ) -> PreferenceOutput:
         """See :func:`fused_pref.preference_loss`."""
         given = {"ref_logps": ref_logps, "token_weight": token_weight, "normalizer": normalizer}
-        return self.call(logits, labels, self.objective, *tensors, **given, cu_seqlens=cu_seqlens)
+        return self.call(logits, labels, *tensors, **given, cu_seqlens=cu_seqlens)
 
 
 class LinearPreferenceLoss(ObjectiveModule):
@@ -117,6 +121,10 @@ class LinearPreferenceLoss(ObjectiveModule):
     def __init__(self, objective: Objective, **keywords: Unpack[PreferenceLinearKeywords]) -> None:
         super().__init__(keywords, linear_spec, constants)
         self.objective: Any = _callable(objective)
+
+    def call(self, *tensors: Tensor, **given: Any) -> PreferenceOutput:
+        """See :class:`ObjectiveModule`."""
+        return super().call(*tensors[:3], self.objective, *tensors[3:], **given)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -140,7 +148,7 @@ class LinearPreferenceLoss(ObjectiveModule):
     ) -> PreferenceOutput:
         """See :func:`fused_pref.linear_preference_loss`."""
         given = {"ref_logps": ref_logps, "token_weight": token_weight, "normalizer": normalizer, "bias": bias}
-        return self.call(hidden, weight, labels, self.objective, *tensors, **given, cu_seqlens=cu_seqlens)
+        return self.call(hidden, weight, labels, *tensors, **given, cu_seqlens=cu_seqlens)
 
 
 def constants(keywords: Mapping[str, Any]) -> tuple[int, float | Tensor | None]:
