@@ -4,9 +4,8 @@ Keywords are described in :mod:`fused_pref.keywords` and shown by ``help()`` of 
 raises ``ValueError`` or ``TypeError`` before anything is computed or changed.
 """
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from typing_extensions import Unpack
 
 from fused_pref import validate
 from fused_pref.head.autograd import KnownSlopeFunction
-from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs
-from fused_pref.head.vocab_parallel import agreed
+from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs, on_all_ranks
 from fused_pref.keywords import (
     BCOLinearKeywords,
     BCOLogitsKeywords,
@@ -31,26 +29,12 @@ from fused_pref.keywords import (
     SequenceLogitsKeywords,
     accepts,
 )
-from fused_pref.losses.pair import PairObjective, cpo_spec, dpo_spec
-from fused_pref.losses.reward_shift import reward_shift
+from fused_pref.losses.pair import PairObjective, pair_normalizers
+from fused_pref.losses.pair_spec import cpo_spec, dpo_normalizers, dpo_shift, dpo_spec
+from fused_pref.losses.reward_shift import RewardShift, reward_shift
 from fused_pref.losses.unpaired import UnpairedObjective, bco_normalizers, bco_spec, kto_numbers, kto_spec
-from fused_pref.ops.interface import UnpairedSpec
+from fused_pref.ops.interface import PairSpec, UnpairedSpec
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def on_all_ranks(function: Function) -> Function:
-    """Let the ranks of a vocab-parallel head call the function together; others call it as it is."""
-
-    @functools.wraps(function)
-    def call(hidden: Any, weight: Any, labels: Any, *others: Any, **keywords: Any) -> Any:
-        tensors = (hidden, weight, labels, *others)
-        if keywords["tp_group"] is None and type(weight).__name__ != "DTensor":
-            return function(*tensors, **keywords)
-        return agreed(function, tensors, keywords)
-
-    return cast(Function, call)
 
 
 @accepts(LogitsKeywords)
@@ -120,9 +104,27 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
 
 @accepts(DPOLogitsKeywords)
 def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
-    """Direct preference optimisation (arXiv 2305.18290) with Δ = (logps_w − ref_w) − (logps_l − ref_l).
+    """Direct preference optimisation (arXiv 2305.18290) against a reference model, by ``loss_type``.
 
-    ``loss_type`` as in :func:`cpo_loss`, without NLL; for ipo both log-ratios are divided by their length.
+    With r = β (logps − ref_logps) and Δ = (logps_w − ref_w) − (logps_l − ref_l), of a pair
+
+    - ``"sigmoid"``, ``"hinge"``: as in :func:`cpo_loss`; ``"ipo"``: too, both log-ratios divided by their length;
+    - ``"sigmoid_norm"``: −logσ(βΔ), both log-ratios divided by their length;
+    - ``"robust"``: [−(1−ε) logσ(βΔ) + ε logσ(−βΔ)] / (1−2ε) (arXiv 2403.00409);
+    - ``"exo_pair"``: q log(q/(1−ε)) + (1−q) log((1−q)/ε), q = σ(βΔ) (arXiv 2402.00856);
+    - ``"nca_pair"``: −logσ(r_w) − ½ logσ(−r_w) − ½ logσ(−r_l) (arXiv 2402.05369);
+    - ``"bco_pair"``: −logσ(r_w − δ) − logσ(−(r_l − δ)), δ = ``delta`` (arXiv 2404.04656);
+    - ``"sppo_hard"``: (r_w/β − 1/(2β))² + (r_l/β + 1/(2β))² (arXiv 2405.00675);
+    - ``"apo_zero"``: 1 − σ(r_w) + σ(r_l); ``"apo_down"``: σ(r_w) + 1 − σ(r_w − r_l) (arXiv 2408.06266);
+    - ``"discopop"``: −logσ(x)(1−m) + m e^(−x), x = βΔ, m = σ(x/τ), τ = ``discopop_tau`` (arXiv 2406.08414);
+    - ``"aot"``: sigmoid of sorted logps_w − logps_l less sorted ref_w − ref_l of the batch; ``"aot_unpaired"``: of
+      sorted logps_w − ref_w less sorted logps_l − ref_l (arXiv 2406.05882);
+    - ``"sft"``: the negative mean log-prob of the chosen tokens.
+
+    ``f_divergence_type`` puts f′ in the place of a log-ratio x (arXiv 2309.16240): x itself, 1 − e^(−x),
+    log 2 + logσ(x) or (e^((α−1)x) − 1)/(α−1), exponents clamped at 80. A sequence of names is their sum by
+    ``loss_weights``, as MPO (arXiv 2411.10442): ``("sigmoid", "bco_pair", "sft")`` by ``(0.8, 0.2, 1.0)``. To a
+    :class:`RewardShift`, chosen completions are desirable and rejected ones are not.
 
     Args:
         logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``; floating, as of
@@ -131,14 +133,14 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
         ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
 
     Returns:
-        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient; ``nll_loss`` is 0.
+        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient; ``nll_loss`` is the
+        unweighted sft, 0 without it.
 
     Raises:
         ValueError, TypeError: a malformed argument.
     """
-    spec, normalizers = dpo_spec(keywords), pair_normalizers(keywords)
-    inputs = LogitsInputs.of(logits, labels, keywords, pairs=True)
-    return inputs.evaluate(PairObjective(spec, inputs.per_sequence("ref_logps", ref_logps), *normalizers))
+    spec = dpo_spec(keywords)
+    return _dpo_loss(LogitsInputs.of(logits, labels, keywords, pairs=True), spec, keywords, ref_logps)
 
 
 @accepts(BCOLogitsKeywords)
@@ -272,6 +274,8 @@ def linear_dpo_loss(
 ) -> PairOutput:
     """:func:`dpo_loss` from hidden states and the head's weight, as :func:`linear_cpo_loss`.
 
+    Three products; three to four for aot and aot_unpaired, and where this batch moves the δ of bco_pair.
+
     Args:
         hidden: (2B, T, D), chosen sequences first, then rejected; or (N_total, D) with ``cu_seqlens``; it and the
             weight as of :func:`linear_token_logps`.
@@ -280,14 +284,13 @@ def linear_dpo_loss(
         ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
 
     Returns:
-        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient; ``nll_loss`` is 0.
+        :class:`PairOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient.
 
     Raises:
         ValueError, TypeError: a malformed argument, or a ``memory_budget`` that no plan fits.
     """
-    spec, normalizers = dpo_spec(keywords), pair_normalizers(keywords)
-    inputs = LinearInputs.of(hidden, weight, labels, keywords, pairs=True)
-    return inputs.evaluate(PairObjective(spec, inputs.per_sequence("ref_logps", ref_logps), *normalizers))
+    spec = dpo_spec(keywords)
+    return _dpo_loss(LinearInputs.of(hidden, weight, labels, keywords, pairs=True), spec, keywords, ref_logps)
 
 
 @accepts(BCOLinearKeywords)
@@ -369,30 +372,27 @@ def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
     return (sums / scores.counts.clamp(min=1) if average else sums).to(inputs.dtype)  # type: ignore[operator]
 
 
-def _unpaired_loss(
-    inputs: Inputs,
-    spec: UnpairedSpec,
-    desirable: Any,
-    ref_logps: Any,
-    shift: Any,
-    sample_weight: Any,
-    *normalizers: Any,
-) -> Any:
-    desirable = inputs.per_sequence("desirable", desirable, (torch.bool,))
-    ref_logps = inputs.per_sequence("ref_logps", ref_logps)
-    if sample_weight is not None:
-        validate.tensor_or_none("sample_weight", sample_weight, "(S,)")
-        weighs = {"good": lambda weight: weight.isfinite() & (weight >= 0), "expected": ">= 0"}
-        sample_weight = inputs.per_sequence("sample_weight", sample_weight, **weighs)
-    output = inputs.evaluate(UnpairedObjective(spec, desirable, ref_logps, shift, sample_weight, *normalizers))
-    output.desirable = desirable
+def _dpo_loss(inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_logps: Any) -> PairOutput:
+    ref_logps, normalizers = inputs.per_sequence("ref_logps", ref_logps), dpo_normalizers(keywords)
+    delta = dpo_shift(keywords, inputs.targets.device)
+    output = inputs.evaluate(PairObjective(spec, ref_logps, *normalizers, delta))
+    if delta is not None:
+        # A RewardShift that this batch moves is moved before it is used.
+        used: Any = delta.current() if isinstance(delta, RewardShift) else delta
+        used = used if isinstance(used, Tensor) else output.loss.new_full((), used)
+        output.delta = used.to(output.loss.dtype)
     return output
 
 
-def pair_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None, float | Tensor | None]:
-    """``pair_normalizer`` and ``token_normalizer``."""
-    pairs, tokens = keywords["pair_normalizer"], keywords["token_normalizer"]
-    return (
-        None if pairs is None else validate.normalizer("pair_normalizer", pairs),
-        None if tokens is None else validate.normalizer("token_normalizer", tokens, zero=True),
-    )
+def _unpaired_loss(
+    inputs: Inputs, spec: UnpairedSpec, desirable: Any, ref_logps: Any, shift: Any, weight: Any, *normalizers: Any
+) -> Any:
+    desirable = inputs.per_sequence("desirable", desirable, (torch.bool,))
+    ref_logps = inputs.per_sequence("ref_logps", ref_logps)
+    if weight is not None:
+        validate.tensor_or_none("sample_weight", weight, "(S,)")
+        good = {"good": lambda weight: weight.isfinite() & (weight >= 0), "expected": ">= 0"}
+        weight = inputs.per_sequence("sample_weight", weight, **good)
+    output = inputs.evaluate(UnpairedObjective(spec, desirable, ref_logps, shift, weight, *normalizers))
+    output.desirable = desirable
+    return output

@@ -3,40 +3,42 @@
 A keyword table is a ``TypedDict`` whose values are annotated with :class:`Keyword`. Functions, their references,
 their linear twins and their modules name the table they take (``**keywords: Unpack[CPOKeywords]`` for the type
 checker, ``@accepts(CPOKeywords)`` for the runtime), so that a default cannot differ between them.
-``accepts`` shows the table in ``inspect.signature`` and ``help()``, fills in defaults and refuses unknown names.
+See :mod:`fused_pref.keyword_tables`.
 """
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import Tensor
 from typing_extensions import TypedDict
+
+from fused_pref.keyword_tables import Keyword as Keyword
+from fused_pref.keyword_tables import accepts as accepts
+from fused_pref.keyword_tables import choices as choices
+from fused_pref.keyword_tables import defaults as defaults
+from fused_pref.keyword_tables import table as table
 
 if TYPE_CHECKING:
     from fused_pref.losses.reward_shift import RewardShift
 
 Number = int | float
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class Keyword(NamedTuple):
-    """Default and meaning of one keyword."""
-
-    default: Any
-    meaning: str
+DPOLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "sigmoid_norm",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "aot",
+    "aot_unpaired",
+]
 
 
 class TokenKeywords(TypedDict, total=False):
@@ -163,9 +165,6 @@ class PairKeywords(ObjectiveKeywords, total=False):
     """Keywords of the pairwise objectives."""
 
     beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob differences; for ipo the regularisation strength")]
-    label_smoothing: Annotated[
-        float, Keyword(0.0, "probability in [0, 1) that a preference is flipped; no effect on hinge and ipo")
-    ]
     pair_normalizer: Annotated[
         Number | Tensor | None,
         Keyword(None, "replaces the number of pairs B in means over pairs (> 0; number or 0-d tensor)"),
@@ -183,6 +182,9 @@ class CPOKeywords(PairKeywords, total=False):
         Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"],
         Keyword("sigmoid", "the preference term; alphapo is simpo with cpo_alpha = 0"),
     ]
+    label_smoothing: Annotated[
+        float, Keyword(0.0, "probability in [0, 1) that a preference is flipped; no effect on hinge and ipo")
+    ]
     cpo_alpha: Annotated[float, Keyword(1.0, "weight >= 0 of the NLL of the chosen completions; 0: not computed")]
     simpo_gamma: Annotated[float, Keyword(0.5, "target margin gamma of simpo, finite")]
     alpha: Annotated[float, Keyword(0.0, "AlphaPO's exponent, finite; 0 leaves log-probs as they are")]
@@ -195,7 +197,38 @@ class CPOKeywords(PairKeywords, total=False):
 class DPOKeywords(PairKeywords, total=False):
     """Keywords of the DPO objective."""
 
-    loss_type: Annotated[Literal["sigmoid", "hinge", "ipo"], Keyword("sigmoid", "the preference term")]
+    loss_type: Annotated[
+        DPOLoss | Sequence[DPOLoss],
+        Keyword("sigmoid", "the preference term, or a sequence of terms that are added up in one pass"),
+    ]
+    loss_weights: Annotated[
+        Sequence[float] | None,
+        Keyword(None, "a finite factor for each name of loss_type; 0: not computed; None: 1 each"),
+    ]
+    label_smoothing: Annotated[
+        float | Sequence[float],
+        Keyword(
+            0.0,
+            "probability in [0, 1) that a preference is flipped, or one for each name of loss_type; acts on sigmoid, "
+            "robust (< 0.5), exo_pair (> 0), aot and aot_unpaired, without effect on others",
+        ),
+    ]
+    delta: Annotated[
+        "RewardShift | float | Tensor",
+        Keyword(0.0, "reward shift of bco_pair, the one name that takes it: a RewardShift, a number or a 0-d tensor"),
+    ]
+    discopop_tau: Annotated[float, Keyword(0.05, "temperature > 0 of discopop's mixture")]
+    f_divergence_type: Annotated[
+        Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
+        Keyword(
+            "reverse_kl",
+            "divergence from the reference, of sigmoid, hinge, ipo, robust, exo_pair, discopop and sigmoid_norm: what "
+            "its derivative f' makes of the log-ratios enters them",
+        ),
+    ]
+    f_alpha_divergence_coef: Annotated[
+        float, Keyword(1.0, "order of alpha_divergence, finite; within 1e-6 of 1 it is reverse_kl")
+    ]
 
 
 class BCOKeywords(ObjectiveKeywords, total=False):
@@ -317,56 +350,3 @@ class BCOLinearKeywords(BCOKeywords, LinearKeywords, total=False):
 
 class KTOLinearKeywords(KTOKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_kto_loss`."""
-
-
-@functools.cache
-def table(keywords: type) -> dict[str, tuple[Any, Keyword]]:
-    """Name → (type, :class:`Keyword`) of a keyword table, in the order of definition."""
-    hints = get_type_hints(keywords, include_extras=True, localns={"RewardShift": Any})
-    entries: dict[str, tuple[Any, Keyword]] = {}
-    for name, hint in hints.items():
-        annotation, keyword = get_args(hint)
-        entries[name] = (annotation, keyword)
-    return entries
-
-
-def defaults(keywords: type) -> dict[str, Any]:
-    """Name → default of a keyword table."""
-    return {name: keyword.default for name, (_, keyword) in table(keywords).items()}
-
-
-def choices(keywords: type, name: str) -> tuple[str, ...]:
-    """The strings that a ``Literal`` keyword of a table allows."""
-    annotation = table(keywords)[name][0]
-    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
-    return tuple(value for literal in literals for value in get_args(literal))
-
-
-def accepts(keywords: type) -> Callable[[Function], Function]:
-    """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table."""
-    entries = table(keywords)
-    filled = defaults(keywords)
-
-    def decorate(function: Function) -> Function:
-        @functools.wraps(function)
-        def call(*args: Any, **given: Any) -> Any:
-            for name in given:
-                if name not in filled and name not in own:
-                    raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}")
-            return function(*args, **{**filled, **given})
-
-        signature = inspect.signature(function)
-        parameters = list(signature.parameters.values())[:-1]
-        own = {parameter.name for parameter in parameters}
-        shown = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=keyword.default, annotation=annotation)
-            for name, (annotation, keyword) in entries.items()
-        ]
-        call.__signature__ = signature.replace(parameters=parameters + shown)  # type: ignore[attr-defined]
-        lines = [
-            f"    {name} (default {keyword.default!r}): {keyword.meaning}." for name, (_, keyword) in entries.items()
-        ]
-        call.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nKeywords:\n" + "\n".join(lines)
-        return cast(Function, call)
-
-    return decorate

@@ -19,7 +19,8 @@ from fused_pref.keywords import (
     KTOLogitsKeywords,
     accepts,
 )
-from fused_pref.losses.pair import cpo_spec, dpo_spec
+from fused_pref.losses.pair import pair_normalizers
+from fused_pref.losses.pair_spec import cpo_spec, dpo_normalizers, dpo_shift, dpo_spec
 from fused_pref.losses.reward_shift import RewardShift, reward_shift
 from fused_pref.losses.unpaired import bco_normalizers, bco_spec, kto_numbers, kto_spec
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
@@ -70,7 +71,7 @@ class ShiftModule(ObjectiveModule):
     """An objective with δ: a :class:`RewardShift` given as ``delta`` is a submodule."""
 
     def __init__(self, keywords: Mapping[str, Any], *checks: Callable[[Mapping[str, Any]], Any]) -> None:
-        super().__init__(keywords, *checks, bco_normalizers, reward_shift)
+        super().__init__(keywords, *checks, reward_shift)
         self.delta = self.keywords.pop("delta")
 
     def call_keywords(self, **given: Any) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class CPOLoss(ObjectiveModule):
 
     @accepts(CPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[CPOLogitsKeywords]) -> None:
-        super().__init__(keywords, cpo_spec, logits_spec, functional.pair_normalizers)
+        super().__init__(keywords, cpo_spec, logits_spec, pair_normalizers)
 
     def forward(
         self,
@@ -113,14 +114,14 @@ class CPOLoss(ObjectiveModule):
         )
 
 
-class DPOLoss(ObjectiveModule):
-    """:func:`fused_pref.dpo_loss` as a module."""
+class DPOLoss(ShiftModule):
+    """:func:`fused_pref.dpo_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule."""
 
     function = staticmethod(functional.dpo_loss)
 
     @accepts(DPOLogitsKeywords)
     def __init__(self, **keywords: Unpack[DPOLogitsKeywords]) -> None:
-        super().__init__(keywords, dpo_spec, logits_spec, functional.pair_normalizers)
+        super().__init__(keywords, dpo_spec, logits_spec, dpo_normalizers, dpo_shift)
 
     def forward(
         self,
@@ -152,7 +153,7 @@ class BCOLoss(ShiftModule):
 
     @accepts(BCOLogitsKeywords)
     def __init__(self, **keywords: Unpack[BCOLogitsKeywords]) -> None:
-        super().__init__(keywords, bco_spec, logits_spec)
+        super().__init__(keywords, bco_spec, logits_spec, bco_normalizers)
 
     def forward(
         self,
@@ -222,7 +223,7 @@ class LinearCPOLoss(ObjectiveModule):
 
     @accepts(CPOLinearKeywords)
     def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
-        super().__init__(keywords, cpo_spec, linear_spec, functional.pair_normalizers)
+        super().__init__(keywords, cpo_spec, linear_spec, pair_normalizers)
 
     def forward(
         self,
@@ -249,14 +250,14 @@ class LinearCPOLoss(ObjectiveModule):
         )
 
 
-class LinearDPOLoss(ObjectiveModule):
-    """:func:`fused_pref.linear_dpo_loss` as a module."""
+class LinearDPOLoss(ShiftModule):
+    """:func:`fused_pref.linear_dpo_loss` as a module; a :class:`RewardShift` given as ``delta`` is its submodule."""
 
     function = staticmethod(functional.linear_dpo_loss)
 
     @accepts(DPOLinearKeywords)
     def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
-        super().__init__(keywords, dpo_spec, linear_spec, functional.pair_normalizers)
+        super().__init__(keywords, dpo_spec, linear_spec, dpo_normalizers, dpo_shift)
 
     def forward(
         self,
@@ -292,7 +293,7 @@ class LinearBCOLoss(ShiftModule):
 
     @accepts(BCOLinearKeywords)
     def __init__(self, **keywords: Unpack[BCOLinearKeywords]) -> None:
-        super().__init__(keywords, bco_spec, linear_spec)
+        super().__init__(keywords, bco_spec, linear_spec, bco_normalizers)
 
     def forward(
         self,

@@ -39,14 +39,18 @@ class PairOutput(_Beside, _PairFields):
     Attributes:
         loss: 0-d, differentiable.
         nll_loss: 0-d, the unweighted NLL of the chosen completions (0 where it is not computed).
-        chosen_logps, rejected_logps: (B,), summed over the completion, averaged for ipo and simpo.
-        chosen_rewards, rejected_rewards: (B,), beta times the log-probs as they enter the objective.
+        chosen_logps, rejected_logps: (B,), summed over the completion; averaged where the loss is ipo or simpo alone.
+        chosen_rewards, rejected_rewards: (B,), beta times the log-probs as they enter CPO, or beta (logps - ref_logps).
         chosen_logits_mean, rejected_logits_mean: 0-d, mean of the transformed logits; None with ``logits_mean=None``.
         dropped_mass: shape of the labels, the probability that ``skip_mass`` leaves out of each token's gradient, 0
             where nothing is scored; None without ``skip_mass``; not one of the tuple's items.
+        lengths: (S,) int64, scored tokens of each sequence, chosen ones first; not one of the tuple's items.
+        delta: 0-d, the reward shift that bco_pair used; None without it; not one of the tuple's items.
     """
 
+    lengths: Tensor
     dropped_mass: Tensor | None = None
+    delta: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised."""
@@ -64,6 +68,8 @@ class PairOutput(_Beside, _PairFields):
         if self.chosen_logits_mean is not None and self.rejected_logits_mean is not None:
             means["logits/chosen"] = self.chosen_logits_mean
             means["logits/rejected"] = self.rejected_logits_mean
+        if self.delta is not None:
+            means["delta"] = self.delta
         return means
 
 
@@ -90,10 +96,11 @@ class BCOOutput(_Beside, _BCOFields):
             sequences, 0 where there is none; None with ``logits_mean=None``.
         chosen_count, rejected_count: 0-d int64, desirable and undesirable sequences.
         desirable: bool (S,), the classes as they were passed; not one of the tuple's items.
-        dropped_mass: as of :class:`PairOutput`; not one of the tuple's items.
+        lengths, dropped_mass: as of :class:`PairOutput`; not among the tuple's items.
     """
 
     desirable: Tensor
+    lengths: Tensor
     dropped_mass: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:

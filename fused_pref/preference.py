@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fused_pref import validate
-from fused_pref.functional import on_all_ranks
-from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs
+from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs, on_all_ranks
 from fused_pref.keywords import PreferenceKeywords, PreferenceLinearKeywords, PreferenceLogitsKeywords, accepts, choices
 from fused_pref.losses.open import OpenObjective
 from fused_pref.modules import Normalizer, ObjectiveModule

@@ -22,7 +22,7 @@ from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.scores import Scores, saturate
 from fused_pref.losses.unpaired import UnpairedObjective
-from fused_pref.ops.interface import ACCUMULATOR, PairSpec, Transform, UnpairedSpec
+from fused_pref.ops.interface import ACCUMULATOR, PairSpec, PairTerm, Transform, UnpairedSpec
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.spec import Spec
 
@@ -121,7 +121,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "dtype": lambda name: getattr(torch, name),
     "frozenset": lambda *parts: frozenset(parts),
     "tuple": lambda *parts: parts,
-    **{kind.__name__: kind for kind in (HeadCall, Spec, Transform, PairObjective, PairSpec)},
+    **{kind.__name__: kind for kind in (HeadCall, Spec, Transform, PairObjective, PairSpec, PairTerm)},
     **{kind.__name__: kind for kind in (UnpairedObjective, UnpairedSpec)},
 }
 

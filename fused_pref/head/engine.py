@@ -122,15 +122,17 @@ def evaluate_groups(
     # Of a single group all is known when it is evaluated, unless an activation hides the means; with a shard they come
     # from a collective of their own, which stays after those of the groups.
     single = len(plan.bounds) <= 2 and head.shard is None
-    means, known, sums = None, (None, None), []
+    means, known, whole_sums = None, (None, None), torch.empty_like(rows.counts, dtype=torch.float64)
     outputs: list[Any] = []
 
     def slope(members: tuple[slice, ...] | None, own: Tensor) -> Tensor:
         if rows.overflow is not None:
             own = own.masked_fill(rows.overflow, torch.nan)
         validate.values("the log-prob of each sequence", own, torch.isfinite, "finite")
-        sums.append(own)
         part, counts, totals = whole, rows.counts, known
+        runs = (slice(None),) if members is None else members
+        for run, piece in zip(runs, own.chunk(len(runs)), strict=True):
+            whole_sums[run] = piece
         if members is not None:
             part, counts, totals = whole.part(members), gather(rows.counts, members), (None, None)
         output, found = part.evaluate(Scores(own, counts, *totals), spec.backend, dtype)
@@ -146,9 +148,6 @@ def evaluate_groups(
             logp, totals, gradients = plan.run(head, rows, slope)
             if rows.overflow is not None:
                 logp.masked_fill_(rows.overflow, torch.nan)
-            # Of pairs, each group has its chosen sequences first.
-            halves = [own.chunk(2) for own in sums] if head.call.unit == 2 else [(own,) for own in sums]
-            whole_sums = torch.cat([half for side in zip(*halves, strict=True) for half in side])
             if means is None:
                 means = means_of(head, rows, targets, totals.view(targets.shape), unscored)
                 late = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)

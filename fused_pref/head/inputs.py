@@ -1,10 +1,11 @@
 """Validated batches, of logits or of hidden states and a weight, and their scores."""
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,14 +22,16 @@ from fused_pref.head.engine import Objective, begin, evaluate_groups
 from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
-from fused_pref.head.vocab_parallel import Agreement
+from fused_pref.head.vocab_parallel import Agreement, agreed
 from fused_pref.layout import targets_of, weighted, weights_of
 from fused_pref.losses.scores import Scores, sequence_scores
 from fused_pref.ops import backend
 from fused_pref.ops.interface import ACCUMULATOR
+from fused_pref.outputs import PreferenceOutput
 from fused_pref.ranks import group_of, sum_over_ranks
 from fused_pref.spec import Spec, linear_spec, logits_spec
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 # Of every position, in the shape of the targets: log-prob with the gradient, mean of z over the vocabulary, and what
 # ``skip_mass`` leaves out of the gradient (None where nothing was asked for).
 Tokens = tuple[Tensor, Tensor, Tensor | None]
@@ -58,10 +61,10 @@ class Inputs(ABC):
         good: Callable[[Tensor], Tensor] = torch.isfinite,
         expected: str = "finite",
     ) -> Tensor:
-        """Validate an argument with one entry per sequence, (S,), under ``checks`` each entry, and detach it."""
+        """Validate an argument with one entry per sequence, (S,), under ``checks`` each entry; detached, contiguous."""
         value = validate.tensor(name, value, "(S,)", (self.sequences,), dtypes, self.targets.device).detach()
         validate.values(name, value, good, expected)
-        return value
+        return value.contiguous()
 
     @abstractmethod
     def tokens(self) -> Tokens:
@@ -88,13 +91,16 @@ class Inputs(ABC):
     def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
         """The objective's output for the tokens, scored by :meth:`tokens` if they are not given."""
         logp, means, dropped = tokens or self.tokens()
-        output, slope = objective.evaluate(self.scores(logp.detach(), means), self.spec.backend, self.dtype)
+        scores = self.scores(logp.detach(), means)
+        output, slope = objective.evaluate(scores, self.spec.backend, self.dtype)
         if self.weights is not None:
             logp = weighted(logp, self.weights)
         kind: Any = type(output)
         loss = KnownSlopeFunction.apply(logp, self.cu_seqlens, output.loss, slope, self.spec.backend)
         output = kind(loss, *output[1:])
         output.dropped_mass = dropped
+        if not isinstance(output, PreferenceOutput):  # which has them among its items
+            output.lengths = scores.counts
         return output
 
 
@@ -244,18 +250,35 @@ class LinearInputs(Inputs):
             detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
             constants = custom_ops.encode((call, objective), tensors)
             logp, means, *parts = custom_ops.linear_known_gradients(*detached, self.weights, tensors, constants)
-            output, _ = objective.evaluate(self.scores(logp, means), self.spec.backend, self.dtype)
-            gradients = custom_ops.wanted_only(tuple(parts))
+            scores = self.scores(logp, means)
+            output, _ = objective.evaluate(scores, self.spec.backend, self.dtype)
+            lengths, gradients = scores.counts, custom_ops.wanted_only(tuple(parts))
         else:
             head, rows, plan = begin(call, *batch, self.weights)
             if not isinstance(plan, Grouped):
                 return super().evaluate(objective, LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan))  # type: ignore[arg-type]
             _, means, gradients, output = evaluate_groups(head, rows, plan, self.targets, self.cu_seqlens, objective)
+            lengths = rows.counts
         kind: Any = type(output)
         loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, call.shard, *gradients)
         output = kind(loss, *output[1:])
         output.dropped_mass = None if call.spec.skip_mass is None else torch.zeros_like(means)
+        if not isinstance(output, PreferenceOutput):
+            output.lengths = lengths
         return output
+
+
+def on_all_ranks(function: Function) -> Function:
+    """Let the ranks of a vocab-parallel head call the function together; others call it as it is."""
+
+    @functools.wraps(function)
+    def call(hidden: Any, weight: Any, labels: Any, *others: Any, **keywords: Any) -> Any:
+        tensors = (hidden, weight, labels, *others)
+        if keywords["tp_group"] is None and type(weight).__name__ != "DTensor":
+            return function(*tensors, **keywords)
+        return agreed(function, tensors, keywords)
+
+    return cast(Function, call)
 
 
 def per_call(keywords: Mapping[str, Any]) -> None:

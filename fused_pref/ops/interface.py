@@ -6,8 +6,9 @@ the probability. A chunk becomes Q = q − onehot, whose target entry is exactly
 of what Q is multiplied with.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+import ast
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,8 +19,6 @@ FLOAT32 = torch.finfo(torch.float32)
 LARGEST = float(torch.finfo(torch.bfloat16).max)
 # exp(80) is the largest AlphaPO reward: squared it is finite in float64, and itself in float32.
 ALPHA_CLAMP = 80.0
-# Loss types of log-probs averaged over the completion.
-AVERAGED = ("ipo", "simpo")
 # Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
 # Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
 ROW_MAX, SUM_EXP, TARGET_LOGIT, LOGIT_SUM = range(4)
@@ -66,16 +65,71 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class PairSpec:
-    """Validated hyperparameters of a pairwise objective."""
+class PairTerm:
+    """A weighted loss of an objective of pairs, and what enters it: by default the log-ratios of a pair.
 
-    loss_type: str
+    Attributes:
+        name: of the loss.
+        weight: its factor.
+        smoothing: its ε; 0 where that has no effect.
+        average: what enters is divided by the length.
+        divergence: what enters is transformed, see :class:`PairSpec`.
+        shift: what enters is less δ/β.
+        matched: a sequence is compared with its entry of ``partners``, not with the other one of its pair.
+    """
+
+    name: str
+    weight: float = 1.0
+    smoothing: float = 0.0
+    average: bool = False
+    divergence: bool = False
+    shift: bool = False
+    matched: bool = False
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Validated hyperparameters of a pairwise objective.
+
+    Attributes:
+        terms: the losses; their sum is the mean over pairs.
+        beta: the factor β.
+        nll_weight: of the NLL of the chosen completions; 0: not computed.
+        simpo_gamma: of ``simpo``.
+        alpha: what is transformed becomes −expm1(min(−α·x, 80))/α; 0: stays. It is AlphaPO's exponent, and 1 less the
+            order of an α-divergence.
+        nll_reduction: ``"token"`` or ``"sequence"``.
+        averaged: reported log-probs are averages, and without a reference these enter.
+        tau: of ``discopop``.
+        jensen_shannon: what is transformed becomes log 2 + logσ(x) instead.
+    """
+
+    terms: tuple[PairTerm, ...]
     beta: float
-    label_smoothing: float
-    cpo_alpha: float = 0.0
+    nll_weight: float = 0.0
     simpo_gamma: float = 0.0
     alpha: float = 0.0
     nll_reduction: str = "token"
+    averaged: bool = False
+    tau: float = 1.0
+    jensen_shannon: bool = False
+
+    @cached_property
+    def text(self) -> str:
+        """The values as text, for ops, whose schema has no dataclasses; made so that a compiler can see through it."""
+        terms = ["(" + "".join([f"{getattr(term, name)!r}, " for name in TERM_FIELDS]) + "), " for term in self.terms]
+        return f"(({''.join(terms)}), " + "".join([f"{getattr(self, name)!r}, " for name in SPEC_FIELDS]) + ")"
+
+    @staticmethod
+    @lru_cache
+    def of_text(text: str) -> "PairSpec":
+        """The inverse of :attr:`text`."""
+        terms, *others = ast.literal_eval(text)
+        return PairSpec(tuple(PairTerm(*term) for term in terms), *others)
+
+
+TERM_FIELDS = tuple(field.name for field in fields(PairTerm))
+SPEC_FIELDS = tuple(field.name for field in fields(PairSpec))[1:]
 
 
 @dataclass(frozen=True)

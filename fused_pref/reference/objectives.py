@@ -9,8 +9,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_pref.keywords import (
+    BCOKeywords,
     BCOLogitsKeywords,
     CPOLogitsKeywords,
+    DPOKeywords,
     DPOLogitsKeywords,
     KTOLogitsKeywords,
     LogitsKeywords,
@@ -20,6 +22,7 @@ from fused_pref.keywords import (
 )
 from fused_pref.losses.open import Sequences
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput, PreferenceOutput
+from fused_pref.reference.pairs import alphapo, pair_losses, preference
 from fused_pref.reference.tokens import Cover, Tokens, cast, given, logits_mean, ratio, score
 
 
@@ -59,7 +62,8 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
     """Contrastive preference optimisation (CPO, arXiv 2401.08417): mean over pairs of ℓ(Δ), plus cpo_alpha · NLL.
 
     Δ = r(logps_w) − r(logps_l), where logps are summed over the completion, averaged for ipo and simpo, and r is the
-    identity or AlphaPO's transform (``alpha``, arXiv 2501.03884). ℓ is ``loss_type``: see :func:`_preference`.
+    identity or AlphaPO's transform (``alpha``, arXiv 2501.03884). ℓ is ``loss_type``: see
+    :func:`fused_pref.reference.pairs.preference`.
     NLL is −Σ logp / number over scored chosen tokens, or −mean over pairs of summed logps_w. Rewards are β r(logps).
 
     Args:
@@ -74,10 +78,10 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
         loss_type, cpo_alpha = "simpo", 0.0
     tokens = score(logits, labels, keywords)
     logps = tokens.sums / tokens.lengths if loss_type in ("ipo", "simpo") else tokens.sums
-    transformed = _alphapo(logps, keywords["alpha"])
+    transformed = alphapo(logps, keywords["alpha"])
     pairs = len(logps) // 2
     delta = transformed[:pairs] - transformed[pairs:]
-    losses = _preference(loss_type, delta, beta, keywords["label_smoothing"], keywords["simpo_gamma"])
+    losses = preference(loss_type, delta, beta, keywords["label_smoothing"], keywords["simpo_gamma"])
     pair_count = given(keywords["pair_normalizer"], pairs)
     loss, nll = ratio(losses.sum(), pair_count), losses.new_zeros(())
     if cpo_alpha != 0:
@@ -90,10 +94,11 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
 
 @accepts(DPOLogitsKeywords)
 def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpack[DPOLogitsKeywords]) -> PairOutput:
-    """Direct preference optimisation (DPO, arXiv 2305.18290): mean over pairs of ℓ(Δ).
+    """Direct preference optimisation (DPO, arXiv 2305.18290): Σ weight · mean over pairs of ℓ, ℓ by ``loss_type``.
 
-    Δ = (logps_w − ref_w) − (logps_l − ref_l), for ipo with both log-ratios divided by the length; ℓ is ``loss_type``:
-    see :func:`_preference`. Rewards are β(logps − ref_logps) of the sums.
+    See :func:`fused_pref.reference.pairs.pair_losses`; ``"sft"`` is −Σ logp / number over scored chosen tokens. δ of
+    bco_pair is ``delta`` (no gradient flows through it). Rewards are β(logps − ref_logps) of the sums; to a
+    ``RewardShift`` those of chosen completions are desirable.
 
     Args:
         logits: (2B, T, V), chosen sequences first, then rejected; or (N_total, V) with ``cu_seqlens``.
@@ -101,17 +106,33 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
         ref_logps: (2B,) floating, the reference model's log-probs summed over the completions.
 
     Returns:
-        :class:`PairOutput`; only ``loss`` carries a gradient; ``nll_loss`` is 0.
+        :class:`PairOutput`; only ``loss`` carries a gradient. A ``RewardShift`` is updated last.
     """
-    loss_type, beta = keywords["loss_type"], keywords["beta"]
-    tokens = score(logits, labels, keywords)
-    log_ratios = tokens.sums - ref_logps.detach().double()
-    lengths = tokens.lengths if loss_type == "ipo" else torch.ones_like(tokens.lengths)
-    entering_w, entering_l = (log_ratios / lengths).tensor_split(2)
-    losses = _preference(loss_type, entering_w - entering_l, beta, keywords["label_smoothing"])
-    loss = ratio(losses.sum(), given(keywords["pair_normalizer"], len(losses)))
-    logps, rewards = tokens.sums / lengths, beta * log_ratios
-    return _pair_output(tokens, loss, torch.zeros_like(loss), logps, rewards, keywords["logits_mean"])
+    chosen, smoothing = keywords["loss_type"], keywords["label_smoothing"]
+    names = [chosen] if isinstance(chosen, str) else list(chosen)
+    weights = given(keywords["loss_weights"], [1.0] * len(names))
+    epsilons = [smoothing] * len(names) if isinstance(smoothing, int | float) else smoothing
+    tokens, ref_logps = score(logits, labels, keywords), ref_logps.detach().double()
+    pairs, rewards = len(ref_logps) // 2, keywords["beta"] * (tokens.sums - ref_logps)
+    delta, shift, state = _shift(keywords, rewards, torch.arange(2 * pairs, device=rewards.device) < pairs)
+
+    nll = rewards.new_zeros(())
+    loss = rewards.where(torch.zeros_like(rewards, dtype=torch.bool), 0).sum()  # 0, with a gradient of 0
+    for name, weight, epsilon in zip(names, weights, epsilons, strict=True):
+        if weight and name == "sft":
+            token_count = given(keywords["token_normalizer"], tokens.counts[:pairs].sum())
+            nll = ratio(-tokens.sums[:pairs].sum(), token_count)
+            loss = loss + weight * nll
+        elif weight:
+            losses = pair_losses(name, tokens.sums, tokens.lengths, ref_logps, epsilon, delta, keywords)
+            loss = loss + weight * ratio(losses.sum(), given(keywords["pair_normalizer"], pairs))
+    logps = tokens.sums / tokens.lengths if names == ["ipo"] else tokens.sums
+    output = _pair_output(tokens, loss, nll, logps, rewards, keywords["logits_mean"])
+    if "bco_pair" in names:
+        output.delta = cast(delta, tokens.logp.dtype)
+    if shift is not None:
+        shift.commit(state)
+    return output
 
 
 @accepts(BCOLogitsKeywords)
@@ -134,11 +155,7 @@ def bco_loss(
     """
     tokens = score(logits, labels, keywords)
     rewards = keywords["beta"] * (tokens.sums - ref_logps.detach().double())
-    shift: Any = keywords["delta"]
-    learned = hasattr(shift, "peek")
-    delta, state = shift.peek(rewards.detach(), desirable) if learned else (shift, None)
-    delta = torch.as_tensor(delta, dtype=torch.float64, device=rewards.device).detach()
-
+    delta, shift, state = _shift(keywords, rewards, desirable)
     losses = torch.where(desirable, -F.logsigmoid(rewards - delta), -F.logsigmoid(-(rewards - delta)))
     if keywords["sample_weight"] is not None:
         losses = losses * keywords["sample_weight"].detach().double()
@@ -149,7 +166,7 @@ def bco_loss(
         loss = ratio(losses[desirable].sum(), positives) + ratio(losses[~desirable].sum(), negatives)
 
     output = _unpaired_output(BCOOutput, tokens, loss, delta, rewards, desirable, keywords["logits_mean"])
-    if learned:
+    if shift is not None:
         shift.commit(state)
     return output
 
@@ -228,28 +245,12 @@ def preference_loss(
     return PreferenceOutput(cast(loss, dtype), each[0], each[1], each[2], means)
 
 
-def _preference(loss_type: str, delta: Tensor, beta: float, epsilon: float, gamma: float = 0.0) -> Tensor:
-    """ℓ(Δ) per pair, (B,) → (B,)."""
-    if loss_type == "sigmoid":  # CPO, DPO; with ε the conservative form
-        return _cross_entropy(beta * delta, epsilon)
-    if loss_type == "simpo":  # arXiv 2405.14734
-        return _cross_entropy(beta * delta - gamma, epsilon)
-    if loss_type == "hinge":  # SLiC, arXiv 2305.10425
-        return torch.relu(1 - beta * delta)
-    if loss_type == "ipo":  # arXiv 2310.12036
-        return (delta - 1 / (2 * beta)) ** 2
-    raise ValueError(f"loss_type: {loss_type!r}")
-
-
-def _cross_entropy(x: Tensor, epsilon: float) -> Tensor:
-    """−(1−ε) logσ(x) − ε logσ(−x), without the second term (0 · ∞ at x = ∞) for ε = 0."""
-    loss = -(1 - epsilon) * F.logsigmoid(x)
-    return loss - epsilon * F.logsigmoid(-x) if epsilon else loss
-
-
-def _alphapo(logps: Tensor, alpha: float) -> Tensor:
-    """(1 − p^−α)/α = −expm1(min(−α·logps, 80))/α; its gradient is 0 beyond the clamp. The identity for α = 0."""
-    return -torch.expm1((-alpha * logps).clamp(max=80)) / alpha if alpha else logps
+def _shift(keywords: BCOKeywords | DPOKeywords, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, Any, Any]:
+    """δ without gradient, float64, and a RewardShift with the state to commit (None without one)."""
+    delta: Any = keywords["delta"]
+    shift = delta if hasattr(delta, "peek") else None
+    delta, state = (delta, None) if shift is None else shift.peek(rewards.detach(), desirable)
+    return torch.as_tensor(delta, dtype=torch.float64, device=rewards.device).detach(), shift, state
 
 
 def _pair_output(tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewards: Tensor, cover: Cover) -> PairOutput:
@@ -258,7 +259,10 @@ def _pair_output(tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewar
     logps_w, logps_l = cast(logps.detach(), dtype).tensor_split(2)
     rewards_w, rewards_l = cast(rewards.detach(), dtype).tensor_split(2)
     means = (logits_mean(tokens, chosen, cover), logits_mean(tokens, ~chosen, cover))
-    return PairOutput(cast(loss, dtype), cast(nll.detach(), dtype), logps_w, logps_l, rewards_w, rewards_l, *means)
+    numbers = (cast(loss, dtype), cast(nll.detach(), dtype))
+    output = PairOutput(*numbers, logps_w, logps_l, rewards_w, rewards_l, *means)
+    output.lengths = tokens.counts
+    return output
 
 
 def _unpaired_output(
@@ -275,5 +279,5 @@ def _unpaired_output(
         desirable.sum(),
         (~desirable).sum(),
     )
-    output.desirable = desirable
+    output.desirable, output.lengths = desirable, tokens.counts
     return output

@@ -241,6 +241,8 @@ PAIR_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "pair_normalizer": st.sampled_from([None, 3, 7.5]),
     "token_normalizer": st.sampled_from([None, 0, 12]),
 }
+# Where two pairs tie, rounding decides on the order of a sort, and so on gradients.
+DPO_NAMES = tuple(name for name in DPO_LOSS_TYPES if not name.startswith("aot"))
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "cpo_loss": {
         **PAIR_OPTIONS,
@@ -250,7 +252,11 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "alpha": st.sampled_from([0.0, 0.25, -0.3, 1e-4]),
         "nll_reduction": st.sampled_from(["token", "sequence"]),
     },
-    "dpo_loss": {**PAIR_OPTIONS, "loss_type": st.sampled_from(DPO_LOSS_TYPES)},
+    "dpo_loss": {
+        **PAIR_OPTIONS,
+        "loss_type": st.sampled_from((*DPO_NAMES, ("sigmoid", "bco_pair", "sft"), ("nca_pair", "ipo", "apo_down"))),
+        "f_divergence_type": st.sampled_from(("reverse_kl", "reverse_kl", "js_divergence")),
+    },
     "bco_loss": {
         "beta": st.sampled_from([0.05, 0.1, 1.0]),
         "delta": st.sampled_from([0.0, 0.4, -3.0]),
@@ -299,6 +305,11 @@ def cases(
     if objective == "cpo_loss" and options["loss_type"] in ("sigmoid", "hinge"):
         # Powers of a sum, not of an average.
         options["alpha"] /= max([1, *lengths])
+    if objective == "dpo_loss":
+        if options["loss_type"] in ("exo_pair", "robust"):
+            options["label_smoothing"] = 0.1
+        if options["loss_type"] == "hinge":
+            options["f_divergence_type"] = "reverse_kl"
     if objective == "bco_loss":
         name = {"mean": "sequence_normalizer", "class_mean": "class_normalizer"}[options["reduction"]]
         options[name] = draw(st.sampled_from([None, 5] if name == "sequence_normalizer" else [None, (3, 0), (4, 5)]))

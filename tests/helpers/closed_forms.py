@@ -17,7 +17,11 @@ OBJECTIVES = [
     *(("cpo_loss", {"loss_type": kind}) for kind in CPO_LOSS_TYPES),
     ("cpo_loss", {"loss_type": "hinge", "cpo_alpha": 0.0}),
     ("cpo_loss", {"alpha": 0.3, "nll_reduction": "sequence"}),
-    *(("dpo_loss", {"loss_type": kind}) for kind in DPO_LOSS_TYPES),
+    *(
+        ("dpo_loss", {"loss_type": kind} | ({"label_smoothing": 0.1} if kind == "exo_pair" else {}))
+        for kind in DPO_LOSS_TYPES
+    ),
+    ("dpo_loss", {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0), "delta": 0.3}),
     ("bco_loss", {}),
     ("bco_loss", {"reduction": "class_mean"}),
     ("kto_loss", {"kl": 1.5, "undesirable_weight": 1.3}),
@@ -51,6 +55,8 @@ def assert_same(ours: Any, truth: Any, tolerance: float = 1e-12) -> None:
 
 TOKENS: dict[str, Any] = {"shift": True, "softcap": None, "logit_scale": 1.0, "temperature": 1.0, "logits_mean": "all"}
 PAIRS = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "pair_normalizer": None, "token_normalizer": None}
+DPO: dict[str, Any] = {"loss_weights": None, "delta": 0.0, "discopop_tau": 0.05, "f_divergence_type": "reverse_kl"}
+DPO |= {"f_alpha_divergence_coef": 1.0}
 CPO = {"cpo_alpha": 1.0, "simpo_gamma": 0.5, "alpha": 0.0, "nll_reduction": "token"}
 BCO = {"beta": 0.1, "delta": 0.0, "sample_weight": None, "reduction": "mean"}
 BCO |= {"sequence_normalizer": None, "class_normalizer": (None, None)}
@@ -97,6 +103,8 @@ def z_means(sides: list[list[Scored]], k: SimpleNamespace) -> list[float | None]
 
 def pair_form(batch: Batch, ref: list[float] | None = None, **keywords: Any) -> list[Any]:
     """All fields of a PairOutput; ``ref`` makes it DPO."""
+    if ref is not None:
+        return dpo_form(batch, ref, **keywords)
     k = SimpleNamespace(**{**TOKENS, **PAIRS, **CPO, **keywords})
     if k.loss_type == "alphapo":
         k.loss_type, k.cpo_alpha = "simpo", 0.0
@@ -104,27 +112,101 @@ def pair_form(batch: Batch, ref: list[float] | None = None, **keywords: Any) -> 
     logps = [s.sum / s.length if averaged else s.sum for s in sequences]
     entering = [(1 - math.exp(min(-k.alpha * x, 80))) / k.alpha if k.alpha else x for x in logps]
     rewards = [k.beta * x for x in entering]
-    if ref is not None:
-        entering = [(s.sum - r) / (s.length if averaged else 1) for s, r in zip(sequences, ref, strict=True)]
-        rewards = [k.beta * (s.sum - r) for s, r in zip(sequences, ref, strict=True)]
     B, losses = len(logps) // 2, []
     for w, l in zip(entering[:B], entering[B:], strict=True):
         x = k.beta * (w - l) - (k.simpo_gamma if k.loss_type == "simpo" else 0)
-        smooth = -(1 - k.label_smoothing) * log_sigmoid(x) - k.label_smoothing * log_sigmoid(-x)
         gap = max(0.0, 1 - x)
         others = {
             "hinge": gap,
             "ipo": (w - l - 0.5 / k.beta) ** 2,
         }
-        losses.append(others.get(k.loss_type, smooth))
+        losses.append(others.get(k.loss_type, smoothed(x, k.label_smoothing)))
     nll = 0.0
-    if k.cpo_alpha and ref is None:
+    if k.cpo_alpha:
         by_token = -mean([logp for s in sequences[:B] for logp in s.scored], k.token_normalizer)
         by_pair = -mean([s.sum for s in sequences[:B]], k.pair_normalizer)
         nll = by_token if k.nll_reduction == "token" else by_pair
     loss = mean(losses, k.pair_normalizer) + k.cpo_alpha * nll
     means = z_means([sequences[:B], sequences[B:]], k)
     return [loss, nll, logps[:B], logps[B:], rewards[:B], rewards[B:], *means]
+
+
+def smoothed(x: float, epsilon: float) -> float:
+    return -(1 - epsilon) * log_sigmoid(x) - epsilon * log_sigmoid(-x)
+
+
+def dpo_form(batch: Batch, ref: list[float], **keywords: Any) -> list[Any]:
+    """All fields of DPO's PairOutput."""
+    k = SimpleNamespace(**{**TOKENS, **PAIRS, **DPO, **keywords})
+    sequences, B = score(batch, k), len(ref) // 2
+    sums, lengths = [s.sum for s in sequences], [s.length for s in sequences]
+    names = (k.loss_type,) if isinstance(k.loss_type, str) else k.loss_type
+    loss = nll = 0.0
+    for n, name in enumerate(names):
+        weight = 1.0 if k.loss_weights is None else k.loss_weights[n]
+        epsilon = k.label_smoothing[n] if isinstance(k.label_smoothing, tuple) else k.label_smoothing
+        if name == "sft":
+            nll = -mean([logp for s in sequences[:B] for logp in s.scored], k.token_normalizer)
+            loss += weight * nll
+        elif weight:
+            losses = dpo_losses(name, sums, lengths, ref, epsilon, k)
+            loss += weight * mean(losses, k.pair_normalizer)
+    logps = [x / n if names == ("ipo",) else x for x, n in zip(sums, lengths, strict=True)]
+    rewards = [k.beta * (x - r) for x, r in zip(sums, ref, strict=True)]
+    means = z_means([sequences[:B], sequences[B:]], k)
+    return [loss, nll, logps[:B], logps[B:], rewards[:B], rewards[B:], *means]
+
+
+def dpo_losses(
+    name: str, sums: list[float], lengths: list[int], ref: list[float], epsilon: float, k: SimpleNamespace
+) -> list[float]:
+    """DPO's loss of every pair (aot: of every pair that sorting makes)."""
+    B, ratios = len(ref) // 2, [x - r for x, r in zip(sums, ref, strict=True)]
+    if name == "aot":
+        ours, theirs = (sorted(x - y for x, y in zip(v[:B], v[B:], strict=True)) for v in (sums, ref))
+        return [smoothed(k.beta * (x - y), epsilon) for x, y in zip(ours, theirs, strict=True)]
+    if name == "aot_unpaired":
+        both = zip(sorted(ratios[:B]), sorted(ratios[B:]), strict=True)
+        return [smoothed(k.beta * (x - y), epsilon) for x, y in both]
+    scores = [divergence(x, k) for x in ratios]
+    if name in ("ipo", "sigmoid_norm"):
+        scores = [x / n for x, n in zip(scores, lengths, strict=True)]
+    losses = []
+    for w, l, s_w, s_l in zip(ratios[:B], ratios[B:], scores[:B], scores[B:], strict=True):
+        x, chosen, rejected, half = k.beta * (s_w - s_l), k.beta * w, k.beta * l, 1 / (2 * k.beta)
+        q, m, tau = logistic(x), logistic(x / k.discopop_tau), k.discopop_tau
+        forms = {
+            "sigmoid": lambda x=x: smoothed(x, epsilon),
+            "hinge": lambda x=x: max(0.0, 1 - x),
+            "ipo": lambda x=x, half=half: (x / k.beta - half) ** 2,
+            "robust": lambda x=x: (epsilon * log_sigmoid(-x) - (1 - epsilon) * log_sigmoid(x)) / (1 - 2 * epsilon),
+            "sigmoid_norm": lambda x=x: -log_sigmoid(x),
+            "exo_pair": lambda q=q: q * math.log(q / (1 - epsilon)) + (1 - q) * math.log((1 - q) / epsilon),
+            "nca_pair": lambda c=chosen, r=rejected: -log_sigmoid(c) - log_sigmoid(-c) / 2 - log_sigmoid(-r) / 2,
+            "bco_pair": lambda c=chosen, r=rejected: -log_sigmoid(c - k.delta) - log_sigmoid(k.delta - r),
+            "sppo_hard": lambda w=w, l=l, half=half: (w - half) ** 2 + (l + half) ** 2,
+            "apo_zero": lambda c=chosen, r=rejected: 1 - logistic(c) + logistic(r),
+            "apo_down": lambda c=chosen, r=rejected: logistic(c) + 1 - logistic(c - r),
+            "discopop": lambda x=x, m=m, tau=tau: -log_sigmoid(x) * (1 - m) + math.exp(log_sigmoid(x / tau) - x),
+        }
+        losses.append(forms[name]())
+    return losses
+
+
+def logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def divergence(x: float, k: SimpleNamespace) -> float:
+    """f′ of a log-ratio."""
+    order = k.f_alpha_divergence_coef
+    if k.f_divergence_type == "forward_kl":
+        return 1 - math.exp(min(-x, 80))
+    if k.f_divergence_type == "js_divergence":
+        return math.log(2) + log_sigmoid(x)
+    if k.f_divergence_type == "alpha_divergence" and abs(order - 1) >= 1e-6:
+        return (math.exp(min((order - 1) * x, 80)) - 1) / (order - 1)
+    return x
 
 
 def bco_form(batch: Batch, desirable: list[bool], ref: list[float], **keywords: Any) -> list[Any]:

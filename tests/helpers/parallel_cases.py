@@ -44,6 +44,12 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "cpo, softcap and bias": ("linear_cpo_loss", (), {"bias": True, "softcap": 2.0, "logit_scale": 0.7}),
     "simpo, completion means": ("linear_cpo_loss", (), {"loss_type": "simpo", "logits_mean": "completion"}),
     "dpo, scale and temperature": ("linear_dpo_loss", ("ref_logps",), {"logit_scale": -0.5, "temperature": 1.5}),
+    "mpo, delta of the batch": (
+        "linear_dpo_loss",
+        ("ref_logps",),
+        {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": [0.8, 0.2, 1.0], "delta": "ema"},
+    ),
+    "aot": ("linear_dpo_loss", ("ref_logps",), {"loss_type": "aot", "bias": True}),
     "bco": ("linear_bco_loss", ("desirable", "ref_logps"), {"delta": 0.2, "bias": True}),
     "bco, class means, delta of the batch": (
         "linear_bco_loss",

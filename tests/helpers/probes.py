@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.traffic import computes
 from fused_pref.ops.backend import interpreted
-from fused_pref.ops.triton import configs, dlogits, logprob, objective, sequences
+from fused_pref.ops.triton import configs, dlogits, logprob, objective, pairs, sequences
 
 LAUNCHERS = [
     (sequences, "targets_of"),
@@ -22,7 +22,7 @@ LAUNCHERS = [
     (dlogits, "token_logps_bwd"),
     (sequences, "sequence_scores"),
     (sequences, "expand"),
-    (objective, "pair_objective"),
+    (pairs, "pair_objective"),
     (objective, "unpaired_objective"),
 ]
 SYNCHRONISING = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_unique2"}

@@ -23,6 +23,9 @@ def train(hidden: Tensor, head: torch.nn.Linear, labels: Tensor, ref_logps: Tens
     assert_type(fp.linear_sequence_logps(hidden, head.weight, labels, average=True), Tensor)
     assert_type(fp.token_logps(head(hidden), labels, temperature=2.0), Tensor)
     assert_type(fp.dpo_loss(head(hidden), labels, ref_logps, label_smoothing=0.1).chosen_rewards, Tensor)
+    mpo = fp.DPOLoss(loss_type=("sigmoid", "bco_pair", "sft"), loss_weights=[0.8, 0.2, 1.0], delta=shift)
+    mpo(head(hidden), labels, ref_logps).loss.backward()
+    assert_type(fp.dpo_loss(head(hidden), labels, ref_logps, loss_type="bco_pair").delta, Tensor | None)
     assert_type(fp.explain("llama-3-8b", tokens=8192).peak_bytes, int)
     bco(hidden, head.weight, labels, desirable, ref_logps, bias=head.bias).loss.backward()
     shift.step()
@@ -33,6 +36,7 @@ def mistakes(logits: Tensor, labels: Tensor) -> None:
     """What a type checker refuses; an error that is missing is one too."""
     fp.cpo_loss(logits, labels, bta=0.1)  # type: ignore[call-arg]
     fp.cpo_loss(logits, labels, loss_type="sigmod")  # type: ignore[arg-type]
+    fp.dpo_loss(logits, labels, labels, loss_type=("sigmoid", "simpo"))  # type: ignore[arg-type]
     fp.RewardShift("mean")  # type: ignore[arg-type]
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fused_pref as fp
 from fused_pref import validate
-from fused_pref.ops.interface import PairSpec, Transform, UnpairedSpec
-from fused_pref.ops.triton import dlogits, logprob, objective, sequences
+from fused_pref.ops.interface import PairSpec, PairTerm, Transform, UnpairedSpec
+from fused_pref.ops.triton import dlogits, logprob, objective, pairs, sequences
 
 OBJECTIVES = ["cpo", "dpo", "bco", "bco_step"]
 SPLIT = pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
@@ -134,7 +134,8 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
     targets = sequences.targets_of(labels, None, -100)
     logp, statistics, means = logprob.token_logps_fwd(logits, targets, "all", -100, Transform())
     sums, counts, totals, positions = sequences.sequence_scores(logp, means, targets, None, "all", -100)
-    objective.pair_objective(sums, counts, totals, positions, ref, None, None, PairSpec("sigmoid", 0.1, 0.0, 1.0))
+    spec = PairSpec((PairTerm("sigmoid"),), 0.1, 1.0)
+    pairs.pair_objective((sums, counts, totals, positions), ref, None, None, None, None, spec)
     bco = (None, 0.0, None, None, UnpairedSpec("bco", 0.1))
     objective.unpaired_objective(sums, totals, positions, desirable, ref, *bco)
     sequences.expand(sums, None, ends, 24)

@@ -18,7 +18,7 @@ from wrong_kernels import narrow_kernel
 
 from fused_pref.cli.kernels import cases
 from fused_pref.ops.devices import GPUS
-from fused_pref.ops.interface import Operands, PairSpec, TargetRows, Transform
+from fused_pref.ops.interface import Operands, PairSpec, PairTerm, TargetRows, Transform
 from fused_pref.ops.torch.chunk import new_statistics
 from fused_pref.ops.triton import (
     chunk,
@@ -28,7 +28,7 @@ from fused_pref.ops.triton import (
     gemm,
     linear,
     logprob,
-    objective,
+    pairs,
     scale,
     selected,
     sequences,
@@ -345,8 +345,9 @@ def test_reductions_in_kernels(kernel_device: str) -> None:
 
     sums = logp.double()
     positions = torch.ones(count, dtype=torch.int64, device=kernel_device)
-    rest = (None, None, None, PairSpec("sigmoid", 0.1, 0.0))
-    loss, _, logps, rewards, _ = objective.pair_objective(sums, positions, sums, positions, *rest)
+    spec = PairSpec((PairTerm("sigmoid"),), 0.1)
+    scores = (sums, positions, sums, positions)
+    loss, _, logps, rewards, _ = pairs.pair_objective(scores, None, None, None, None, None, spec)
     truth = -torch.nn.functional.logsigmoid(0.1 * (sums[: count // 2] - sums[count // 2 :])).mean()
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
     assert torch.equal(logps, logp)

@@ -21,7 +21,9 @@ from closed_forms import (
 from harness import IGNORE, reference_logps, run
 
 from fused_pref import reference
-from fused_pref.losses.pair import CPO_LOSS_TYPES
+from fused_pref.losses.pair import CPO_LOSS_TYPES, DPO_LOSS_TYPES
+
+DIVERGENT = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6, "beta": 0.3}
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -77,6 +79,15 @@ def test_cpo(keywords: dict[str, Any], empty: list[int]) -> None:
         {"loss_type": "hinge", "beta": 1.5, "label_smoothing": 0.4},
         {"loss_type": "ipo", "beta": 0.5, "label_smoothing": 0.4},
         {"loss_type": "ipo", "pair_normalizer": torch.tensor(7), "token_normalizer": 2, "temperature": 2.0},
+        *({"loss_type": kind, "beta": 0.7, "label_smoothing": 0.2} for kind in DPO_LOSS_TYPES),
+        *({"loss_type": kind, **DIVERGENT, "label_smoothing": 0.1} for kind in ("robust", "exo_pair", "hinge")),
+        *({"loss_type": kind, "f_divergence_type": "js_divergence"} for kind in ("ipo", "discopop", "sigmoid_norm")),
+        {"f_divergence_type": "forward_kl", "beta": 0.01, "loss_weights": (2.0,)},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 + 1e-7},
+        {"loss_type": "bco_pair", "delta": 0.4, "pair_normalizer": 7},
+        {"loss_type": "discopop", "discopop_tau": 2.0},
+        {"loss_type": ("sft", "hinge", "nca_pair"), "loss_weights": (0.5, 0.0, -1.0), "token_normalizer": 5},
+        {"loss_type": ("robust", "sigmoid", "aot"), "label_smoothing": (0.1, 0.7, 0.3), "loss_weights": (0.5, 2, 1)},
     ],
     ids=str,
 )

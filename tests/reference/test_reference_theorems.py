@@ -60,7 +60,7 @@ def test_bco_gradient(values: tuple[float, float, float], beta: float) -> None:
     assert_same(leaf.grad, rows * torch.tensor(slopes, dtype=torch.float64)[:, None, None], 1e-10)
 
 
-@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", sorted({*CPO_LOSS_TYPES} & {*DPO_LOSS_TYPES}))
 def test_cpo_is_dpo_with_equal_references(loss_type: str) -> None:
     batch = double(6, 5, 7)
     keywords = {"loss_type": loss_type, "beta": 0.3, "label_smoothing": 0.1}

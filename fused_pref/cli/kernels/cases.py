@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_pref.ops.interface import PairSpec, ShiftMemory, TargetRows, Transform, UnpairedSpec
+from fused_pref.keywords import CPOKeywords, DPOKeywords, defaults
+from fused_pref.losses.pair import DPO_LOSS_TYPES
+from fused_pref.losses.pair_spec import cpo_spec, dpo_spec
+from fused_pref.ops.interface import ShiftMemory, TargetRows, Transform, UnpairedSpec
 from fused_pref.ops.torch.chunk import padded
-from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, scale, selected, sequences
+from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, pairs, scale, selected, sequences
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)
@@ -192,19 +195,23 @@ def expand(dtype: torch.dtype) -> Tensor:
 
 def pair(
     dtype: torch.dtype,
-    loss_type: str,
+    loss_type: Any,
     reference: bool = False,
-    alpha: float = 0.0,
-    nll: str | None = None,
     mean: str | None = None,
     normalizer: Tensor | None = None,
+    **keywords: Any,
 ) -> tuple[Tensor, ...]:
-    """Launch CPO or DPO."""
+    """Launch CPO, or with ``reference`` DPO."""
     sums, counts = meta(8, dtype=dtype), meta(8, dtype=torch.int64)
+    totals, positions = (sums, counts) if mean else (None, None)
+    given = {"loss_type": loss_type, "cpo_alpha": 0.0, "alpha": 0.0, "label_smoothing": 0.1, **keywords}
+    spec = dpo_spec({**defaults(DPOKeywords), **given}) if reference else cpo_spec({**defaults(CPOKeywords), **given})
+    matched = [term for term in spec.terms if term.matched]
+    partners = meta(len(matched), 8, dtype=dtype) if matched else None
     ref_logps = meta(8) if reference else None
-    spec = PairSpec(loss_type, 0.1, 0.0, 1.0 if nll else 0.0, 0.5, alpha, nll or "token")
-    means = (sums, counts) if mean else (None, None)
-    return objective.pair_objective(sums, counts, *means, ref_logps, normalizer, normalizer, spec)
+    return pairs.pair_objective(
+        (sums, counts, totals, positions), ref_logps, partners, normalizer, normalizer, normalizer, spec
+    )
 
 
 def unpaired(
@@ -232,6 +239,10 @@ def unpaired(
 SOFTCAP, SCALE, NUMBER = Transform("tanh", 1 / 30, 30.0), Transform("linear", 1 / 0.7), meta()
 # Rows too few to fill a GPU, a vocabulary whose rows are not aligned, and one where they are by 8 entries only.
 FEW, ODD, EIGHTS = {"rows": 8}, {"columns": 151937}, {"columns": 32008}
+# A mixture of more losses may need more registers than there are.
+THREES = [DPO_LOSS_TYPES[first : first + 3] for first in range(0, len(DPO_LOSS_TYPES), 3)]
+MIXTURE: dict[str, Any] = {"loss_type": ("robust", "exo_pair", "discopop"), "reference": True}
+TRANSFORMED = ("forward_kl", "js_divergence")
 
 CASES = [
     Case("plain", forward),
@@ -298,11 +309,14 @@ CASES = [
     Case("padded, means", partial(scores, mean="all", packed=False), SUMS),
     Case("packed", partial(scores, mean=None, packed=True), SUMS),
     Case("packed", expand, SUMS),
-    Case("sigmoid, NLL, means", partial(pair, loss_type="sigmoid", nll="token", mean="all"), SUMS),
-    Case("sigmoid, NLL, normalizers", partial(pair, loss_type="sigmoid", nll="token", normalizer=NUMBER), SUMS),
-    Case("hinge, NLL of sequences", partial(pair, loss_type="hinge", nll="sequence"), SUMS),
+    Case("sigmoid, NLL, means", partial(pair, loss_type="sigmoid", cpo_alpha=1.0, mean="all"), SUMS),
+    Case("sigmoid, NLL, normalizers", partial(pair, loss_type="sigmoid", cpo_alpha=1.0, normalizer=NUMBER), SUMS),
+    Case("hinge, NLL of sequences", partial(pair, loss_type="hinge", cpo_alpha=1.0, nll_reduction="sequence"), SUMS),
     Case("ipo, reference", partial(pair, loss_type="ipo", reference=True), SUMS),
     Case("simpo, alpha", partial(pair, loss_type="simpo", alpha=0.25), SUMS),
+    Case("MPO", partial(pair, loss_type=("sigmoid", "bco_pair", "sft"), reference=True, normalizer=NUMBER), SUMS),
+    *[Case(f"DPO {', '.join(names)}", partial(pair, loss_type=names, reference=True), SUMS) for names in THREES],
+    *[Case(f"DPO {kind}", partial(pair, **MIXTURE, f_divergence_type=kind), SUMS) for kind in TRANSFORMED],
     Case("fixed", unpaired, SUMS),
     Case("fixed, weights, normalizers", partial(unpaired, reduction="class_mean", weight=meta(8), number=NUMBER), SUMS),
     Case("running mean, means", partial(unpaired, kind="running_mean", update="forward", mean="all"), SUMS),

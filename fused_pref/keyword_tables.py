@@ -1,0 +1,68 @@
+"""What a table of keywords does: :func:`accepts` shows it in signatures, fills in defaults and refuses other names."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Keyword(NamedTuple):
+    """Default and meaning of one keyword."""
+
+    default: Any
+    meaning: str
+
+
+@functools.cache
+def table(keywords: type) -> dict[str, tuple[Any, Keyword]]:
+    """Name → (type, :class:`Keyword`) of a keyword table, in the order of definition."""
+    hints = get_type_hints(keywords, include_extras=True, localns={"RewardShift": Any})
+    entries: dict[str, tuple[Any, Keyword]] = {}
+    for name, hint in hints.items():
+        annotation, keyword = get_args(hint)
+        entries[name] = (annotation, keyword)
+    return entries
+
+
+def defaults(keywords: type) -> dict[str, Any]:
+    """Name → default of a keyword table."""
+    return {name: keyword.default for name, (_, keyword) in table(keywords).items()}
+
+
+def choices(keywords: type, name: str) -> tuple[str, ...]:
+    """The strings that a ``Literal`` keyword of a table allows."""
+    annotation = table(keywords)[name][0]
+    literals = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    return tuple(value for literal in literals for value in get_args(literal))
+
+
+def accepts(keywords: type) -> Callable[[Function], Function]:
+    """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table."""
+    entries = table(keywords)
+    filled = defaults(keywords)
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            for name in given:
+                if name not in filled and name not in own:
+                    raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}")
+            return function(*args, **{**filled, **given})
+
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())[:-1]
+        own = {parameter.name for parameter in parameters}
+        shown = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=keyword.default, annotation=annotation)
+            for name, (annotation, keyword) in entries.items()
+        ]
+        call.__signature__ = signature.replace(parameters=parameters + shown)  # type: ignore[attr-defined]
+        lines = [
+            f"    {name} (default {keyword.default!r}): {keyword.meaning}." for name, (_, keyword) in entries.items()
+        ]
+        call.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nKeywords:\n" + "\n".join(lines)
+        return cast(Function, call)
+
+    return decorate
