@@ -106,6 +106,9 @@ def finite(name: str, value: Any, expected: str = "a finite number") -> float:
         number = float(value)
     except OverflowError:  # an integer or a fraction beyond float64
         number = math.inf
+    if torch.compiler.is_compiling():
+        # A number that varies, which a compiler would keep symbolic, becomes a constant of the graph.
+        number = math.fsum((number,))
     if not math.isfinite(number):
         raise fail(name, expected, value)
     return number

@@ -332,6 +332,7 @@ def _batch(
     sequences = shape[0]
     if packed:
         cu_seqlens = validate.boundaries("cu_seqlens", cu_seqlens, shape[0], source.device)
+        cu_seqlens = cu_seqlens.contiguous()
         sequences = cu_seqlens.shape[0] - 1
     if pairs and sequences % 2:
         name = "cu_seqlens" if packed else "labels"
