@@ -37,7 +37,8 @@ static void run_workgroup(Machine& m, std::vector<std::unique_ptr<Wave>>& waves)
         // All should wait at the same barrier, or be done.
         alive = false;
         for (auto& w : waves) {
-            if (w->now != waves[0]->now && w->done + waves[0]->done < 2) w->found(WAVES_AT_DIFFERENT_BARRIERS);
+            if (!m.failed && w->now != waves[0]->now && w->done + waves[0]->done < 2)
+                w->found(WAVES_AT_DIFFERENT_BARRIERS);
             alive |= !w->done, w->waiting = false, w->epoch++;
         }
     }
