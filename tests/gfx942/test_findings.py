@@ -72,11 +72,9 @@ def test_an_access_out_of_bounds(store: bool, emulated: Findings) -> None:
     part, whole = torch.from_numpy(array[:64]), torch.ones(256)
     copy_kernel[1,](part, whole, 0, BLOCK=64, **ONE)
     assert not emulated()
+    x, out, programs, shift = (whole, part, 2, 0) if store else (part, whole, 1, 64)
     with pytest.raises(IndexError, match=rf"copy_kernel: out of bounds: \w+_{'store' if store else 'load'}_"):
-        if store:
-            copy_kernel[2,](whole, part, 0, BLOCK=64, **ONE)
-        else:
-            copy_kernel[1,](part, whole, 64, BLOCK=64, **ONE)
+        copy_kernel[programs,](x, out, shift, BLOCK=64, **ONE)
     assert emulated()["out of bounds"] == 64
     assert (array[64:] == 0).all()
 
