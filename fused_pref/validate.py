@@ -88,9 +88,13 @@ def describe(value: Any) -> str:
         kind = str(value.dtype).removeprefix("torch.")
         # A nested tensor has no shape.
         shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
-        return f"a {kind} tensor {shape} on {value.device}"
+        return f"{_article(kind)} tensor {shape} on {value.device}"
     text = " ".join(line.strip() for line in _short.repr(value).splitlines())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind.startswith("int") else f"a {kind}"
 
 
 def fail(name: str, expected: str, value: Any, error: type[Exception] = ValueError) -> Exception:
@@ -221,7 +225,8 @@ def tensor(
 
 
 def _kind_of(symbol: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    return f"a {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} tensor {symbol}"
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{_article(kinds)} tensor {symbol}"
 
 
 def tensor_or_none(name: str, value: Any, symbol: str) -> None:

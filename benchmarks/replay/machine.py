@@ -242,17 +242,21 @@ class _Python(TorchFunctionMode):
                 return torch.device("cuda", gpu)
             if asked in (Tensor.is_meta, Tensor.is_cuda):
                 return asked is Tensor.is_cuda
-        if gpu is not None and name in READING | {"tolist"}:
+        sizes = name == "repeat_interleave" and kwargs.get("output_size") is None
+        sizes = sizes and any(isinstance(value, Tensor) for value in (*args[1:], kwargs.get("repeats")))
+        if gpu is not None and (sizes or name in READING | {"tolist"}):
             machine.waits.append(name)
             if name == "tolist":
                 return list(machine.counts)
             raise AssertionError(f"{name} reads a value that the host does not have")
         if func is torch.device:
             return func(*args, **kwargs)
+        if func is Tensor.to:
+            args = self.moved(*args) if len(args) > 1 else args
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)]
         given += [torch.device(kwargs["device"])] if isinstance(kwargs.get("device"), str) else []
         wanted = [device for device in given if device.type == "cuda"]
-        if func in MAKERS and tensor is None and wanted:
+        if wanted and gpu is None and (func is Tensor.to or (func in MAKERS and tensor is None)):
             machine.copies.append(name)
         place = wanted[0].index or 0 if wanted else gpu
         if wanted:
@@ -265,6 +269,13 @@ class _Python(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             machine.chosen = before
+
+    def moved(self, tensor: Tensor, target: Any, *others: Any) -> tuple[Any, ...]:
+        """Arguments of ``Tensor.to`` with a device in place of its name, or of a tensor that is on it."""
+        gpu = self.machine.gpu_of(target) if isinstance(target, Tensor) else None
+        if gpu is not None:
+            return tensor, torch.device("cuda", gpu), target.dtype, *others
+        return tensor, torch.device(target) if isinstance(target, str) else target, *others
 
 
 class _Dispatch(TorchDispatchMode):

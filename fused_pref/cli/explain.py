@@ -33,10 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab", type=int, help="V")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
     parser.add_argument("--device", choices=DEVICES, help="default: an accelerator if there is one")
-    parser.add_argument("--sequences", type=int, help="S (default: %(default)s)")
+    parser.add_argument(
+        "--sequences", type=int, help="S (default: 16, or more, so that each has at most about 2048 tokens)"
+    )
     parser.add_argument("--positions", type=int, help="S·T, scored or not (default: the tokens)")
     parser.add_argument("--gradients", nargs="*", choices=GRADIENTS, help="default: hidden weight")
-    parser.add_argument("--delta", choices=DELTAS, help="BCO: who moves δ (default: %(default)s)")
+    parser.add_argument("--delta", choices=DELTAS, help="of BCO alone: who moves δ (default: %(default)s)")
     parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
     parser.add_argument("--device-memory", type=int, help="bytes of the device, of which the default budget is 1/16")
     parser.add_argument("--skip-mass", type=float, help="probability that a token's gradient may lose")

@@ -175,7 +175,7 @@ def explain(
     vocab: int | None = None,
     dtype: str | torch.dtype = torch.bfloat16,
     device: str | None = None,
-    sequences: int = 16,
+    sequences: int | None = None,
     positions: int | None = None,
     gradients: Sequence[str] = ("hidden", "weight"),
     delta: str = "batch",
@@ -194,11 +194,12 @@ def explain(
         dtype: of hidden states and weight, ``torch.bfloat16`` or its name.
         device: ``"cpu"``, ``"cuda"``, ``"xpu"``, or an architecture of ``fused_pref.ops.devices.GPUS``
             (``"sm_90"``, …), which need not be there; None: an accelerator if there is one.
-        sequences: S, over which the tokens are spread evenly.
+        sequences: S, over which the tokens are spread evenly; None: 16, or as many as have about 2048 tokens each,
+            whichever is more. Groups cut no pair, so that few long sequences leave the planner little choice.
         positions: S·T, scored or not; None: ``tokens``, so that no row has to be gathered (a batch whose labels were
             shifted beforehand; with ``shift`` at least the last position of a sequence scores nothing).
         gradients: which of ``"hidden"``, ``"weight"``, ``"bias"`` are wanted; none for evaluation.
-        delta: of BCO: ``"batch"`` if this batch moves δ, ``"known"`` if it is known before.
+        delta: of BCO alone: ``"batch"`` if this batch moves δ, ``"known"`` if it is known before.
         memory_budget: bytes, as for the call.
         device_memory: bytes of a GPU, of which the default budget is 1/16, for cards that share an architecture; None:
             those of the GPU that is there, else of ``GPUS``. Without effect beside a ``memory_budget``.
@@ -212,14 +213,13 @@ def explain(
             or a ``device_memory`` on a CPU.
     """
     hidden, vocab = _shape(model, hidden, vocab)
-    for name, value, least in (("tokens", tokens, 0), ("sequences", sequences, 1), ("hidden", hidden, 1)):
+    for name, value, least in (("tokens", tokens, 0), ("hidden", hidden, 1), ("vocab", vocab, 1)):
         validate.at_least(name, value, least)
-    validate.at_least("vocab", vocab, 1)
     if positions is None:
         positions = tokens
     validate.at_least("positions", positions, tokens)
     validate.choice("objective", objective, OBJECTIVES)
-    validate.choice("delta", delta, DELTAS)
+    units = _units(objective, validate.choice("delta", delta, DELTAS), sequences, tokens)
     kind = _kind(device)
     constants, fusible = _device(kind)
     dtype = _dtype(dtype)
@@ -228,10 +228,6 @@ def explain(
         validate.within("skip_mass", skip_mass, 0, 1)
     validate.at_least("memory_budget", memory_budget, 1, optional=True)
     memory = _memory(kind, constants, device_memory)
-    unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "kto": 1, "logps": 0}[objective]
-    if unit == 2 and sequences % 2:
-        raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
-    units = sequences // unit if unit else 0
     fused = fusible and dtype != torch.float64
     problem = Problem(
         tokens=tokens,
@@ -241,7 +237,7 @@ def explain(
         itemsize=dtype.itemsize,
         weight_itemsize=dtype.itemsize,
         gradients=frozenset(gradients),
-        local=unit > 0,
+        local=units > 0,
         units=tuple(tokens // units + (n < tokens % units) for n in range(units)),
         budget=default_budget(memory, vocab, hidden, dtype.itemsize) if memory_budget is None else memory_budget,
         promised=memory_budget is not None,
@@ -264,6 +260,19 @@ def _shape(model: str | None, hidden: int | None, vocab: int | None) -> tuple[in
     if hidden is None or vocab is None:
         raise ValueError(f"model must be one of {tuple(MODELS)}, or hidden and vocab given; got None")
     return hidden, vocab
+
+
+def _units(objective: str, delta: str, sequences: int | None, tokens: int) -> int:
+    """Pairs or sequences that a group must not cut; 0 where the loss needs all of them first."""
+    if delta != "batch" and objective != "bco":
+        raise validate.fail("delta", f"'batch', the default, with objective={objective!r}, which has no δ", delta)
+    validate.at_least("sequences", sequences, 1, optional=True)
+    if sequences is None:
+        sequences = max(16, tokens // 4096 * 2)
+    unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "kto": 1, "logps": 0}[objective]
+    if unit == 2 and sequences % 2:
+        raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
+    return sequences // unit if unit else 0
 
 
 def _kind(device: str | None) -> str:

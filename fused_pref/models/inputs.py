@@ -73,7 +73,7 @@ def with_positions(model: Any, inputs: Mapping[str, Any], labels: Tensor, cu_seq
     if isinstance(cu_seqlens, Tensor):
         validate.boundaries("cu_seqlens", cu_seqlens, total, cu_seqlens.device)
     else:
-        raise validate.fail("cu_seqlens", "a int32 or int64 tensor (S+1,)", cu_seqlens, TypeError)
+        raise validate.fail("cu_seqlens", "an int32 or int64 tensor (S+1,)", cu_seqlens, TypeError)
     inputs = dict(inputs)
     for entry in ("input_ids", "inputs_embeds"):
         rows = inputs.get(entry)

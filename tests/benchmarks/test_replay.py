@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from replay import all_faults, faults
@@ -115,12 +116,28 @@ def test_waits_and_copies_are_noticed() -> None:
         torch.tensor([1, 2], device="cuda:1")
         x[0] = host
         assert len(machine.copies) == 3
+        values = (torch.arange(4), torch.from_numpy(np.ones(4)), torch.tensor([1, 2]))
+        moved = [value.to(x.device) for value in values] + [host.to(x), host.to(device="cuda:0"), host.to("cuda:0")]
+        assert [value.device for value in moved] == [x.device] * 6
+        assert machine.copies[3:] == ["to"] * 6
+        assert host.to(x.double()).dtype == torch.float64
+        host.to(torch.float64), x.to(torch.float64), x.to(x.device)
+        assert len(machine.copies) == 10
         with pytest.raises(AssertionError, match="item reads a value"):
             x.sum().item()
         with pytest.raises(AssertionError, match="__bool__ reads a value"):
             bool(x.sum() > 0)
         with pytest.raises(RuntimeError, match="several GPUs"):
             x + torch.zeros(4, device="cuda:1")
+        assert machine.waits == ["item", "__bool__"]
+        counts = machine.tensor(4, dtype=torch.int64)
+        torch.repeat_interleave(x, counts, output_size=7)
+        with pytest.raises(AssertionError, match="repeat_interleave reads a value"):
+            torch.repeat_interleave(x, counts)
+        with pytest.raises(AssertionError, match="repeat_interleave reads a value"):
+            x.repeat_interleave(counts)
+        x.repeat_interleave(2)
+        assert machine.waits[2:] == ["repeat_interleave"] * 2
 
 
 def test_memory_is_counted() -> None:

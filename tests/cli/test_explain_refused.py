@@ -17,7 +17,7 @@ ROWS: list[Row] = [
     ({"hidden": 0}, ValueError, "hidden must be an integer >= 1; got 0"),
     ({"vocab": 0}, ValueError, "vocab must be an integer >= 1; got 0"),
     ({"tokens": -1}, ValueError, "tokens must be an integer >= 0; got -1"),
-    ({"sequences": 0}, ValueError, "sequences must be an integer >= 1; got 0"),
+    ({"sequences": 0}, ValueError, "sequences must be an integer >= 1, or None; got 0"),
     ({"sequences": 3}, ValueError, "sequences must be even: pairs of chosen and rejected; got 3"),
     ({"positions": 8191}, ValueError, "positions must be an integer >= 8192; got 8191"),
     ({"objective": "CPO"}, ValueError, "objective must be one of .*got 'CPO'"),
@@ -29,6 +29,10 @@ ROWS: list[Row] = [
     ({"gradients": "weight"}, TypeError, "gradients must be a sequence.*got 'weight'"),
     ({"gradients": ["Weight"]}, ValueError, "gradients must be of .*got 'Weight'"),
     ({"delta": 0.0}, TypeError, "delta must be one of .*got 0.0"),
+    *(
+        ({"objective": name, "delta": "known"}, ValueError, f"delta must be 'batch', .*objective='{name}'.*got 'known'")
+        for name in ("cpo", "dpo", "kto", "logps")
+    ),
     ({"memory_budget": 0}, ValueError, "memory_budget must be an integer >= 1, or None; got 0"),
     ({"memory_budget": 1}, ValueError, "memory_budget must be at least"),
     ({"device_memory": 0, "device": "sm_80"}, ValueError, "device_memory must be an integer >= 1; got 0"),

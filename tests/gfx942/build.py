@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HERE = Path(__file__).parent
 HEADER = re.sub(r"//.*", "", (HERE / "machine.h").read_text())
 # What is looked for, by its number.
@@ -27,27 +29,28 @@ def structure(name: str) -> Any:
         for pointer, field, length in re.findall(r"(\*?)(\w+)(?:\[(\d+)\])?", names):
             whole = ctypes.c_void_p if pointer or indirect else TYPES[kind]
             fields.append((field, whole * int(length) if length else whole))
-    TYPES[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
-    return TYPES[name]
+    return TYPES.setdefault(name, type(name, (ctypes.Structure,), {"_fields_": fields}))
 
 
 def compiler() -> str | None:
-    """The machine's C++ compiler."""
-    return os.environ.get("CXX") or next(filter(shutil.which, ("clang++", "g++", "c++")), None)
+    """The environment's C++ compiler, else the machine's; None where it is not there."""
+    return next(filter(shutil.which, os.environ.get("CXX", "clang++ g++ c++").split()), None)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The emulator, built once for each state of its source, in the user's cache."""
     flags = "-std=c++20 -O2 -march=native -ffp-contract=off -fno-math-errno -fno-strict-aliasing -shared -fPIC"
-    command = [compiler() or "c++", *flags.split()]
+    command = [compiler() or os.environ.get("CXX") or "c++", *flags.split()]
     sources = b"".join(path.read_bytes() for pattern in ("*.h", "*.cpp") for path in sorted(HERE.glob(pattern)))
     key = hashlib.sha256(sources + repr(command).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_pref"
-    built = folder / f"gfx942-{key}.so"
+    built = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / f"fused_pref/gfx942-{key}.so"
     if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        built.parent.mkdir(parents=True, exist_ok=True)
         partial = built.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial), str(HERE / "machine.cpp")], check=True)
-        partial.replace(built)
+        try:
+            subprocess.run([*command, "-o", str(partial), str(HERE / "machine.cpp")], check=True)
+            partial.replace(built)
+        except (OSError, subprocess.CalledProcessError) as e:
+            raise pytest.UsageError(f"CXX must be a C++20 compiler that builds {HERE}/machine.cpp; got {e}") from e
     return ctypes.CDLL(str(built))

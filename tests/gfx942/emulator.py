@@ -119,8 +119,7 @@ class Driver(AbsentDevice):
     def __init__(self) -> None:
         super().__init__(TARGETS["gfx942"])
         properties = {"max_shared_mem": 65536, "warpSize": 64, "multiprocessor_count": 304, "arch": "gfx942"}
-        loaded = (None, None, 0, 0, 1024)
-        self.launcher_cls = Launcher
+        loaded, self.launcher_cls = (None, None, 0, 0, 1024), Launcher
         self.utils = SimpleNamespace(get_device_properties=lambda _: properties, load_binary=lambda *_: loaded)
 
     def map_python_to_cpp_type(self, ty: str) -> str:

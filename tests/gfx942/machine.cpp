@@ -34,10 +34,10 @@ static void run_workgroup(Machine& m, std::vector<std::unique_ptr<Wave>>& waves)
                 for (bool more = runs(w); more; more = runs(w) && launch.order != 2) step(w, launch), any = true;
             }
         }
-        // All should wait at the same barrier, or be done.
-        alive = false;
+        alive = false;  // all should wait at the same barrier, or be done
         for (auto& w : waves) {
-            if (w->now != waves[0]->now && w->done + waves[0]->done < 2) w->found(WAVES_AT_DIFFERENT_BARRIERS);
+            if (!m.failed && w->now != waves[0]->now && w->done + waves[0]->done < 2)
+                w->found(WAVES_AT_DIFFERENT_BARRIERS);
             alive |= !w->done, w->waiting = false, w->epoch++;
         }
     }

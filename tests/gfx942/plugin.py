@@ -15,6 +15,7 @@ TOTAL: Counter[str] = Counter()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    emulator.library()  # where it cannot be built, one error in place of one for each test
     emulator.install()
     backend.EMULATED = "gfx942"
 

@@ -111,8 +111,7 @@ class Program:
         self.preload = self.settings.get("user_sgpr_kernarg_preload_length", 0)
         branches = (i.target for i, line in zip(self.code, self.text, strict=True) if line.startswith("s_branch"))
         self.entry = next(branches) if self.preload else 0
-        listed = assembly[assembly.index("amdhsa.kernels:") :]
-        listed = listed[: listed.index(".group_segment_fixed_size")]
+        listed = assembly[assembly.index("amdhsa.kernels:") :].partition(".group_segment_fixed_size")[0]
         self.arguments = [(int(a), int(b)) for a, b in re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)", listed)]
 
     def _lines(self, assembly: str) -> Iterator[tuple[str, tuple[str, int]]]:
@@ -155,9 +154,8 @@ class Program:
             i.offset[:] = [x * i.bytes * (64 if far else 1) for x in i.offset]
 
     def _operands(self, i: Any, name: str, rest: str) -> None:
-        *operands, last = split(rest, ",")
-        last, *modifiers = split(last, " ")
-        operands.append(last)
+        operands = split(rest, ",")
+        operands[-1], *modifiers = split(operands[-1], " ")
         if READS_RESULT.match(name):
             operands.append(operands[0])
         if not WITHOUT_RESULT.match(name):

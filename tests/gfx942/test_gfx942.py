@@ -31,11 +31,11 @@ def softmax_kernel(x, out, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def dot_kernel(a, b, c, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TURNED: tl.constexpr):
+def dot_kernel(a, b, c, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, 16)
     total = tl.load(c + m[:, None] * N + n[None, :])
     for start in range(0, K, 16):
-        if TURNED:
+        if TRANSPOSED:
             x = tl.load(a + (start + k)[:, None] * M + m[None, :]).T
         else:
             x = tl.load(a + m[:, None] * K + (start + k)[None, :])
@@ -86,12 +86,12 @@ def test_softmax(dtype: torch.dtype, warps: int) -> None:
         torch.testing.assert_close(out.double(), x.double().softmax(1), rtol=1e-6, atol=3e-7)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dot(dtype: torch.dtype, turned: bool) -> None:
+def test_dot(dtype: torch.dtype, transposed: bool) -> None:
     for (m, n, k), warps in [((16, 16, 16), 1), ((64, 128, 48), 4), ((128, 64, 32), 8)]:
         a, b, c, out = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), torch.randn(m, n), torch.empty(m, n)
-        dot_kernel[1,](a.T.contiguous() if turned else a, b, c, out, m, n, k, turned, **fused(warps))
+        dot_kernel[1,](a.T.contiguous() if transposed else a, b, c, out, m, n, k, transposed, **fused(warps))
         torch.testing.assert_close(out.double(), c.double() + a.double() @ b.double(), rtol=0, atol=3e-5)
 
 

@@ -21,7 +21,7 @@ def shapes(kind: str, name: str, expected: str, changes: dict[Any, str]) -> list
             kind,
             {name: change},
             ValueError,
-            rf"^{name} must be {expected}; got a \w+ tensor of shape \({shape}\) on cpu$",
+            rf"^{name} must be {expected}; got an? \w+ tensor of shape \({shape}\) on cpu$",
         )
         for change, shape in changes.items()
     ]
@@ -77,7 +77,12 @@ PADDED: list[Row] = [
     *shapes("both", "ref_logps", r"\(S,\) = \(4,\)", {lambda r: r[:3]: "3,", lambda r: r[:, None]: "4, 1"}),
     *shapes("both", "desirable", r"\(S,\) = \(4,\)", {lambda d: torch.cat((d, d)): "8,", lambda d: d[0]: ""}),
     *shapes("both", "sample_weight", r"\(S,\) = \(4,\)", {lambda _: torch.ones(5): "5,"}),
-    ("both", {"sample_weight": torch.ones(4).long()}, TypeError, r"sample_weight must be .*\(S,\); got a int64 tensor"),
+    (
+        "both",
+        {"sample_weight": torch.ones(4).long()},
+        TypeError,
+        r"sample_weight must be .*\(S,\); got an int64 tensor",
+    ),
     ("linear", {"hidden": lambda h: h.double()}, TypeError, "weight must be a float64 tensor.*got a float32"),
     ("linear", {"weight": lambda w: w.bfloat16()}, TypeError, "weight must be a float32 tensor.*got a bfloat16"),
     ("linear", {"bias": torch.zeros(11).half()}, TypeError, r"bias must be a float32 tensor \(V,\); got a float16"),
@@ -108,19 +113,19 @@ PACKED: list[Row] = [
     ("logits", {"cu_seqlens": None}, ValueError, r"logits must be \(S, T, V\).*got .* \(14, 11\)"),
     ("linear", {"cu_seqlens": None}, ValueError, r"hidden must be \(S, T, D\).*got .* \(14, 6\)"),
     ("both", {"cu_seqlens": lambda c: c[:-1]}, ValueError, r"cu_seqlens must .* N_total = 14; got .* ending at 11"),
-    ("both", {"cu_seqlens": lambda c: c.double()}, TypeError, "cu_seqlens must be a int32 or int64 .*; got a float64"),
+    ("both", {"cu_seqlens": lambda c: c.double()}, TypeError, "cu_seqlens must be an int32 or int64 .*; got a float64"),
     ("pairs", {"cu_seqlens": lambda c: c[[0, 1, 2, 4]]}, ValueError, "cu_seqlens must hold S = 2B .*; got S = 3"),
     ("both", {"ref_logps": lambda r: r[:3]}, ValueError, r"ref_logps must be \(S,\) = \(4,\); got .* \(3,\)"),
 ]
 # Two arguments in each other's place.
 SWAPPED: list[tuple[str, str, str, type[Exception], str]] = [
-    ("logits", "logits", "labels", TypeError, "logits must be a float32 .*; got a int64 tensor"),
+    ("logits", "logits", "labels", TypeError, "logits must be a float32 .*; got an int64 tensor"),
     ("linear", "hidden", "weight", ValueError, r"hidden must be \(S, T, D\).*; got a float32 tensor .* \(11, 6\)"),
-    ("linear", "weight", "labels", TypeError, r"labels must be a int64 .*; got a float32 tensor .* \(11, 6\)"),
-    ("linear", "hidden", "labels", TypeError, "hidden must be a float32 .*; got a int64 tensor"),
+    ("linear", "weight", "labels", TypeError, r"labels must be an int64 .*; got a float32 tensor .* \(11, 6\)"),
+    ("linear", "hidden", "labels", TypeError, "hidden must be a float32 .*; got an int64 tensor"),
     ("both", "desirable", "ref_logps", TypeError, "desirable must be a bool .*; got a float32 tensor"),
-    ("both", "labels", "desirable", TypeError, "labels must be a int64 .*; got a bool tensor"),
-    ("both", "labels", "ref_logps", TypeError, "labels must be a int64 .*; got a float32 tensor"),
+    ("both", "labels", "desirable", TypeError, "labels must be an int64 .*; got a bool tensor"),
+    ("both", "labels", "ref_logps", TypeError, "labels must be an int64 .*; got a float32 tensor"),
 ]
 
 

@@ -234,7 +234,7 @@ HEAD = make_hidden(4, 5, 12, 29, bias=True)
 CALL = (HEAD.hidden, HEAD.weight, HEAD.labels)
 BAD: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ("linear_cpo_loss", (HEAD.hidden[0], *CALL[1:]), {}, ValueError, r"hidden must be \(S, T, D\)"),
-    ("linear_cpo_loss", (HEAD.hidden.long(), *CALL[1:]), {}, TypeError, "hidden must be .*got a int64"),
+    ("linear_cpo_loss", (HEAD.hidden.long(), *CALL[1:]), {}, TypeError, "hidden must be .*got an int64"),
     ("linear_cpo_loss", (HEAD.hidden, HEAD.weight[:, :5], HEAD.labels), {}, ValueError, r"weight .*\(V, D=12\)"),
     ("linear_cpo_loss", (HEAD.hidden, HEAD.weight.t(), HEAD.labels), {}, ValueError, r"weight .*\(V, D=12\)"),
     ("linear_cpo_loss", (HEAD.hidden, HEAD.weight[:0], HEAD.labels), {}, ValueError, "V >= 1"),

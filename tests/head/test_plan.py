@@ -242,20 +242,29 @@ def test_a_small_budget_is_enough_for_a_small_problem(
     assert peak_bytes(lambda: step(least)) - gradients <= least
 
 
+@pytest.mark.parametrize("length", [256, None])
 @pytest.mark.parametrize(
     ("objective", "wanted"), [("cpo", ("hidden", "weight")), ("cpo", ("hidden",)), ("logps", ())], ids=str
 )
-def test_defaults_are_near_the_products(objective: str, wanted: tuple[str, ...]) -> None:
+def test_defaults_are_near_the_products(objective: str, wanted: tuple[str, ...], length: int | None) -> None:
     """Predicted on an H200: little beside the products, in a twelfth of the memory."""
     for (hidden, vocab), tokens in itertools.product(SHAPES, [2**n for n in range(10, 18)]):
         found = fp.explain(
             hidden=hidden, vocab=vocab, tokens=tokens, objective=objective, gradients=wanted, device="sm_90",
-            sequences=tokens // 256,
+            sequences=length and tokens // length,
         )  # fmt: skip
         assert found.peak_bytes <= (139 << 30) / 12
         if tokens >= 4096 and hidden >= 2048:
             most = (1.25 if hidden >= 3584 else 1.45) + (0.1 if tokens > 16384 else 0)
             assert found.seconds <= most * found.floor_seconds, found
+
+
+def test_sequences_of_an_explanation() -> None:
+    """16, or more where they would be longer than 2048 tokens; always pairs."""
+    for tokens, sequences in ((0, 16), (8192, 16), (34816, 16), (36864, 18), (38912, 18), (131072, 64)):
+        found, given = (fp.explain("llama-3-8b", tokens=tokens, sequences=n, device="sm_90") for n in (None, sequences))
+        assert len(found.problem.units) == sequences // 2
+        assert found == given
 
 
 def test_planning_takes_no_time() -> None:

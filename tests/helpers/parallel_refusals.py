@@ -76,7 +76,7 @@ DISAGREEMENTS: dict[str, str | tuple[str, str]] = {
     "D": "ranks of tp_group must agree on D; got 24 on rank 0, 20 on rank 1",
     "dtype": "must agree on dtype; got torch.float32 on rank 0, torch.bfloat16 on rank 1",
     "N": "must agree on N; got 21 on rank 0, 20 on rank 1",
-    "labels": "must agree on labels; got a int64 tensor of shape (4, 9) of checksum",
+    "labels": "must agree on labels; got an int64 tensor of shape (4, 9) of checksum",
     "two labels": "must agree on labels; got",
     "positions": "must agree on the shape of labels; got (4, 9) on rank 0, (4, 8) on rank 1",
     "gradients": "must agree on which gradients are wanted; got [] on rank 0, ['hidden'] on rank 1",
@@ -88,7 +88,7 @@ DISAGREEMENTS: dict[str, str | tuple[str, str]] = {
     "function": "must agree on the function; got 'linear_cpo_loss' on rank 0, 'linear_dpo_loss' on rank 1",
     "desirable": "must agree on desirable; got a bool tensor of shape (4,) of checksum",
     "class counts": "must agree on class_normalizer[1]; got 2.0 on rank 0, 3.0 on rank 1",
-    "boundaries": "must agree on cu_seqlens; got a int32 tensor of shape (5,) of checksum",
+    "boundaries": "must agree on cu_seqlens; got an int32 tensor of shape (5,) of checksum",
     "dtype of weight": (
         "rank 1 of tp_group refuses its arguments: TypeError: weight must be a float32 tensor (V, D=24)",
         "weight must be a float32 tensor (V, D=24); got a bfloat16 tensor",

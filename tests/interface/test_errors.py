@@ -45,7 +45,7 @@ def test_ratios(given: dict[str, float], came: str) -> None:
             ValueError,
             f"delta must be {SHIFT} floating tensor; got a float32 tensor of shape (1,) on cpu",
         ),
-        (torch.tensor(1), ValueError, f"delta must be {SHIFT} floating tensor; got a int64 tensor of shape () on cpu"),
+        (torch.tensor(1), ValueError, f"delta must be {SHIFT} floating tensor; got an int64 tensor of shape () on cpu"),
         (
             torch.tensor(1j),
             ValueError,

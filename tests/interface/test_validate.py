@@ -66,7 +66,7 @@ TENSORS: list[tuple[Callable[[torch.Tensor], Any], type[Exception], str]] = [
             (lambda x: x.to(torch.complex64), "a complex64 tensor of shape (2, 3) on cpu"),
             (lambda x: x.to(torch.float8_e4m3fn), "a float8_e4m3fn tensor of shape (2, 3) on cpu"),
             (lambda x: x.half(), "a float16 tensor of shape (2, 3) on cpu"),
-            (lambda x: x.long(), "a int64 tensor of shape (2, 3) on cpu"),
+            (lambda x: x.long(), "an int64 tensor of shape (2, 3) on cpu"),
         )
     ],
     *[
@@ -209,9 +209,11 @@ VALIDATORS: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...], list[tuple[An
         boundaries,
         (ENDS, ENDS.int(), torch.tensor([0, 0, 14, 14])),
         [
-            *in_words("a int32 or int64 tensor (S+1,)", [(x, TypeError) for x in ([0, 14], "0,14", np.array([0, 14]))]),
             *in_words(
-                "a int32 or int64 tensor (S+1,)",
+                "an int32 or int64 tensor (S+1,)", [(x, TypeError) for x in ([0, 14], "0,14", np.array([0, 14]))]
+            ),
+            *in_words(
+                "an int32 or int64 tensor (S+1,)",
                 [(ENDS.to(kind), TypeError) for kind in (torch.int16, torch.float64, torch.bool, torch.uint64)],
             ),
             *in_words("(S+1,) with S+1 >= 1", [(x, ValueError) for x in (ENDS[None], ENDS[0], ENDS[:0])]),
@@ -220,7 +222,11 @@ VALIDATORS: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...], list[tuple[An
             (ENDS.flip(0), ValueError, f"{FALLING}[14, 11, 9, 4, 0] ending at 0"),
             (ENDS[[0, 2, 1, 3, 4]], ValueError, f"{FALLING}[0, 9, 4, 11, 14] ending at 14"),
             (torch.arange(1, 14), ValueError, f"{FALLING}[1, 2, 3, 4, 5, 6, 7, 8]… ending at 13"),
-            (ENDS.to("meta"), ValueError, "be on a device that holds values; got a int64 tensor of shape (5,) on meta"),
+            (
+                ENDS.to("meta"),
+                ValueError,
+                "be on a device that holds values; got an int64 tensor of shape (5,) on meta",
+            ),
         ],
     ),
     "normalizer": (
@@ -259,7 +265,7 @@ STATES: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...], list[tuple[Any, t
         (torch.tensor([0, 3]),),
         [
             (torch.tensor([1, -1]), ValueError, "finite and >= 0; got [1, -1]"),
-            (torch.ones(2), TypeError, "a int64 or int32 tensor (2,); got a float32 tensor of shape (2,) on cpu"),
+            (torch.ones(2), TypeError, "an int64 or int32 tensor (2,); got a float32 tensor of shape (2,) on cpu"),
         ],
     ),
 }

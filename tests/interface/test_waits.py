@@ -15,17 +15,44 @@ from fused_pref.head.vocab_parallel import checksum, integers
 PACKAGE = Path(__file__).parents[2] / "fused_pref"
 # Make a tensor from values of the host: on a GPU a copy, which waits. A fill (`torch.full`, `new_zeros`) does not.
 COPIES = {"tensor", "as_tensor", "asarray", "from_numpy", "new_tensor", "pin_memory", "cuda"}
+# Make a tensor on the host where no device is named: to move it is a copy, too.
+FILLS = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"}
 # What a step runs: all of a loss, but not its specification and what is done once, before a training.
 STEP = ["functional.py", "modules.py", "outputs.py", "layout.py", "spec.py", "ranks.py", "head", "losses", "ops"]
 ONCE = {"losses/density_ratio.py"}
 
 
+def on_the_host(value: ast.expr) -> bool:
+    """Whether an expression is a tensor that was just made without a device, or the result of its methods."""
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        if value.func.attr in FILLS and ast.unparse(value.func.value).endswith("torch"):
+            return all(keyword.arg != "device" for keyword in value.keywords)
+        value = value.func.value
+    return False
+
+
+def is_dtype(value: ast.expr) -> bool:
+    name = ast.unparse(value)
+    return name.endswith("dtype") or isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+
+
+def waits(call: ast.Call, function: ast.Attribute) -> bool:
+    """Whether a call of a method or of a module's function copies from the host, or asks the device for a size."""
+    given = {keyword.arg for keyword in call.keywords}
+    if function.attr == "to":
+        return on_the_host(function.value) and ("device" in given or not all(map(is_dtype, call.args)))
+    if function.attr == "repeat_interleave":
+        repeats = call.args[ast.unparse(function.value).endswith("torch") :]
+        return "output_size" not in given and not (repeats and isinstance(repeats[0], ast.Constant))
+    # The validation of an argument that is a tensor has one of these names, too.
+    return function.attr in COPIES and ast.unparse(function.value) != "validate"
+
+
 def copies(text: str) -> list[str]:
-    """Calls of a module's text that copy from the host, with their lines."""
-    calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    found = [call for call in calls if isinstance(call, ast.Attribute) and call.attr in COPIES]
-    # The validation of an argument that is a tensor has this name, too.
-    return [f"{call.lineno}: {ast.unparse(call)}" for call in found if ast.unparse(call.value) != "validate"]
+    """Calls of a module's text that wait, with their lines."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    functions = [(call, call.func) for call in calls if isinstance(call.func, ast.Attribute)]
+    return [f"{call.lineno}: {ast.unparse(function)}" for call, function in functions if waits(call, function)]
 
 
 def test_no_step_copies_from_the_host() -> None:
@@ -41,6 +68,28 @@ def test_no_step_copies_from_the_host() -> None:
 def test_the_lint_sees_copies() -> None:
     text = "validate.tensor(x)\ntorch.tensor(3)\nx.new_tensor([1])\nfp.torch.as_tensor(2, device=d)"
     assert copies(text) == ["2: torch.tensor", "3: x.new_tensor", "4: fp.torch.as_tensor"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("torch.arange(3).to(device)", True),
+        ("torch.zeros(3).flip(0).to(x.device, torch.int32)", True),
+        ("torch.ones(3).to(device=x.device)", True),
+        ("torch.ones(3).to(x)", True),
+        ("torch.arange(3).to(torch.int32)", False),
+        ("torch.zeros(3, device=x.device).to(dtype)", False),
+        ("torch.zeros(3).to(x.dtype, copy=True)", False),
+        ("torch.where(x, 1.0, -1.0).to(wide)", False),
+        ("x.to(device)", False),
+        ("x.repeat_interleave(counts)", True),
+        ("torch.repeat_interleave(x, counts, 0)", True),
+        ("torch.repeat_interleave(x, counts, output_size=n)", False),
+        ("x.repeat_interleave(2)", False),
+    ],
+)
+def test_the_lint_sees_what_is_moved_and_repeated(text: str, found: bool) -> None:
+    assert bool(copies(text)) == found
 
 
 @pytest.mark.parametrize("delta", [0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)])

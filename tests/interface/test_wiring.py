@@ -26,7 +26,7 @@ ROWS: dict[str, tuple[Any, type[Exception], str]] = {
     "logits": ([0.0], TypeError, f"{FLOATS} (S, T, V) without cu_seqlens"),
     "hidden": ([0.0], TypeError, f"{FLOATS} (S, T, D) without cu_seqlens"),
     "weight": ([0.0], TypeError, "a float32 tensor (V, D=6)"),
-    "labels": ([0], TypeError, "a int64 or int32 tensor (S, T)"),
+    "labels": ([0], TypeError, "an int64 or int32 tensor (S, T)"),
     "desirable": ([True] * 4, TypeError, "a bool tensor (S,)"),
     "ref_logps": ([0.0], TypeError, f"{FLOATS} (S,)"),
     "objective": (3, TypeError, "a function of Sequences"),

@@ -34,7 +34,7 @@ SHIFT_STATES: Rows = [
     ({"mean": torch.zeros(3)}, ValueError, r"state_dict\['mean'\] must be \(2,\); got .* \(3,\)"),
     ({"count": torch.tensor([1, -1])}, ValueError, r"state_dict\['count'\] must be finite and >= 0; got \[1, -1\]"),
     ({"pending_sum": torch.tensor([INF, 0])}, ValueError, r"state_dict\['pending_sum'\] must be finite; got \[inf"),
-    ({"pending_count": torch.ones(2)}, TypeError, r"state_dict\['pending_count'\] must be a int64 .*got a float32"),
+    ({"pending_count": torch.ones(2)}, TypeError, r"state_dict\['pending_count'\] must be an int64 .*got a float32"),
 ]
 RATIOS: Rows = [
     ({"min_ratio": 0}, ValueError, "min_ratio must be a finite number > 0; got 0"),
@@ -52,7 +52,7 @@ FITS: Rows = [
     ({"embeddings": lambda e: e[:, :0]}, ValueError, r"embeddings must be \(M, E\) with E >= 1; got .* \(4, 0\)"),
     ({"embeddings": lambda e: e[0]}, ValueError, r"embeddings must be \(M, E\).*; got .* \(3,\)"),
     ({"embeddings": lambda e: e / 0}, ValueError, "embeddings must be finite; got NaN or infinity"),
-    ({"desirable": lambda d: d.long()}, TypeError, r"desirable must be a bool tensor \(M,\); got a int64 tensor"),
+    ({"desirable": lambda d: d.long()}, TypeError, r"desirable must be a bool tensor \(M,\); got an int64 tensor"),
     ({"desirable": lambda d: d[:3]}, ValueError, r"desirable must be \(M,\) = \(4,\); got .* \(3,\)"),
     ({"desirable": lambda d: d & False}, ValueError, "desirable must hold both classes.*; got 0 of 4"),
     ({"desirable": lambda d: d | True}, ValueError, "desirable must hold both classes.*; got 4 of 4"),

@@ -38,11 +38,11 @@ Rows = list[tuple[dict[str, Any], type[Exception], str]]
 BATCHES: Rows = [
     ({"labels": None}, TypeError, r"batch\['labels'\] must be a tensor; got None"),
     ({"labels": lambda y: y.tolist()}, TypeError, r"batch\['labels'\] must be a tensor; got \[\["),
-    ({"labels": lambda y: y.float()}, TypeError, "labels must be a int64 .*; got a float32 tensor"),
+    ({"labels": lambda y: y.float()}, TypeError, "labels must be an int64 .*; got a float32 tensor"),
     ({"labels": lambda y: y[0]}, ValueError, r"labels must be \(S, T\) = \(4, 9\); got .* \(9,\)"),
     ({"labels": lambda y: y[:3]}, ValueError, r"labels must be \(S, T\) = \(4, 9\); got .* \(3, 9\)"),
     ({"labels": lambda y: y.to("meta"), "desirable": None}, TypeError, r"batch\['desirable'\] must .*; got None"),
-    ({"desirable": lambda d: d.long()}, TypeError, "desirable must be a bool .*; got a int64 tensor"),
+    ({"desirable": lambda d: d.long()}, TypeError, "desirable must be a bool .*; got an int64 tensor"),
     ({"ref_logps": 0.0}, TypeError, r"batch\['ref_logps'\] must be a tensor; got 0.0"),
     ({"ref_logps": lambda r: r[:3]}, ValueError, r"ref_logps must be \(S,\) = \(4,\); got .* \(3,\)"),
     ({"sample_weight": [1.0] * 4}, TypeError, r"sample_weight must be .*; got \[1.0"),

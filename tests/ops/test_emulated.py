@@ -22,9 +22,9 @@ HEAD = (
 PARTS = {
     "the emulator itself, shifts, random cases": (
         [
-            *("tests/gfx942/test_gfx942.py", "tests/benchmarks/test_static_counts.py", "tests/ops/test_kernels.py"),
+            *("tests/gfx942", "tests/benchmarks/test_static_counts.py", "tests/ops/test_kernels.py"),
             *("tests/ops/test_in_place.py", "tests/interface/test_properties.py", "--hypothesis-seed=0"),
-            *("-k", "test_gfx942 or test_static_counts or test_shift or test_in_place or test_properties and kernels"),
+            *("-k", "gfx942 or test_static_counts or test_shift or test_in_place or test_properties and kernels"),
         ],
         130,
     ),
@@ -32,15 +32,30 @@ PARTS = {
     "fused head": (["tests/head/test_fused.py", "-k", HEAD], 200),
 }
 
-pytestmark = [pytest.mark.emulated, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")]
+NONE = f"CXX must be a C++ compiler; got {os.environ['CXX']}" if "CXX" in os.environ else "no C++ compiler here"
+pytestmark = [pytest.mark.emulated, pytest.mark.skipif(compiler() is None, reason=NONE)]
+
+
+def emulate(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run tests on the emulator."""
+    environment = {**os.environ, "FUSED_PREF_EMULATE": "gfx942", "FUSED_PREF_PROPERTIES": "36", **variables}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent", "false"])
+def test_a_compiler_that_fails_is_one_error(compiler: str) -> None:
+    done = emulate("tests/gfx942", CXX=compiler)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.startswith("ERROR: CXX must be a C++20 compiler that builds ")
+    assert compiler in done.stderr
+    assert "test_" not in done.stdout
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_compiled_code(part: str) -> None:
     arguments, least = PARTS[part]
-    environment = {**os.environ, "FUSED_PREF_EMULATE": "gfx942", "FUSED_PREF_PROPERTIES": "36"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = emulate(*arguments)
     assert done.returncode == 0, done.stdout[-4000:]
     (line,) = re.findall(r"^emulated: .*", done.stdout, re.M)
     print(line)
