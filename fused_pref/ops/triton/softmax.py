@@ -21,11 +21,13 @@ def row_softmax(
     row_max = tl.full([BLOCK // WIDTH], float("-inf"), tl.float32)
     sum_exp = tl.zeros([BLOCK // WIDTH], tl.float32)
     logit_sum = tl.zeros([BLOCK // WIDTH], tl.float32)
+    # Entries that are read one by one have addresses a constant apart from one that moves with the block.
+    moving = base + _columns(0, BLOCK, WIDTH, ALIGNED).to(tl.int64) * stride
     # The quotient tells the compiler that the end falls between two accesses.
     end = columns // WIDTH * WIDTH if ALIGNED else columns
     for start in range(first, last, BLOCK):
         cols = _columns(start, BLOCK, WIDTH, ALIGNED)
-        pointers = base + cols if ALIGNED else base + cols.to(tl.int64) * stride
+        pointers = base + cols if ALIGNED else moving + tl.cast(start, tl.int64) * stride
         x = tl.load(pointers, mask=cols < end, other=0.0).to(tl.float32)
         z = transform(x, inner, outer, TRANSFORM)
         if WITH_LOGIT_SUM:
