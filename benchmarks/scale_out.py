@@ -138,7 +138,7 @@ def limit() -> str:
     columns = 8 * HIDDEN / per_column
     inside, between = (columns / speed for speed in (INSIDE, BETWEEN))
     return (
-        f"Summing dh takes as long as the three products where a rank holds {inside:,.0f} words inside of a node, "
+        f"Summing dh takes as long as the three products where a rank holds {inside:,.0f} tokens inside of a node, "
         f"{between:,.0f} between nodes, whatever N and D."
     )
 

@@ -208,10 +208,10 @@ PEERS = {
         Peer("fused_pref", ours(), own=True),
         *(
             Peer(
-                f"fused_pref_{name}", ours(memory_budget=mib << 20), ("cpo",), note=f"memory_budget of {words}",
+                f"fused_pref_{name}", ours(memory_budget=mib << 20), ("cpo",), note=f"memory_budget of {size}",
                 device="cuda", own=True,
             )
-            for name, mib, words in (("3g", 3072, "3 GiB"), ("1g", 1024, "1 GiB"), ("512m", 512, "512 MiB"))
+            for name, mib, size in (("3g", 3072, "3 GiB"), ("1g", 1024, "1 GiB"), ("512m", 512, "512 MiB"))
         ),
         Peer("eager", by_position(eager)),
         Peer("torch.compile", load_compiled, TRAINED, note="of eager", twin=True),

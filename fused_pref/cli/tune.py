@@ -2,7 +2,7 @@
 
 With ``FUSED_PREF_TUNE=1``, set before the library is imported, the first call of each (kernel, dtype, size) on a device
 times the candidates of :mod:`fused_pref.ops.triton.configs` and takes the fastest from then on; without it the defaults
-are taken and nothing here is read. What was found is kept in ``tune.json`` in the folder that ``FUSED_PREF_CACHE``
+are taken and nothing here is read. What was found is saved in ``tune.json`` in the folder that ``FUSED_PREF_CACHE``
 names, else in ``fused_pref`` in the user's cache folder, by name of the device and release of Triton. :func:`search`
 does the same for one step and gives every time. Kernels that cannot be launched twice on the same memory keep their
 defaults.
@@ -71,7 +71,7 @@ def enabled() -> bool:
 
 
 def key_of(kernel: str, device: torch.device, dtype: torch.dtype, size: int) -> str:
-    """What a configuration is kept for; ``size`` is D of a product, V of a kernel that streams."""
+    """What a configuration is saved for; ``size`` is D of a product, V of a kernel that streams."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return " | ".join((name, f"triton {triton.__version__}", kernel, str(dtype).removeprefix("torch."), str(size)))
 
@@ -91,9 +91,9 @@ def tuned(
     key, choices = key_of(kernel, device, dtype, size), [default, *(c for c in candidates if c != default)]
     searched = _search is not None and key in {timing.key for timing in _search.timings}
     if key not in _known or not (_search is None or searched):
-        kept = None if _search else load().get(key)
+        saved = None if _search else load().get(key)
         # Nothing is launched that this release would not try by itself.
-        _known[key] = next((c for c in choices if asdict(c) == kept), None) or _fastest(key, device, choices, launch)
+        _known[key] = next((c for c in choices if asdict(c) == saved), None) or _fastest(key, device, choices, launch)
     return _known[key]  # type: ignore[return-value]
 
 

@@ -214,8 +214,8 @@ def linear_means(head: Head) -> Tensor:
         mean = w.mean(0, dtype=dtype)
     shift = mean.new_zeros(1) if head.b is None else head.b.to(dtype).mean()[None]
     if head.shard is not None:
-        share = head.columns / head.vocabulary
-        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * share).split((mean.numel(), 1))
+        fraction = head.columns / head.vocabulary
+        mean, shift = head.shard.sum_exactly(torch.cat((mean, shift)) * fraction).split((mean.numel(), 1))
     source = Rows(head.hidden.detach())
     result = torch.empty(source.count, dtype=head.accumulator, device=head.hidden.device)
     for part in ranges(source.count, block_rows(head.hidden.device, head.hidden.shape[-1])):

@@ -203,8 +203,8 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     output, aux_loss = Preference(loss, tensors, keywords, virtual_tokens(model)).run(model, inputs)
     if aux_loss is None or isinstance(output, Tensor):
         return output
-    share = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
-    return output._replace(loss=output.loss + share.to(output.loss.device))
+    router_loss = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+    return output._replace(loss=output.loss + router_loss.to(output.loss.device))
 
 
 # A preference that an attached forward gives back, and no other does.
@@ -251,14 +251,14 @@ def _score(model: Any, preference: Preference, args: tuple[Any, ...], kwargs: di
 def _replaced_forward(modules: list[nn.Module], forward: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
     """Let a forward of any of the modules, below their hooks, be ``forward`` of the module and its input."""
     # accelerate's hooks call what the forward was before them, under this name.
-    places = [(module, "_old_forward" if "_old_forward" in vars(module) else "forward") for module in modules]
-    kept = [vars(module).get(name) for module, name in places]
+    attributes = [(module, "_old_forward" if "_old_forward" in vars(module) else "forward") for module in modules]
+    saved = [vars(module).get(name) for module, name in attributes]
     try:
-        for module, name in places:
+        for module, name in attributes:
             vars(module)[name] = functools.partial(forward, module)
         yield
     finally:
-        for (module, name), before in zip(places, kept, strict=True):
+        for (module, name), before in zip(attributes, saved, strict=True):
             if before is None:
                 del vars(module)[name]
             else:

@@ -95,8 +95,8 @@ def _logits_without_layers(model: Any, head: OutputHead) -> Tensor:
     Raises:
         Exception: what the forward raises; there is nothing to leave out.
     """
-    kept = list(_layers(model, model.base_model, head.module))
-    if not kept:
+    layers = list(_layers(model, model.base_model, head.module))
+    if not layers:
         raise RuntimeError("it has no part that could be left out of a forward")
     ids = torch.tensor([[0, 1]], device=head.weight.device)
     inputs = {"input_ids": ids, "use_cache": False, "return_dict": True}
@@ -104,12 +104,12 @@ def _logits_without_layers(model: Any, head: OutputHead) -> Tensor:
         inputs["decoder_input_ids"] = ids
     output = _Output((_hidden(head),))
     try:
-        for parent, name, module in kept:
+        for parent, name, module in layers:
             parent._modules[name] = _LeftOut(module, output)
         # Not a call of the model: its hooks, and a compiler, have no part in this.
         return model.forward(**inputs).logits
     finally:
-        for parent, name, module in kept:
+        for parent, name, module in layers:
             parent._modules[name] = module
 
 
@@ -210,12 +210,12 @@ def _packing(model: Any) -> tuple[bool, bool]:
 @contextlib.contextmanager
 def _untouched(modules: list[Any], device: torch.device) -> Iterator[None]:
     """Afterwards the attributes of the modules are those of before, and so is the random state."""
-    kept = [(part, dict(part)) for module in modules for part in (vars(module), module._buffers)]
+    saved = [(part, dict(part)) for module in modules for part in (vars(module), module._buffers)]
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     with torch.random.fork_rng(devices, device_type=kind):
         try:
             yield
         finally:
-            for part, before in kept:
+            for part, before in saved:
                 part.clear()
                 part.update(before)

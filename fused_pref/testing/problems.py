@@ -46,7 +46,7 @@ class Sizes:
         vocabulary: V.
         masked: share of each sequence that is not scored.
         logits: ``"random"``, standard normal; ``"peaked"``, targets that have most of the probability; ``"flat"``,
-            nearly the same for all words; ``"large"``, of up to 10⁴; ``"adversarial"``, targets far below the others.
+            nearly the same for all tokens; ``"large"``, of up to 10⁴; ``"adversarial"``, targets far below the others.
     """
 
     sequences: int

@@ -75,8 +75,8 @@ class HeadTrainer(_BaseTrainer):
         names = list(counts[0])
         total = torch.stack([torch.stack([count[name].double() for count in counts]).sum() for name in names])
         total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
-        share = self.accelerator.num_processes * len(batches)
-        return dict(zip(names, total / share, strict=True))
+        count = self.accelerator.num_processes * len(batches)
+        return dict(zip(names, total / count, strict=True))
 
 
 @contextlib.contextmanager

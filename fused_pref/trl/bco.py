@@ -243,24 +243,24 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         rows = torch.stack([column.double().to(self.accelerator.device) for column in columns], 1)
         gathered: Any = self.accelerator.gather_for_metrics(rows.detach())
         chosen, *values, delta = gathered.cpu().unbind(1)
-        kept = self._metrics[mode]
-        kept["delta"].append(delta.mean().item())
+        metrics = self._metrics[mode]
+        metrics["delta"].append(delta.mean().item())
         for side, members in zip(SIDES, (chosen == 1, chosen == 0), strict=True):
-            kept[f"count/{side}"].append(members.sum().item())
+            metrics[f"count/{side}"].append(members.sum().item())
             for name, value in zip(("rewards", "logps", "logits"), values, strict=True):
-                kept[f"{name}/{side}_sum"].append(value[members].sum().item())
+                metrics[f"{name}/{side}_sum"].append(value[members].sum().item())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means over all sequences since the last time; a class that had none is left out."""
-        kept = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train" if self.model.training else "eval"]
         for side in SIDES:
-            count = sum(kept.pop(f"count/{side}", []))
+            count = sum(metrics.pop(f"count/{side}", []))
             for name in ("rewards", "logps", "logits"):
-                total = sum(kept.pop(f"{name}/{side}_sum", []))
+                total = sum(metrics.pop(f"{name}/{side}_sum", []))
                 if count:
-                    kept[f"{name}/{side}"] = [total / count]
-        if all(f"rewards/{side}" in kept for side in SIDES):
-            kept["rewards/margins"] = [kept["rewards/chosen"][0] - kept["rewards/rejected"][0]]
+                    metrics[f"{name}/{side}"] = [total / count]
+        if all(f"rewards/{side}" in metrics for side in SIDES):
+            metrics["rewards/margins"] = [metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]]
         super().log(logs, start_time)
 
     def prediction_step(

@@ -63,15 +63,15 @@ def test_several_groups_and_slices_were_taken() -> None:
 def test_collectives() -> None:
     """Four integers, three floats a token for each group, the means' D + 1; and dh in the backward."""
     counts = on_ranks(2)[0]["count_collectives"]
-    words, scored, means, dh = ("gather", 4), ("gather", 3 * 21), ("gather", D + 1), ("reduce", S * T * D)
-    assert counts["cpo"] == [words, scored, means, dh]
+    integers, scored, means, dh = ("gather", 4), ("gather", 3 * 21), ("gather", D + 1), ("reduce", S * T * D)
+    assert counts["cpo"] == [integers, scored, means, dh]
     groups = counts["cpo in groups"]
     assert [kind for kind, _ in groups] == ["gather", "gather", "gather", "reduce"]
-    assert groups[0] == words
+    assert groups[0] == integers
     assert groups[1][1] + groups[2][1] == 3 * 21
     assert counts["bco"] == counts["frozen head"] == counts["cpo"]
     assert counts["no gradient"] == counts["cpo"][:3]
-    assert counts["tokens"] == [words, scored, dh]
+    assert counts["tokens"] == [integers, scored, dh]
 
 
 def test_gradients_left_partial_are_parts_of_the_sum() -> None:

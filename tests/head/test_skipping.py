@@ -29,7 +29,7 @@ INF, NAN = torch.inf, torch.nan
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plan.Plan]]:
-    """Tiles of at most 16 words; gives the plans taken."""
+    """Tiles of at most 16 tokens; gives the plans taken."""
     taken: list[plan.Plan] = []
 
     def choose(problem: plan.Problem) -> plan.Plan:
@@ -155,7 +155,7 @@ def test_rows_with_nan_need_every_tile() -> None:
 
 @pytest.mark.slow
 def test_words_of_no_probability_are_left_out_at_no_cost(device: str, backend: str) -> None:
-    """Masked words at skip_mass = 0, and a target that takes all: exact all the same."""
+    """Masked tokens at skip_mass = 0, and a target that takes all: exact all the same."""
     batch = spiky(device, mask="none")
     batch.bias[32:] = -INF
     batch.labels.clamp_(max=31)

@@ -1,4 +1,4 @@
-"""What must not change a result: the order of words, pairs and sequences, padding, layout, constants, cuts."""
+"""What must not change a result: the order of tokens, pairs and sequences, padding, layout, constants, cuts."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,19 +134,19 @@ def order_of(number: int, case: Case) -> Tensor:
 @pytest.mark.slow
 @examples()
 @given(EITHER)
-def test_order_of_words(case: Case) -> None:
-    words = Sequences.of(case)
-    steady(words)
+def test_order_of_tokens(case: Case) -> None:
+    original = Sequences.of(case)
+    steady(original)
     order = order_of(case.vocabulary, case)
     indices = order.argsort().to(case.index_dtype)
-    labels = [label.where(label < 0, indices[label.clamp(min=0)]) for label in words.labels]
-    head = {name: part[order] for name, part in words.head.items()}
-    rows = words.rows if case.linear else [row[:, order] for row in words.rows]
-    first, second = words.run(), replace(words, labels=labels, head=head, rows=rows).run()
+    labels = [label.where(label < 0, indices[label.clamp(min=0)]) for label in original.labels]
+    head = {name: part[order] for name, part in original.head.items()}
+    rows = original.rows if case.linear else [row[:, order] for row in original.rows]
+    first, second = original.run(), replace(original, labels=labels, head=head, rows=rows).run()
     for name, gradient in first.gradients.items():
         if name != "hidden":
             first.gradients[name] = gradient[:, order] if name == "logits" else gradient[order]
-    same(words, first, second)
+    same(original, first, second)
 
 
 @examples()

@@ -57,11 +57,11 @@ def test_a_plain_forward_is_unchanged() -> None:
     model, given = llama().eval(), batch()
     prompt = given["input_ids"][:, :3]
     options = {"max_new_tokens": 4, "do_sample": False}
-    logits, words = model(prompt).logits, model.generate(prompt, **options)
+    logits, generated = model(prompt).logits, model.generate(prompt, **options)
     models.attach(model)
     assert models.attach(model) is model
     assert torch.equal(model(prompt).logits, logits)
-    assert torch.equal(model.generate(prompt, **options), words)
+    assert torch.equal(model.generate(prompt, **options), generated)
     assert model(**given).loss.isfinite()
     models.preference_forward(model, given, fp.LinearCPOLoss())
     assert torch.equal(model(prompt).logits, logits)

@@ -1,4 +1,7 @@
-"""The way of a call: how many files and functions of the package it enters, from the public function and back."""
+"""The way of a call: how many files and functions of the package it enters, from the public function and back.
+
+The second call is counted: the first one also fills caches, which are not a part of every step.
+"""
 
 import sys
 from collections.abc import Callable

@@ -324,7 +324,7 @@ def test_mixture_of_experts(tmp_path: Path, setup: str) -> None:
 
 
 def embedded(prompts: list[str]) -> torch.Tensor:
-    """Two features of a prompt: its length, and its first word."""
+    """Two features of a prompt: its length, and its first token."""
     return torch.tensor([[len(text.split()), float(text.split()[0][1:]) / 10] for text in prompts])
 
 

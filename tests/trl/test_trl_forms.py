@@ -34,9 +34,9 @@ PARTS = {"role": "assistant", "content": [{"type": "text", "text": "w8"}, {"type
 
 
 def speaker() -> Any:
-    words = tokenizer()
-    words.chat_template = CALLS
-    return words
+    changed = tokenizer()
+    changed.chat_template = CALLS
+    return changed
 
 
 PAIRS: dict[str, dict[str, Any]] = {

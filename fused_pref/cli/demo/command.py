@@ -109,15 +109,15 @@ def train_objectives(
     for number, name in enumerate(names):
         model = build(len(tokenizer), args.seed)
         if number == 0:
-            words = f"vocabulary {len(tokenizer):,}"
-            console.print(f"model: Llama of {model.num_parameters() / 1e6:.1f} M parameters, {words}, on {_device()}")
+            size = f"vocabulary {len(tokenizer):,}"
+            console.print(f"model: Llama of {model.num_parameters() / 1e6:.1f} M parameters, {size}, on {_device()}")
             console.print(f"plan: {args.steps} steps of up to {PAIRS_PER_STEP} pairs, at most {args.cap:g} s in all")
         objective = OBJECTIVES[name]
         console.print(f"{objective.name} from random weights (seed {args.seed})")
         now = time.monotonic()
-        share = now + (deadline - now) / (len(names) - number)
+        end = now + (deadline - now) / (len(names) - number)
         with make_progress(console, objective.name, args.steps) as progress:
-            watcher = Watcher(objective, args.steps, batch, share, progress)
+            watcher = Watcher(objective, args.steps, batch, end, progress)
             histories.append(train(model, tokenizer, rows, args.seed, watcher))
     return histories
 

@@ -23,9 +23,9 @@ def load_tokenizer() -> MistralCommonBackend:
 def make_rows(records: list[Record], tokenizer: Any) -> tuple[list[Row], int]:
     """Rows of prompt, chosen and rejected for the trainers, and how many records were too long and had to be cut."""
 
-    def cut(text: str, kept: slice) -> str:
+    def cut(text: str, part: slice) -> str:
         tokens = tokenizer.encode(text, add_special_tokens=False)
-        return text if tokens[kept] == tokens else tokenizer.decode(tokens[kept])
+        return text if tokens[part] == tokens else tokenizer.decode(tokens[part])
 
     rows, number = [], 0
     for record in records:

@@ -123,12 +123,12 @@ def linear_gradient(
     features: int = 4096,
     vocabulary: int = VOCABULARY,
     bias: bool = False,
-    pick: bool = False,
+    selected_rows: bool = False,
 ) -> None:
-    """Launch the gradient of a slice of the linear head; ``pick``: of as many rows as the device says."""
+    """Launch the gradient of a slice of the linear head; ``selected_rows``: of as many rows as the device says."""
     columns = min(vocabulary, 8192)
-    head, targets = operands(dtype, columns, features, pick, bias), meta(8192, dtype=torch.int64)
-    out, count = meta(8192, columns, dtype=dtype), meta(dtype=torch.int32) if pick else None
+    head, targets = operands(dtype, columns, features, selected_rows, bias), meta(8192, dtype=torch.int64)
+    out, count = meta(8192, columns, dtype=dtype), meta(dtype=torch.int32) if selected_rows else None
     linear.gradient(out, head, meta(4, 8192), targets, 0, transform or Transform(), count)
 
 
@@ -297,8 +297,8 @@ CASES = [
     Case("TF32", partial(with_tf32, linear_gradient), (torch.float32,)),
     Case("softcap", partial(linear_gradient, transform=SOFTCAP)),
     Case("odd depth", partial(linear_gradient, features=2305), (torch.bfloat16,)),
-    Case("selected rows", partial(linear_gradient, pick=True)),
-    Case("selected rows, softcap, bias", partial(linear_gradient, pick=True, transform=SOFTCAP, bias=True)),
+    Case("selected rows", partial(linear_gradient, selected_rows=True)),
+    Case("selected rows, softcap, bias", partial(linear_gradient, selected_rows=True, transform=SOFTCAP, bias=True)),
     Case("plain", selected_products),
     Case("odd depth", partial(selected_products, features=2305), (torch.bfloat16,)),
     Case("odd columns", partial(selected_products, columns=4001), (torch.bfloat16,)),

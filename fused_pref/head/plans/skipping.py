@@ -92,8 +92,8 @@ class Skipping(Plan):
             statistics = torch_chunk.merged(parts)
         _, one_minus_p = head.finish(statistics, rows.targets)
         # A row's sum is at least 1, or 0 with those of all its tiles.
-        share = one_minus_p / statistics[SUM_EXP].clamp(min=0.5)
-        mass = parts[:, SUM_EXP] * (parts[:, ROW_MAX] - statistics[ROW_MAX]).exp_() * share
+        scale = one_minus_p / statistics[SUM_EXP].clamp(min=0.5)
+        mass = parts[:, SUM_EXP] * (parts[:, ROW_MAX] - statistics[ROW_MAX]).exp_() * scale
         live, lost = dropped(mass, rows.targets, self.columns, self.skip_mass)
         return Forward(statistics, (statistics, live), dropped=lost)
 

@@ -43,7 +43,7 @@ def transform(x, inner, outer, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def activation_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
-    """:func:`chain` where the slope differs from entry to entry; where it is a constant, dz as it is."""
+    """:func:`transform_backward` where the slope differs from entry to entry; where it is a constant, dz as it is."""
     if TRANSFORM == "identity" or TRANSFORM == "linear":
         return dz
     else:
