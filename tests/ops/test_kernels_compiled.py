@@ -24,6 +24,7 @@ KEYS = {
     "matrix_instructions", "wide_loads",
 }  # fmt: skip
 COMMAND = "import sys; from fused_pref.__main__ import main; sys.exit(main(['kernels', *sys.argv[1:]]))"
+FUSED = {f"_linear_{name}_kernel" for name in ("statistics", "exponentials", "exponentials_again", "gradient")}
 STREAMING = {"_token_logps_fwd_kernel", "_token_logps_bwd_kernel"}
 # Rows that cannot be accessed 16 bytes at a time.
 NARROW = {"odd vocabulary", "any strides", "small vocabulary"}
@@ -101,7 +102,7 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
     tables = [
         (statistics, "by index", configs.STATISTICS_TILE),
         (statistics, "sums, softcap", configs.HIGH_PRESSURE_TILE),
-        (statistics, "exponentials", configs.EXPONENTIALS_TILE),
+        ("_linear_exponentials_kernel", "exponentials", configs.EXPONENTIALS_TILE),
         (gradient, "plain", configs.GRADIENT_TILE),
         (gradient, "softcap", configs.HIGH_PRESSURE_TILE),
         (gradient, "selected rows", configs.GRADIENT_TILE),
@@ -127,9 +128,7 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
     """16-bit products everywhere; exact ones of float32 on NVIDIA's only where they may be rounded."""
-    kernels = {
-        f"_{name}_kernel" for name in ("linear_statistics", "linear_gradient", "selected_weight", "selected_hidden")
-    }
+    kernels = {*FUSED, "_selected_weight_kernel", "_selected_hidden_kernel"}
     products = [row for row in rows if row["kernel"] in kernels]
     assert {(row["kernel"], row["target"]) for row in products} == set(itertools.product(kernels, GPUS))
     for row in products:
@@ -141,7 +140,7 @@ def test_products_use_matrix_instructions(rows: list[dict[str, Any]]) -> None:
 def test_weights_are_read_through_descriptors(rows: list[dict[str, Any]]) -> None:
     """On the architectures that have them, where rows are whole 16 bytes and in 16-bit dtypes."""
     for row in rows:
-        if row["kernel"] in ("_linear_statistics_kernel", "_linear_gradient_kernel"):
+        if row["kernel"] in FUSED:
             expected = row["target"] in ("sm_90", "sm_100") and row["dtype"] != "fp32" and "depth" not in row["case"]
             assert ("WEIGHT_DESCRIPTOR" in row["config"].split()) == expected, row
 
@@ -149,12 +148,11 @@ def test_weights_are_read_through_descriptors(rows: list[dict[str, Any]]) -> Non
 def rare(row: dict[str, Any]) -> bool:
     """Whether hardly a call works by a row.
 
-    Products of float32 are the vendor's, unless fused ones are forced; the statistics' second pass (with ``before``)
-    leaves at once where no row has risen far above its pivot.
+    Products of float32 are the vendor's, unless fused ones are forced; exponentials are repeated only where a row has
+    risen far above its pivot.
     """
-    fused = row["kernel"] in ("_linear_statistics_kernel", "_linear_gradient_kernel")
-    again = row["kernel"] == "_linear_statistics_kernel" and "-before" not in row["config"].split()
-    return again or (fused and row["dtype"] == "fp32") or row["case"] in RARE
+    again = row["kernel"] == "_linear_exponentials_again_kernel"
+    return again or (row["kernel"] in FUSED and row["dtype"] == "fp32") or row["case"] in RARE
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def _term(w, l, inside, w_x, l_x, partners, pairs, beta, gamma, tau, TERM: tl.co
     """A term's losses and slopes, from what enters it of the sequences ``w`` and ``l`` of each pair."""
     smoothing = tl.full([], TERM[2], tl.float64)
     if TERM[6] >= 0:
-        row = partners + TERM[6] * 2 * pairs
+        row = partners + TERM[6] * 2 * tl.cast(pairs, tl.int64)
         w_other = tl.load(row + w, mask=inside, other=0.0)
         l_other = tl.load(row + l, mask=inside, other=0.0)
         losses, w_part, _ = pair_loss(w_x, w_other, beta, smoothing, gamma, tau, TERM[0])
