@@ -109,8 +109,9 @@ class Launch:
     def flags(self) -> str:
         """What its code depends on, in a line: constexpr arguments, and tensors that are not given."""
         constants, absent = self.constants, [f"-{name}" for name, value in self.bound.items() if value is None]
-        if "TERMS" in constants:
-            constants["TERMS"] = "+".join([term[0] for term in constants["TERMS"]])
+        if "NAMES" in constants:
+            constants["NAMES"] = "+".join(constants["NAMES"])
+            del constants["TERMS"]
         return " ".join(
             [*(name if value is True else f"{name}={value}" for name, value in constants.items() if value), *absent]
         )

@@ -52,34 +52,38 @@ def _half(
 
 
 @triton.jit
-def _enters(length, ratio, score, rise, offset, TERM: tl.constexpr):
-    """What enters a term, and its derivative in the log-ratio."""
-    if TERM[4]:
+def _enters(length, ratio, score, rise, offset, TERMS: tl.constexpr, T: tl.constexpr):
+    """What enters a term, by its number, and its derivative in the log-ratio."""
+    if TERMS[T][3]:
         x = score
         growth = rise
     else:
         x = ratio
         growth = tl.zeros_like(ratio) + 1.0
-    if TERM[3]:
+    if TERMS[T][2]:
         x = x / length
         growth = growth / length
-    if TERM[5]:
+    if TERMS[T][4]:
         x = x - offset
     return x, growth
 
 
 @triton.jit
-def _term(w, l, inside, w_x, l_x, partners, pairs, beta, gamma, tau, TERM: tl.constexpr):
+def _term(
+    w, l, inside, w_x, l_x, partners, pairs, beta, gamma, tau,
+    NAMES: tl.constexpr, TERMS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """A term's losses and slopes, from what enters it of the sequences ``w`` and ``l`` of each pair."""
-    smoothing = tl.full([], TERM[2], tl.float64)
-    if TERM[6] >= 0:
-        row = partners + TERM[6] * 2 * tl.cast(pairs, tl.int64)
+    NAME: tl.constexpr = NAMES[T]
+    smoothing = tl.full([], TERMS[T][1], tl.float64)
+    if TERMS[T][5] >= 0:
+        row = partners + TERMS[T][5] * 2 * tl.cast(pairs, tl.int64)
         w_other = tl.load(row + w, mask=inside, other=0.0)
         l_other = tl.load(row + l, mask=inside, other=0.0)
-        losses, w_part, _ = pair_loss(w_x, w_other, beta, smoothing, gamma, tau, TERM[0])
-        _, _, l_part = pair_loss(l_other, l_x, beta, smoothing, gamma, tau, TERM[0])
+        losses, w_part, _ = pair_loss(w_x, w_other, beta, smoothing, gamma, tau, NAME)
+        _, _, l_part = pair_loss(l_other, l_x, beta, smoothing, gamma, tau, NAME)
     else:
-        losses, w_part, l_part = pair_loss(w_x, l_x, beta, smoothing, gamma, tau, TERM[0])
+        losses, w_part, l_part = pair_loss(w_x, l_x, beta, smoothing, gamma, tau, NAME)
     return losses, w_part, l_part
 
 
@@ -95,10 +99,13 @@ def _pair_objective_kernel(
     logps, rewards, slope,  # [S], the last float64
     pairs, pair_count: tl.float64, token_count: tl.float64, delta_value: tl.float64,
     beta: tl.float64, nll_weight: tl.float64, gamma: tl.float64, alpha: tl.float64, tau: tl.float64,
-    TERMS: tl.constexpr, AVERAGED: tl.constexpr, TRANSFORM: tl.constexpr, NLL: tl.constexpr,
+    NAMES: tl.constexpr, TERMS: tl.constexpr, AVERAGED: tl.constexpr, TRANSFORM: tl.constexpr, NLL: tl.constexpr,
     TOKEN_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """TERMS are the fields of ``PairTerm``, with the row of ``partners`` in place of ``matched``, -1 without one."""
+    """NAMES of the terms, and TERMS their other fields, with the row of ``partners`` for ``matched``, -1 without one.
+
+    Device functions get all terms and a number: Triton 3.6 hands on no tuple that comes out of another one.
+    """
     pair_number = divisor(number(pair_count, pair_normalizer))
     nll_number = pair_number
     if NLL == "token":
@@ -119,11 +126,11 @@ def _pair_objective_kernel(
             l, inside, sums, counts, ref_logps, logps, rewards, beta, alpha, AVERAGED, TRANSFORM
         )
         w_slope, l_slope = zeros(tl.float64, BLOCK)
-        for t in tl.static_range(len(TERMS)):
-            weight = tl.full([], TERMS[t][1], tl.float64)
-            w_x, w_growth = _enters(w_length, w_ratio, w_score, w_rise, offset, TERMS[t])
-            l_x, l_growth = _enters(l_length, l_ratio, l_score, l_rise, offset, TERMS[t])
-            losses, w_part, l_part = _term(w, l, inside, w_x, l_x, partners, pairs, beta, gamma, tau, TERMS[t])
+        for t in tl.static_range(len(NAMES)):
+            weight = tl.full([], TERMS[t][0], tl.float64)
+            w_x, w_growth = _enters(w_length, w_ratio, w_score, w_rise, offset, TERMS, t)
+            l_x, l_growth = _enters(l_length, l_ratio, l_score, l_rise, offset, TERMS, t)
+            losses, w_part, l_part = _term(w, l, inside, w_x, l_x, partners, pairs, beta, gamma, tau, NAMES, TERMS, t)
             summed += weight * tl.where(inside, losses, 0.0)
             w_slope += weight * w_part * w_growth
             l_slope += weight * l_part * l_growth
@@ -177,7 +184,8 @@ def pair_objective(
         loss, scalars, logps, rewards, slope,
         pairs=pairs, pair_count=pair_count, token_count=token_count, delta_value=delta_value, beta=spec.beta,
         nll_weight=spec.nll_weight, gamma=spec.simpo_gamma, alpha=spec.alpha, tau=spec.tau,
-        TERMS=constant_terms(spec), AVERAGED=spec.averaged, TRANSFORM=transform,
+        NAMES=tuple([term.name for term in spec.terms]), TERMS=constant_terms(spec), AVERAGED=spec.averaged,
+        TRANSFORM=transform,
         NLL=spec.nll_reduction if spec.nll_weight else None, TOKEN_COUNT=token_normalizer is None,
         BLOCK=configs.OBJECTIVE.block, **configs.OBJECTIVE.options,
     )  # fmt: skip
@@ -185,7 +193,7 @@ def pair_objective(
 
 
 def constant_terms(spec: PairSpec) -> tuple[tuple[Any, ...], ...]:
-    """The terms as the kernel takes them."""
+    """The terms without their names, as the kernel takes them."""
     matched = [term for term in spec.terms if term.matched]
     rows = [matched.index(term) if term.matched else -1 for term in spec.terms]
-    return tuple([(*astuple(term)[:6], row) for term, row in zip(spec.terms, rows, strict=True)])
+    return tuple([(*astuple(term)[1:6], row) for term, row in zip(spec.terms, rows, strict=True)])
