@@ -121,25 +121,28 @@ def finite(name: str, value: Any, expected: str = "a finite number") -> float:
 def positive(name: str, value: Any) -> float:
     """A finite number above 0."""
     expected = "a finite number > 0"
-    if finite(name, value, expected) <= 0:
+    number = finite(name, value, expected)
+    if number <= 0:
         raise fail(name, expected, value)
-    return float(value)
+    return number
 
 
 def not_negative(name: str, value: Any) -> float:
     """A finite number of at least 0."""
     expected = "a finite number >= 0"
-    if finite(name, value, expected) < 0:
+    number = finite(name, value, expected)
+    if number < 0:
         raise fail(name, expected, value)
-    return float(value)
+    return number
 
 
 def within(name: str, value: Any, low: float, high: float) -> float:
     """A number in [low, high)."""
     expected = f"a number in [{low:g}, {high:g})"
-    if not low <= finite(name, value, expected) < high:
+    number = finite(name, value, expected)
+    if not low <= number < high:
         raise fail(name, expected, value)
-    return float(value)
+    return number
 
 
 def flag(name: str, value: Any) -> bool:

@@ -76,9 +76,7 @@ class Inputs(ABC):
         """Whether a gradient is wanted of any tensor."""
 
     def scores(self, logp: Tensor, means: Tensor) -> Scores:
-        """What :meth:`tokens` gives, times the weights, summed per sequence."""
-        if self.weights is not None:
-            logp = weighted(logp, self.weights)
+        """What :meth:`tokens` gives, log-probs times their weights, summed per sequence."""
         scores = sequence_scores(logp, means, self.targets, self.cu_seqlens, self.spec)
         if self.cp_group is not None:
             known = [part for part in scores if part is not None]
@@ -91,10 +89,10 @@ class Inputs(ABC):
     def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
         """The objective's output for the tokens, scored by :meth:`tokens` if they are not given."""
         logp, means, dropped = tokens or self.tokens()
-        scores = self.scores(logp.detach(), means)
-        output, slope = objective.evaluate(scores, self.spec.backend, self.dtype)
         if self.weights is not None:
             logp = weighted(logp, self.weights)
+        scores = self.scores(logp.detach(), means)
+        output, slope = objective.evaluate(scores, self.spec.backend, self.dtype)
         kind: Any = type(output)
         loss = KnownSlopeFunction.apply(logp, self.cu_seqlens, output.loss, slope, self.spec.backend)
         output = kind(loss, *output[1:])
@@ -250,7 +248,7 @@ class LinearInputs(Inputs):
             detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
             constants = custom_ops.encode((call, objective), tensors)
             logp, means, *parts = custom_ops.linear_known_gradients(*detached, self.weights, tensors, constants)
-            scores = self.scores(logp, means)
+            scores = self.scores(logp if self.weights is None else weighted(logp, self.weights), means)
             output, _ = objective.evaluate(scores, self.spec.backend, self.dtype)
             lengths, gradients = scores.counts, custom_ops.wanted_only(tuple(parts))
         else:

@@ -28,9 +28,7 @@ def term(name: str, weight: float = 1.0, smoothing: float = 0.0, *, average: boo
 def cpo_spec(keywords: Mapping[str, Any]) -> PairSpec:
     """From CPO's keywords."""
     loss_type = validate.choice("loss_type", keywords["loss_type"], CPO_LOSS_TYPES)
-    cpo_alpha = validate.finite("cpo_alpha", keywords["cpo_alpha"], "a finite number >= 0")
-    if cpo_alpha < 0:
-        raise validate.fail("cpo_alpha", "a finite number >= 0", cpo_alpha)
+    cpo_alpha = validate.not_negative("cpo_alpha", keywords["cpo_alpha"])
     name = "simpo" if loss_type == "alphapo" else loss_type
     smoothing = _smoothing(name, keywords["label_smoothing"])
     return PairSpec(
@@ -86,34 +84,22 @@ def loss_names(loss_type: Any) -> tuple[str, ...]:
 
 
 def dpo_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None, float | Tensor | None]:
-    """As of CPO; that of pairs is refused where a loss compares the pairs of a batch."""
-    _check_matched(keywords)
+    """As of CPO; one of pairs is refused with a loss that compares pairs: parts of a batch do not add up to it."""
+    matched = [name for name in loss_names(keywords["loss_type"]) if name in PAIR_LOSSES and PAIR_LOSSES[name].partners]
+    if matched and keywords["pair_normalizer"] is not None:
+        expected = f"None with {matched[0]}, which sorts the pairs of a batch and cannot be accumulated exactly"
+        raise validate.fail("pair_normalizer", expected, keywords["pair_normalizer"])
     return pair_normalizers(keywords)
 
 
 def dpo_shift(keywords: Mapping[str, Any], device: torch.device | None = None) -> RewardShift | float | Tensor | None:
-    """DPO's ``delta`` on this device (None: any); None without bco_pair, where it is refused unless it is 0."""
-    return _checked_shift(keywords, reward_shift(keywords, device))
-
-
-def _checked_shift(
-    keywords: Mapping[str, Any], delta: RewardShift | Tensor | float
-) -> RewardShift | Tensor | float | None:
-    """DPO's δ; None without ``bco_pair``, where another one than 0 is refused."""
-    names = loss_names(keywords["loss_type"])
+    """DPO's ``delta`` on this device (None: any); None without ``bco_pair``, where another one than 0 is refused."""
+    delta, names = reward_shift(keywords, device), loss_names(keywords["loss_type"])
     if "bco_pair" in names:
         return delta
     if not isinstance(delta, float) or delta != 0:
         raise ValueError(f"delta needs loss_type='bco_pair'; got {validate.describe(delta)} with {', '.join(names)}")
     return None
-
-
-def _check_matched(keywords: Mapping[str, Any]) -> None:
-    """Refuse a normalizer of the pairs with a loss that compares pairs: parts of a batch do not add up to it."""
-    matched = [name for name in loss_names(keywords["loss_type"]) if name in PAIR_LOSSES and PAIR_LOSSES[name].partners]
-    if matched and keywords["pair_normalizer"] is not None:
-        expected = f"None with {matched[0]}, which sorts the pairs of a batch and cannot be accumulated exactly"
-        raise validate.fail("pair_normalizer", expected, keywords["pair_normalizer"])
 
 
 def _sequence(value: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from malformed import FUNCTIONS, MODULES
 
 import fused_pref
 from dev import COMMANDS
@@ -78,32 +79,6 @@ def test_only_newer_releases_than_the_recorded_ones_may_fail(
     assert newest.main() == status
 
 
-TABLES = {
-    "token_logps": keywords.LogitsKeywords,
-    "sequence_logps": keywords.SequenceLogitsKeywords,
-    "cpo_loss": keywords.CPOLogitsKeywords,
-    "dpo_loss": keywords.DPOLogitsKeywords,
-    "bco_loss": keywords.BCOLogitsKeywords,
-    "kto_loss": keywords.KTOLogitsKeywords,
-    "preference_loss": keywords.PreferenceLogitsKeywords,
-    "linear_token_logps": keywords.LinearKeywords,
-    "linear_sequence_logps": keywords.SequenceLinearKeywords,
-    "linear_cpo_loss": keywords.CPOLinearKeywords,
-    "linear_dpo_loss": keywords.DPOLinearKeywords,
-    "linear_bco_loss": keywords.BCOLinearKeywords,
-    "linear_kto_loss": keywords.KTOLinearKeywords,
-    "linear_preference_loss": keywords.PreferenceLinearKeywords,
-}
-MODULES = {
-    "CPOLoss": "cpo_loss",
-    "DPOLoss": "dpo_loss",
-    "BCOLoss": "bco_loss",
-    "KTOLoss": "kto_loss",
-    "PreferenceLoss": "preference_loss",
-}
-LINEAR_MODULES = {f"Linear{name}": f"linear_{function}" for name, function in MODULES.items()}
-
-
 def shown(function: Any) -> dict[str, Any]:
     """The defaults of a signature."""
     parameters = inspect.signature(function).parameters.values()
@@ -112,12 +87,12 @@ def shown(function: Any) -> dict[str, Any]:
 
 def test_defaults_stand_in_the_keyword_tables_alone() -> None:
     """Functions, their references and modules show the defaults of the tables, and no other."""
-    for name, table in TABLES.items():
+    for name, table in FUNCTIONS.items():
         assert shown(getattr(fused_pref, name)) == keywords.defaults(table), name
         assert shown(getattr(fused_pref.reference, name)) == keywords.defaults(table), name
-    for name, function in (MODULES | LINEAR_MODULES).items():
+    for name, function in MODULES.items():
         own = shown(getattr(fused_pref, name))
-        table = keywords.defaults(TABLES[function])
+        table = keywords.defaults(FUNCTIONS[function])
         assert own == {key: table[key] for key in own}, name
     explained = shown(fused_pref.explain)
     for name in ("memory_budget", "skip_mass"):
