@@ -360,15 +360,15 @@ def linear_kto_loss(
 
 
 def _token_logps(inputs: Inputs) -> Tensor:
-    logp, *_ = inputs.tokens()
+    logp = inputs.tokens().logp
     validate.values("the log-prob of each token", logp, torch.isfinite, "finite")
     return logp[:, :-1] if inputs.spec.shift and inputs.cu_seqlens is None else logp
 
 
 def _sequence_logps(inputs: Inputs, average: bool) -> Tensor:
-    logp, means, _ = inputs.tokens()
-    scores = inputs.scores(logp.detach(), means)
-    sums = KnownSlopeFunction.apply(logp, inputs.cu_seqlens, scores.sums, None, inputs.spec.backend)
+    tokens = inputs.tokens()
+    scores = inputs.scores(tokens.logp.detach(), tokens.means)
+    sums = KnownSlopeFunction.apply(tokens.logp, inputs.cu_seqlens, scores.sums, None, inputs.spec.backend)
     return (sums / scores.counts.clamp(min=1) if average else sums).to(inputs.dtype)  # type: ignore[operator]
 
 

@@ -159,6 +159,15 @@ class ObjectiveKeywords(TypedDict, total=False):
             "weighted likewise. None: 1",
         ),
     ]
+    token_metrics: Annotated[
+        bool,
+        Keyword(
+            False,
+            "give entropy (nats), accuracy (no logit is above the target's) and sum_sq (log of the sum of squared "
+            "probabilities) with the output: (S,) means over the scored tokens of each sequence, of the transformed "
+            "logits, beside its items and in metrics()",
+        ),
+    ]
 
 
 class PairKeywords(ObjectiveKeywords, total=False):

@@ -5,8 +5,33 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class _Beside:
-    """A tuple with attributes beside its items, which copies, pickles and ``_replace`` keep."""
+class OutputAttributes:
+    """A tuple with attributes beside its items, which copies, pickles and ``_replace`` keep.
+
+    Attributes:
+        lengths: (S,) int64, scored tokens of each sequence.
+        dropped_mass: shape of the labels, the probability that ``skip_mass`` leaves out of each token's gradient, 0
+            where nothing is scored; None without ``skip_mass``.
+        entropy: (S,), of the softmax over the vocabulary in nats, the mean over the scored tokens of each sequence, 0
+            for an empty one; None without ``token_metrics``, as what follows.
+        accuracy: (S,), share of the tokens whose logit no other is above.
+        sum_sq: (S,), mean of the logarithm of the sum of squared probabilities.
+    """
+
+    dropped_mass: Tensor | None = None
+    entropy: Tensor | None = None
+    accuracy: Tensor | None = None
+    sum_sq: Tensor | None = None
+
+    def _token_metrics(self, chosen: int | None = None) -> dict[str, Tensor]:
+        """Means over scored tokens: entropy of all, accuracy in the first ``chosen`` sequences (None: not given)."""
+        if self.entropy is None or self.accuracy is None:
+            return {}
+        lengths: Tensor = self.lengths  # type: ignore[attr-defined] - of the classes that have outputs
+        found = {"entropy": _token_mean(self.entropy, lengths)}
+        if chosen is not None:
+            found["mean_token_accuracy"] = _token_mean(self.accuracy[:chosen], lengths[:chosen])
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (type(self), tuple(self), vars(self))  # type: ignore[arg-type]
@@ -22,6 +47,10 @@ def _rebuilt(kind: Any, items: tuple[Any, ...], attributes: dict[str, Any]) -> A
     return output
 
 
+def _token_mean(means: Tensor, lengths: Tensor) -> Tensor:
+    return ((means.double() * lengths).sum() / lengths.sum().clamp(min=1)).to(means.dtype)
+
+
 class _PairFields(NamedTuple):
     loss: Tensor
     nll_loss: Tensor
@@ -33,7 +62,7 @@ class _PairFields(NamedTuple):
     rejected_logits_mean: Tensor | None
 
 
-class PairOutput(_Beside, _PairFields):
+class PairOutput(OutputAttributes, _PairFields):
     """Result of a pairwise objective over B pairs; fp32, or fp64 for fp64 inputs.
 
     Attributes:
@@ -42,14 +71,12 @@ class PairOutput(_Beside, _PairFields):
         chosen_logps, rejected_logps: (B,), summed over the completion; averaged where the loss is ipo or simpo alone.
         chosen_rewards, rejected_rewards: (B,), beta times the log-probs as they enter CPO, or beta (logps - ref_logps).
         chosen_logits_mean, rejected_logits_mean: 0-d, mean of the transformed logits; None with ``logits_mean=None``.
-        dropped_mass: shape of the labels, the probability that ``skip_mass`` leaves out of each token's gradient, 0
-            where nothing is scored; None without ``skip_mass``; not one of the tuple's items.
-        lengths: (S,) int64, scored tokens of each sequence, chosen ones first; not one of the tuple's items.
+        lengths, dropped_mass, entropy, accuracy, sum_sq: see :class:`OutputAttributes`, chosen sequences first; not
+            among the tuple's items.
         delta: 0-d, the reward shift that bco_pair used; None without it; not one of the tuple's items.
     """
 
     lengths: Tensor
-    dropped_mass: Tensor | None = None
     delta: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
@@ -70,7 +97,7 @@ class PairOutput(_Beside, _PairFields):
             means["logits/rejected"] = self.rejected_logits_mean
         if self.delta is not None:
             means["delta"] = self.delta
-        return means
+        return means | self._token_metrics(self.chosen_logps.numel())
 
 
 class _BCOFields(NamedTuple):
@@ -84,7 +111,7 @@ class _BCOFields(NamedTuple):
     rejected_count: Tensor
 
 
-class BCOOutput(_Beside, _BCOFields):
+class BCOOutput(OutputAttributes, _BCOFields):
     """Result of the BCO objective over S sequences; fp32, or fp64 for fp64 inputs.
 
     Attributes:
@@ -96,12 +123,11 @@ class BCOOutput(_Beside, _BCOFields):
             sequences, 0 where there is none; None with ``logits_mean=None``.
         chosen_count, rejected_count: 0-d int64, desirable and undesirable sequences.
         desirable: bool (S,), the classes as they were passed; not one of the tuple's items.
-        lengths, dropped_mass: as of :class:`PairOutput`; not among the tuple's items.
+        lengths, dropped_mass, entropy, accuracy, sum_sq: see :class:`OutputAttributes`; not among the tuple's items.
     """
 
     desirable: Tensor
     lengths: Tensor
-    dropped_mass: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised.
@@ -123,7 +149,7 @@ class _KTOFields(NamedTuple):
     rejected_count: Tensor
 
 
-class KTOOutput(_Beside, _KTOFields):
+class KTOOutput(OutputAttributes, _KTOFields):
     """Result of the KTO objective over S sequences; fp32, or fp64 for fp64 inputs.
 
     Attributes:
@@ -134,11 +160,11 @@ class KTOOutput(_Beside, _KTOFields):
         chosen_logits_mean, rejected_logits_mean: as of :class:`BCOOutput`.
         chosen_count, rejected_count: 0-d int64, desirable and undesirable sequences.
         desirable: bool (S,), the classes as they were passed; not one of the tuple's items.
-        dropped_mass: as of :class:`PairOutput`; not one of the tuple's items.
+        lengths, dropped_mass, entropy, accuracy, sum_sq: see :class:`OutputAttributes`; not among the tuple's items.
     """
 
     desirable: Tensor
-    dropped_mass: Tensor | None = None
+    lengths: Tensor
 
     def metrics(self) -> dict[str, Tensor]:
         """As of :class:`BCOOutput`, with ``kl`` in place of ``delta``."""
@@ -161,7 +187,7 @@ def _class_metrics(output: BCOOutput | KTOOutput) -> dict[str, Tensor]:
             means[f"{name}/{side}"] = total / count.clamp(min=1)
         means[f"count/{side}"] = count
     means["rewards/margins"] = (means["rewards/chosen"] - means["rewards/rejected"]).where(both, 0)
-    return means
+    return means | output._token_metrics()
 
 
 class _PreferenceFields(NamedTuple):
@@ -172,7 +198,7 @@ class _PreferenceFields(NamedTuple):
     logits_mean: Tensor | None
 
 
-class PreferenceOutput(_Beside, _PreferenceFields):
+class PreferenceOutput(OutputAttributes, _PreferenceFields):
     """Result of an objective of the user's over S sequences; fp32, or fp64 for fp64 inputs.
 
     Attributes:
@@ -182,10 +208,8 @@ class PreferenceOutput(_Beside, _PreferenceFields):
         lengths: (S,) int64, scored tokens.
         logits_mean: (S,), mean of the transformed logits of each sequence, 0 without a position; None with
             ``logits_mean=None``.
-        dropped_mass: as of :class:`PairOutput`; not one of the tuple's items.
+        dropped_mass, entropy, accuracy, sum_sq: see :class:`OutputAttributes`; not among the tuple's items.
     """
-
-    dropped_mass: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d means over sequences, on the device of the loss; nothing is synchronised."""
@@ -193,4 +217,5 @@ class PreferenceOutput(_Beside, _PreferenceFields):
         means = {"logps": self.logps.sum() / number, "lengths": self.lengths.double().sum() / number}
         if self.logits_mean is not None:
             means["logits"] = self.logits_mean.sum() / number
-        return means
+        paired = self.losses.dim() == 1 and 2 * self.losses.numel() == self.logps.numel()
+        return means | self._token_metrics(self.losses.numel() if paired else None)

@@ -31,7 +31,8 @@ def transform_of(keywords: Mapping[str, Any]) -> Transform:
 class Spec:
     """Validated constants of a call; ``backend`` becomes the one that is chosen.
 
-    ``inplace_backward`` is of calls on logits; what follows is of linear heads, None in ``memory_budget`` the default.
+    ``token_metrics``: whether entropy, accuracy and Σ p² of the scored tokens are wanted. ``inplace_backward`` is of
+    calls on logits; what follows is of linear heads, None in ``memory_budget`` the default.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Spec:
     ignore_index: int
     transform: Transform
     logits_mean: str | None
+    token_metrics: bool = False
     inplace_backward: bool = False
     memory_budget: int | None = None
     max_valid_tokens: int | None = None

@@ -18,21 +18,22 @@ from fused_pref.spec import Spec
 
 
 class TokenLogpsFunction(torch.autograd.Function):
-    """(logits, targets) → (logp, mean of z), per position; the gradient is a_n (onehot − softmax)."""
+    """(logits, targets) → (logp, mean of z, metrics), per position; the gradient is a_n (onehot − softmax)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`fused_pref.head.custom_ops.token_logps_fwd`."""
         t = spec.transform
         constants = (spec.backend, spec.ignore_index, t.activation, t.inner, t.outer)
-        logp, statistics, means = token_logps_fwd(logits, targets, spec.logits_mean, *constants)
+        asked = (spec.logits_mean, spec.token_metrics)
+        logp, statistics, means, metrics = token_logps_fwd(logits, targets, *asked, *constants)
         ctx.save_for_backward(logits, targets, statistics)
         ctx.constants, ctx.inplace, ctx.overwritten = constants, spec.inplace_backward, False
-        ctx.mark_non_differentiable(means)
+        ctx.mark_non_differentiable(means, metrics)
         if not torch.compiler.is_compiling():
             # Else zeros would be filled in as the gradient of the means. Dynamo lacks this, and drops them itself.
             ctx.set_materialize_grads(False)
-        return logp, means
+        return logp, means, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -73,9 +74,9 @@ class OnceDifferentiableFunction(torch.autograd.Function):
 
 
 class LinearTokenLogpsFunction(torch.autograd.Function):
-    """(hidden, weight, bias, targets) → (logp, mean of z, dropped mass), per position; any upstream gradient.
+    """(hidden, weight, bias, targets) → (logp, mean of z, metrics, dropped mass), per position; any upstream gradient.
 
-    The dropped mass is None without ``skip_mass``, 0 by any plan but ``skipping``.
+    Metrics are None where they are not asked for, and so is the dropped mass, which is 0 by any plan but ``skipping``.
     """
 
     @staticmethod
@@ -88,17 +89,17 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         head: Head,
         rows: ValidRows,
         plan: Plan,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """By any plan but ``grouped``; ``head`` has the same tensors."""
         ctx.call, ctx.rows, ctx.plan = head.call, rows, plan
         with working(head, rows):
-            logp, means, forward = score(head, rows, plan, targets)
+            logp, means, metrics, forward = score(head, rows, plan, targets)
         dropped = None if head.call.spec.skip_mass is None else torch.zeros_like(means)
         dropped = dropped if forward.dropped is None else rows.scatter(forward.dropped, targets)
         ctx.chunks = forward.chunks
         ctx.save_for_backward(hidden, weight, bias, *forward.saved)
-        ctx.mark_non_differentiable(*(means,) if dropped is None else (means, dropped))
-        return rows.scatter(logp, targets), means, dropped
+        ctx.mark_non_differentiable(*(part for part in (means, metrics, dropped) if part is not None))
+        return rows.scatter(logp, targets), means, metrics, dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -22,7 +22,7 @@ from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.losses.scores import Scores, saturate
 from fused_pref.losses.unpaired import UnpairedObjective
-from fused_pref.ops.interface import ACCUMULATOR, PairSpec, PairTerm, Transform, UnpairedSpec
+from fused_pref.ops.interface import ACCUMULATOR, ENTROPY, PairSpec, PairTerm, Transform, UnpairedSpec
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.spec import Spec
 
@@ -37,34 +37,35 @@ def token_logps_fwd(
     logits: Tensor,
     targets: Tensor,
     logits_mean: str | None,
+    metrics: bool,
     backend: str,
     ignore_index: int,
     activation: str,
     inner: float,
     outer: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob of the label that each position scores.
 
     Returns:
         logp, shape of ``targets``: 0 where nothing is scored, NaN for a label outside the vocabulary;
         statistics (3, *targets.shape): what the gradient needs of each row, by the same backend;
-        mean of z over the vocabulary, shape of ``targets``: 0 where ``logits_mean`` does not ask for it.
+        mean of z over the vocabulary, shape of ``targets``: 0 where ``logits_mean`` does not ask for it;
+        with ``metrics`` those of :func:`fused_pref.ops.metrics.token_metrics`, (3, *targets.shape), else (3, 0).
         Float32, float64 for float64 logits.
     """
     transform = _transform(activation, inner, outer)
     if backend == "triton":
         from fused_pref.ops.triton import logprob
 
-        return logprob.token_logps_fwd(logits, targets, logits_mean, ignore_index, transform)
+        return logprob.token_logps_fwd(logits, targets, logits_mean, ignore_index, transform, metrics=metrics)
     dtype = ACCUMULATOR[logits.dtype]
-    return torch_chunk.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, dtype)
+    return torch_chunk.token_logps_fwd(logits, targets, ignore_index, transform, logits_mean, metrics, dtype)
 
 
 @token_logps_fwd.register_fake
-def _(logits, targets, *constants):  # type: ignore[no-untyped-def]
-    dtype = ACCUMULATOR[logits.dtype]
-    statistics = logits.new_empty((3, *targets.shape), dtype=dtype)
-    return logits.new_empty(targets.shape, dtype=dtype), statistics, logits.new_empty(targets.shape, dtype=dtype)
+def _(logits, targets, logits_mean, metrics, *constants):  # type: ignore[no-untyped-def]
+    logp = logits.new_empty(targets.shape, dtype=ACCUMULATOR[logits.dtype])
+    return logp, logp.new_empty((3, *targets.shape)), torch.empty_like(logp), _fake_metrics(metrics, logp)
 
 
 @torch.library.custom_op("fused_pref::token_logps_bwd", mutates_args=("dlogits",))
@@ -141,12 +142,12 @@ def decode(text: str, tensors: Sequence[Tensor] = ()) -> Any:
 @torch.library.custom_op("fused_pref::linear_token_logps_fwd", mutates_args=(), tags=READS)
 def linear_token_logps_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor | None, call: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, mean of z, what the backward needs): statistics (4, P), U (P, D), or nothing."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, mean of z, metrics, what the backward needs): statistics (4, P), U (P, D), or nothing."""
     request = decode(call)
     head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens)
     with working(head, rows):
-        logp, means, forward = score(head, rows, replace(plan, saved=0), targets)
+        logp, means, metrics, forward = score(head, rows, replace(plan, saved=0), targets)
     if not request.wanted:
         saved = hidden.new_empty(0, dtype=head.accumulator)
     elif request.wanted == {"hidden"}:
@@ -154,8 +155,8 @@ def linear_token_logps_fwd(
         saved = u if rows.indices is None else u.new_zeros(targets.numel(), u.shape[1]).index_copy_(0, rows.indices, u)
     else:
         (statistics,) = forward.saved
-        saved = torch.stack([rows.scatter(row, targets).flatten() for row in statistics])
-    return rows.scatter(logp, targets), means, saved
+        saved = torch.stack([rows.scatter(row, targets).flatten() for row in statistics[:ENTROPY]])
+    return rows.scatter(logp, targets), means, _there(metrics, means), saved
 
 
 @linear_token_logps_fwd.register_fake
@@ -164,7 +165,8 @@ def _(hidden, weight, bias, targets, cu_seqlens, call):  # type: ignore[no-untyp
     dtype = ACCUMULATOR[request.dtype]
     logp = hidden.new_empty(targets.shape, dtype=dtype)
     shape = (4, targets.numel()) if request.wanted != {"hidden"} else (targets.numel(), hidden.shape[-1])
-    return logp, torch.empty_like(logp), hidden.new_empty(shape if request.wanted else 0, dtype=dtype)
+    saved = hidden.new_empty(shape if request.wanted else 0, dtype=dtype)
+    return logp, torch.empty_like(logp), _fake_metrics(request.spec.token_metrics, logp), saved
 
 
 @torch.library.custom_op("fused_pref::linear_token_logps_bwd", mutates_args=(), tags=READS)
@@ -205,28 +207,29 @@ def linear_known_gradients(
     token_weights: Tensor | None,
     tensors: list[Tensor],
     constants: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, mean of z, gradients of the loss) of an objective whose coefficients are known unit by unit."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, mean of z, metrics, gradients of the loss) of an objective whose slopes are known unit by unit."""
     request, objective = decode(constants, tensors)
     head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens, token_weights)
     if isinstance(plan, Grouped):
-        logp, means, gradients, _ = evaluate_groups(head, rows, plan, targets, cu_seqlens, objective)
-        return logp, means, *_filled(gradients, hidden)
+        tokens, gradients, _ = evaluate_groups(head, rows, plan, targets, cu_seqlens, objective)
+        return tokens.logp, tokens.means, _there(tokens.metrics, tokens.means), *_filled(gradients, hidden)
     with working(head, rows):
-        values, means, forward = score(head, rows, plan, targets)
+        values, means, metrics, forward = score(head, rows, plan, targets)
         scores = Scores(rows.sums(values), rows.counts, None, None)
         _, slope = objective.for_parts(rows.counts).evaluate(scores, request.spec.backend, head.accumulator)
         upstream = rows.expand(saturate(slope, torch.float32)).to(values.dtype)
         gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
-    return rows.scatter(values, targets), means, *_filled(late, hidden)
+    return rows.scatter(values, targets), means, _there(metrics, means), *_filled(late, hidden)
 
 
 @linear_known_gradients.register_fake
 def _(hidden, weight, bias, targets, cu_seqlens, token_weights, tensors, constants):  # type: ignore[no-untyped-def]
     request, _ = decode(constants, tensors)
     logp = hidden.new_empty(targets.shape, dtype=ACCUMULATOR[request.dtype])
-    return logp, torch.empty_like(logp), *_fake_gradients(hidden, weight, bias, request, late=True)
+    metrics = _fake_metrics(request.spec.token_metrics, logp)
+    return logp, torch.empty_like(logp), metrics, *_fake_gradients(hidden, weight, bias, request, late=True)
 
 
 class CompiledTokenLogpsFunction(torch.autograd.Function):
@@ -241,13 +244,13 @@ class CompiledTokenLogpsFunction(torch.autograd.Function):
         targets: Tensor,
         cu_seqlens: Tensor | None,
         call: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`linear_token_logps_fwd`."""
-        logp, means, saved = linear_token_logps_fwd(hidden, weight, bias, targets, cu_seqlens, call)
+        logp, means, metrics, saved = linear_token_logps_fwd(hidden, weight, bias, targets, cu_seqlens, call)
         ctx.save_for_backward(hidden, weight, bias, targets, cu_seqlens, saved)
         ctx.call = call
-        ctx.mark_non_differentiable(means)
-        return logp, means
+        ctx.mark_non_differentiable(means, metrics)
+        return logp, means, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -259,6 +262,15 @@ class CompiledTokenLogpsFunction(torch.autograd.Function):
 def wanted_only(gradients: tuple[Tensor, ...]) -> Gradients:
     """None for the empty ones."""
     return Gradients(*(None if part.dim() == 1 and part.shape[0] == 0 else part for part in gradients))
+
+
+def _there(metrics: Tensor | None, like: Tensor) -> Tensor:
+    """A schema has no None for a result: (3, 0) is none."""
+    return like.new_empty(3, 0) if metrics is None else metrics
+
+
+def _fake_metrics(wanted: bool, logp: Tensor) -> Tensor:
+    return logp.new_empty((3, *logp.shape) if wanted else (3, 0))
 
 
 def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

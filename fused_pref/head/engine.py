@@ -20,10 +20,11 @@ from fused_pref.head.plans.skipping import can_skip
 from fused_pref.layout import ValidRows, valid_rows
 from fused_pref.losses.open import OpenObjective
 from fused_pref.losses.pair import PairObjective
-from fused_pref.losses.scores import Scores, gather, mean_sums, saturate
+from fused_pref.losses.scores import Scores, Tokens, gather, mean_sums, saturate
 from fused_pref.losses.unpaired import UnpairedObjective
 from fused_pref.ops.devices import device_at
 from fused_pref.ops.interface import LOGIT_SUM
+from fused_pref.ops.metrics import token_metrics
 from fused_pref.ops.torch.chunk import Rows, block_rows, ranges
 
 Objective = PairObjective | UnpairedObjective | OpenObjective
@@ -105,19 +106,26 @@ def working(head: Head, rows: ValidRows) -> Iterator[None]:
         raise
 
 
-def score(head: Head, rows: ValidRows, plan: Plan, targets: Tensor) -> tuple[Tensor, Tensor, Forward]:
-    """Log-probs (N,) by any plan but ``grouped``, means as :func:`means_of` gives them, and what the forward gave."""
+def score(head: Head, rows: ValidRows, plan: Plan, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Forward]:
+    """By any plan but ``grouped``: log-probs (N,), means as of :func:`means_of`, metrics, and what the forward gave.
+
+    Metrics are (3, *targets.shape), as of :func:`fused_pref.ops.metrics.token_metrics`, None where not asked for.
+    """
     unscored = unscored_logit_sums(head, rows, targets) if head.logit_sum else None
     forward = plan.forward(head, rows)
-    logp, _ = head.finish(forward.statistics, rows.targets)
+    logp, one_minus_p = head.finish(forward.statistics, rows.targets)
     totals = rows.scatter(forward.statistics[LOGIT_SUM], targets) if head.logit_sum else None
-    return logp, means_of(head, rows, targets, totals, unscored), forward
+    metrics = None
+    if head.metrics:
+        found = token_metrics(forward.statistics, logp, one_minus_p)
+        metrics = torch.stack([rows.scatter(row, targets) for row in found])
+    return logp, means_of(head, rows, targets, totals, unscored), metrics, forward
 
 
 def evaluate_groups(
     head: Head, rows: ValidRows, plan: Grouped, targets: Tensor, cu_seqlens: Tensor | None, objective: Objective
-) -> tuple[Tensor, Tensor, Gradients, Any]:
-    """Log-probs, means of z, gradients and output of an objective, evaluated once on each group of its units."""
+) -> tuple[Tokens, Gradients, Any]:
+    """What is known of the tokens, gradients and output of an objective, evaluated once on each group of its units."""
     spec, dtype, whole = head.call.spec, head.accumulator, objective.for_parts(rows.counts)
     # Of a single group all is known when it is evaluated, unless an activation hides the means; with a shard they come
     # from a collective of their own, which stays after those of the groups.
@@ -145,16 +153,19 @@ def evaluate_groups(
             if single and not head.logit_sum:
                 means = means_of(head, rows, targets, None, None)
                 known = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)
-            logp, totals, gradients = plan.run(head, rows, slope)
+            logp, totals, metrics, gradients = plan.run(head, rows, slope)
             if rows.overflow is not None:
                 logp.masked_fill_(rows.overflow, torch.nan)
+            if metrics is not None:
+                metrics = metrics.view(3, *targets.shape)
+                metrics = metrics if rows.overflow is None else metrics.masked_fill(rows.overflow, torch.nan)
             if means is None:
                 means = means_of(head, rows, targets, totals.view(targets.shape), unscored)
                 late = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)
                 outputs = [objective.joined(outputs, Scores(whole_sums, rows.counts, *late), dtype)]
         # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
         objective.gather_statistics(whole_sums)
-    return logp.view(targets.shape), means, gradients, outputs[0]
+    return Tokens(logp.view(targets.shape), means, metrics), gradients, outputs[0]
 
 
 def means_of(head: Head, rows: ValidRows, targets: Tensor, totals: Tensor | None, unscored: Tensor | None) -> Tensor:

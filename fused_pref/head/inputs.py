@@ -23,8 +23,8 @@ from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.vocab_parallel import Agreement, agreed
-from fused_pref.layout import targets_of, weighted, weights_of
-from fused_pref.losses.scores import Scores, sequence_scores
+from fused_pref.layout import sequence_sums, targets_of, weighted, weights_of
+from fused_pref.losses.scores import Scores, Tokens, narrow, sequence_scores
 from fused_pref.ops import backend
 from fused_pref.ops.interface import ACCUMULATOR
 from fused_pref.outputs import PreferenceOutput
@@ -32,9 +32,6 @@ from fused_pref.ranks import group_of, sum_over_ranks
 from fused_pref.spec import Spec, linear_spec, logits_spec
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Of every position, in the shape of the targets: log-prob with the gradient, mean of z over the vocabulary, and what
-# ``skip_mass`` leaves out of the gradient (None where nothing was asked for).
-Tokens = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -88,17 +85,25 @@ class Inputs(ABC):
 
     def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
         """The objective's output for the tokens, scored by :meth:`tokens` if they are not given."""
-        logp, means, dropped = tokens or self.tokens()
-        if self.weights is not None:
-            logp = weighted(logp, self.weights)
-        scores = self.scores(logp.detach(), means)
+        tokens = tokens or self.tokens()
+        logp = tokens.logp if self.weights is None else weighted(tokens.logp, self.weights)
+        scores = self.scores(logp.detach(), tokens.means)
         output, slope = objective.evaluate(scores, self.spec.backend, self.dtype)
-        kind: Any = type(output)
         loss = KnownSlopeFunction.apply(logp, self.cu_seqlens, output.loss, slope, self.spec.backend)
+        return self.output(output, loss, scores.counts, tokens)
+
+    def output(self, output: Any, loss: Tensor, lengths: Tensor, tokens: Tokens) -> Any:
+        """An objective's output with its differentiable ``loss``, and what is reported beside its items."""
+        kind: Any = type(output)
         output = kind(loss, *output[1:])
-        output.dropped_mass = dropped
+        output.dropped_mass = tokens.dropped
         if not isinstance(output, PreferenceOutput):  # which has them among its items
-            output.lengths = scores.counts
+            output.lengths = lengths
+        if tokens.metrics is not None:
+            sums = torch.stack([sequence_sums(row, self.cu_seqlens) for row in tokens.metrics])
+            if self.cp_group is not None:
+                sums = sum_over_ranks(sums, self.cp_group)
+            output.entropy, output.accuracy, output.sum_sq = narrow(sums / lengths.clamp(min=1), self.dtype)
         return output
 
 
@@ -122,7 +127,7 @@ class LogitsInputs(Inputs):
             raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
         if validate.checking():
             _check_labels(labels, logits.shape[-1], spec)
-        spec = _resolved({"spec": spec, "dtype": logits.dtype, "device": logits.device, "means": means})
+        spec = _resolved(_asked(spec, logits.dtype, logits.device, means, keywords))
         targets, dtype = targets_of(labels, cu_seqlens, spec), ACCUMULATOR[logits.dtype]
         weights = keywords.get("token_weight")
         if weights is not None:
@@ -136,7 +141,8 @@ class LogitsInputs(Inputs):
 
     def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        return *TokenLogpsFunction.apply(self.logits, self.targets, self.spec), None  # type: ignore[misc]
+        logp, means, metrics = TokenLogpsFunction.apply(self.logits, self.targets, self.spec)  # type: ignore[misc]
+        return Tokens(logp, means, metrics if self.spec.token_metrics else None)
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ class LinearInputs(Inputs):
                 _check_labels(labels, weight.shape[0], spec)
             if spec.tp_partial:
                 raise ValueError("tp_partial needs tp_group, or a weight whose rows a DTensor shards; got neither")
-        spec = _resolved({"spec": spec, "dtype": dtype, "device": hidden.device, "means": means})
+        spec = _resolved(_asked(spec, dtype, hidden.device, means, keywords))
         targets, tensors, wanted = targets_of(labels, cu_seqlens, spec), (hidden, weight, bias), frozenset()
         if torch.is_grad_enabled():  # and inside of a Function it is not
             asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
@@ -231,8 +237,9 @@ class LinearInputs(Inputs):
         """See :class:`Inputs`."""
         call, batch = self.begin_call(0), (self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
         if torch.compiler.is_compiling():
-            return *custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call, [])), None  # type: ignore[misc]
-        return LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch))  # type: ignore[return-value]
+            found: Any = custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call, []))
+            return Tokens(found[0], found[1], found[2] if self.spec.token_metrics else None)
+        return Tokens(*LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch)))  # type: ignore[misc]
 
     def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
         """See :class:`Inputs`; where a unit's slopes do not wait for others, the head may form gradients at once."""
@@ -247,23 +254,24 @@ class LinearInputs(Inputs):
             # In a graph the objective is evaluated on the whole batch.
             detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
             constants = custom_ops.encode((call, objective), tensors)
-            logp, means, *parts = custom_ops.linear_known_gradients(*detached, self.weights, tensors, constants)
+            logp, means, metrics, *parts = custom_ops.linear_known_gradients(
+                *detached, self.weights, tensors, constants
+            )
+            known = Tokens(logp, means, metrics if self.spec.token_metrics else None)
             scores = self.scores(logp if self.weights is None else weighted(logp, self.weights), means)
             output, _ = objective.evaluate(scores, self.spec.backend, self.dtype)
             lengths, gradients = scores.counts, custom_ops.wanted_only(tuple(parts))
         else:
             head, rows, plan = begin(call, *batch, self.weights)
             if not isinstance(plan, Grouped):
-                return super().evaluate(objective, LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan))  # type: ignore[arg-type]
-            _, means, gradients, output = evaluate_groups(head, rows, plan, self.targets, self.cu_seqlens, objective)
+                found: Any = LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan)
+                return super().evaluate(objective, Tokens(*found))
+            known, gradients, output = evaluate_groups(head, rows, plan, self.targets, self.cu_seqlens, objective)
             lengths = rows.counts
-        kind: Any = type(output)
+        if call.spec.skip_mass is not None:
+            known = known._replace(dropped=torch.zeros_like(known.means))
         loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, call.shard, *gradients)
-        output = kind(loss, *output[1:])
-        output.dropped_mass = None if call.spec.skip_mass is None else torch.zeros_like(means)
-        if not isinstance(output, PreferenceOutput):
-            output.lengths = lengths
-        return output
+        return self.output(output, loss, lengths, known)
 
 
 def on_all_ranks(function: Function) -> Function:
@@ -291,6 +299,7 @@ def per_call(keywords: Mapping[str, Any]) -> None:
     if keywords["cp_group"] is not None:
         _cp_group(keywords)
     group_of("tp_group", keywords.get("tp_group"))
+    validate.flag("token_metrics", keywords["token_metrics"])
 
 
 def _weights(token_weight: Any, labels: Tensor, cu_seqlens: Tensor | None, spec: Spec, dtype: torch.dtype) -> Tensor:
@@ -347,9 +356,15 @@ def _check_labels(labels: Tensor, columns: int, spec: Spec) -> None:
     )
 
 
-@validate.remembered("spec", "dtype", "device", "means")
+def _asked(spec: Spec, dtype: torch.dtype, device: torch.device, means: bool, keywords: Mapping[str, Any]) -> Any:
+    metrics = keywords.get("token_metrics", False)
+    return {"spec": spec, "dtype": dtype, "device": device, "means": means, "metrics": metrics}
+
+
+@validate.remembered("spec", "dtype", "device", "means", "metrics")
 def _resolved(asked: Mapping[str, Any]) -> Spec:
     """The spec with the backend that is chosen for tensors like these; without ``means`` no mean of the logits."""
     spec: Spec = asked["spec"]
     chosen = backend.resolve(spec.backend, asked["dtype"], asked["device"])
-    return replace(spec, backend=chosen, logits_mean=spec.logits_mean if asked["means"] else None)
+    metrics, means = validate.flag("token_metrics", asked["metrics"]), spec.logits_mean if asked["means"] else None
+    return replace(spec, backend=chosen, logits_mean=means, token_metrics=metrics)

@@ -15,6 +15,15 @@ from fused_pref.ops.interface import LARGEST
 from fused_pref.spec import Spec
 
 
+class Tokens(NamedTuple):
+    """What is known of every position, in the shape of the targets."""
+
+    logp: Tensor  # log-prob, with the gradient
+    means: Tensor  # mean of z over the vocabulary
+    metrics: Tensor | None  # (3, *targets.shape), see fused_pref.ops.metrics.token_metrics; None: not asked for
+    dropped: Tensor | None = None  # what ``skip_mass`` leaves out of the gradient; None: not asked for
+
+
 class Scores(NamedTuple):
     """Per-sequence sums of a batch: what the objectives are functions of."""
 

@@ -22,6 +22,10 @@ ALPHA_CLAMP = 80.0
 # Rows of ``statistics`` (4, n): maximum of z over the other entries, Σ exp(z − maximum) over them, the target's z,
 # Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
 ROW_MAX, SUM_EXP, TARGET_LOGIT, LOGIT_SUM = range(4)
+# Four rows more, (8, n), where metrics of the tokens are wanted. With q the softmax over the other entries: its entropy
+# −Σ q log q and Σ q², which do not depend on the maximum; the highest z of the other entries, which a maximum may stand
+# for that is lower, the least finite number if there is none; the target's z as it came among them, −inf if it did not.
+ENTROPY, SUM_SQ, HIGHEST, TARGET_SEEN = range(4, 8)
 # Dtype of the token math.
 ACCUMULATOR = {
     torch.float32: torch.float32,
@@ -210,7 +214,7 @@ class RowOps(Protocol):
         """Update the running statistics of rows by a chunk (online softmax).
 
         Args:
-            statistics: (4, n), updated.
+            statistics: (4, n), or (8, n) with metrics of the tokens, updated.
             logits: (n, v) raw logits.
             targets: (n,) labels of the rows.
             first: the chunk's first column in the vocabulary.
@@ -273,7 +277,7 @@ class FusedOps(Protocol):
         logit_sum: bool,
         split_columns: int | None = None,
     ) -> Tensor:
-        """As :meth:`RowOps.update_statistics`; gives the statistics of each split of the columns, (splits, 3, N)."""
+        """As :meth:`RowOps.update_statistics`; gives the statistics of each split of the columns, (splits, ≥ 3, N)."""
         ...
 
     def gradient(

@@ -23,7 +23,7 @@ from fused_pref.keywords import (
 from fused_pref.losses.open import Sequences
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput, PreferenceOutput
 from fused_pref.reference.pairs import alphapo, pair_losses, preference
-from fused_pref.reference.tokens import Cover, Tokens, cast, given, logits_mean, ratio, score
+from fused_pref.reference.tokens import Tokens, cast, given, logits_mean, ratio, score, token_metrics
 
 
 @accepts(LogitsKeywords)
@@ -89,7 +89,7 @@ def cpo_loss(logits: Tensor, labels: Tensor, **keywords: Unpack[CPOLogitsKeyword
         nll_count = token_count if keywords["nll_reduction"] == "token" else pair_count
         nll = ratio(-tokens.sums[:pairs].sum(), nll_count)
         loss = loss + cpo_alpha * nll
-    return _pair_output(tokens, loss, nll, logps, beta * transformed, keywords["logits_mean"])
+    return _pair_output(tokens, loss, nll, logps, beta * transformed, keywords)
 
 
 @accepts(DPOLogitsKeywords)
@@ -127,7 +127,7 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
             losses = pair_losses(name, tokens.sums, tokens.lengths, ref_logps, epsilon, delta, keywords)
             loss = loss + weight * ratio(losses.sum(), given(keywords["pair_normalizer"], pairs))
     logps = tokens.sums / tokens.lengths if names == ["ipo"] else tokens.sums
-    output = _pair_output(tokens, loss, nll, logps, rewards, keywords["logits_mean"])
+    output = _pair_output(tokens, loss, nll, logps, rewards, keywords)
     if "bco_pair" in names:
         output.delta = cast(delta, tokens.logp.dtype)
     if shift is not None:
@@ -165,7 +165,7 @@ def bco_loss(
         positives, negatives = given(keywords["class_normalizer"], (desirable.sum(), (~desirable).sum()))
         loss = ratio(losses[desirable].sum(), positives) + ratio(losses[~desirable].sum(), negatives)
 
-    output = _unpaired_output(BCOOutput, tokens, loss, delta, rewards, desirable, keywords["logits_mean"])
+    output = _unpaired_output(BCOOutput, tokens, loss, delta, rewards, desirable, keywords)
     if shift is not None:
         shift.commit(state)
     return output
@@ -202,7 +202,7 @@ def kto_loss(
         raise ValueError(f"loss_type: {loss_type!r}")
     losses = torch.where(desirable, keywords["desirable_weight"] * wins, keywords["undesirable_weight"] * losses)
     loss = ratio(losses.sum(), given(keywords["sequence_normalizer"], len(losses)))
-    return _unpaired_output(KTOOutput, tokens, loss, kl, rewards, desirable, keywords["logits_mean"])
+    return _unpaired_output(KTOOutput, tokens, loss, kl, rewards, desirable, keywords)
 
 
 @accepts(PreferenceLogitsKeywords)
@@ -242,7 +242,7 @@ def preference_loss(
         each = [logits_mean(tokens, member, keywords["logits_mean"]) for member in members]
         means = torch.stack(each) if each else tokens.logp.new_zeros(0)  # type: ignore[arg-type]
     each = [cast(losses.detach().double(), dtype), cast(tokens.sums.detach(), dtype), tokens.counts]
-    return PreferenceOutput(cast(loss, dtype), each[0], each[1], each[2], means)
+    return _with_metrics(PreferenceOutput(cast(loss, dtype), each[0], each[1], each[2], means), tokens, keywords)
 
 
 def _shift(keywords: BCOKeywords | DPOKeywords, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, Any, Any]:
@@ -253,8 +253,17 @@ def _shift(keywords: BCOKeywords | DPOKeywords, rewards: Tensor, desirable: Tens
     return torch.as_tensor(delta, dtype=torch.float64, device=rewards.device).detach(), shift, state
 
 
-def _pair_output(tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewards: Tensor, cover: Cover) -> PairOutput:
-    dtype = tokens.logp.dtype
+def _with_metrics(output: Any, tokens: Tokens, keywords: Any) -> Any:
+    if keywords["token_metrics"]:
+        for name, value in token_metrics(tokens).items():
+            setattr(output, name, value)
+    return output
+
+
+def _pair_output(
+    tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewards: Tensor, keywords: Any
+) -> PairOutput:
+    dtype, cover = tokens.logp.dtype, keywords["logits_mean"]
     chosen = torch.arange(len(logps), device=logps.device) < len(logps) // 2
     logps_w, logps_l = cast(logps.detach(), dtype).tensor_split(2)
     rewards_w, rewards_l = cast(rewards.detach(), dtype).tensor_split(2)
@@ -262,13 +271,13 @@ def _pair_output(tokens: Tokens, loss: Tensor, nll: Tensor, logps: Tensor, rewar
     numbers = (cast(loss, dtype), cast(nll.detach(), dtype))
     output = PairOutput(*numbers, logps_w, logps_l, rewards_w, rewards_l, *means)
     output.lengths = tokens.counts
-    return output
+    return _with_metrics(output, tokens, keywords)
 
 
 def _unpaired_output(
-    kind: Any, tokens: Tokens, loss: Tensor, shift: Tensor, rewards: Tensor, desirable: Tensor, cover: Cover
+    kind: Any, tokens: Tokens, loss: Tensor, shift: Tensor, rewards: Tensor, desirable: Tensor, keywords: Any
 ) -> Any:
-    dtype = tokens.logp.dtype
+    dtype, cover = tokens.logp.dtype, keywords["logits_mean"]
     output = kind(
         cast(loss, dtype),
         cast(shift, dtype),
@@ -280,4 +289,4 @@ def _unpaired_output(
         (~desirable).sum(),
     )
     output.desirable, output.lengths = desirable, tokens.counts
-    return output
+    return _with_metrics(output, tokens, keywords)

@@ -14,6 +14,7 @@ class Tokens(NamedTuple):
     """A batch as one row of P positions: S·T padded, N_total packed."""
 
     logits: Tensor  # (P, V) transformed, without gradient
+    targets: Tensor  # (P,) int64, the label that a position scores
     logp: Tensor  # (P,) 0 where not scored
     scored: Tensor  # (P,) bool
     sequence: Tensor  # (P,) int64, the sequence of a position
@@ -39,7 +40,7 @@ def score(logits: Tensor, labels: Tensor, keywords: TokenKeywords) -> Tokens:
     sums = sums.index_add(0, sequence, cast(logp, torch.float64))
     counts = torch.bincount(sequence[scored], minlength=sequences)
     z = _transform(rows.detach(), keywords)
-    return Tokens(z, logp, scored, sequence, sums, counts, counts.clamp(min=1))
+    return Tokens(z, targets, logp, scored, sequence, sums, counts, counts.clamp(min=1))
 
 
 def _sequence_of(labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
@@ -89,6 +90,27 @@ def logits_mean(tokens: Tokens, members: Tensor, cover: Cover) -> Tensor | None:
     positions = members[tokens.sequence]
     z = tokens.logits[positions & tokens.scored if cover == "completion" else positions].double()
     return cast(ratio(z.sum(), z.numel()), tokens.logp.dtype)
+
+
+def token_metrics(tokens: Tokens) -> dict[str, Tensor]:
+    """Means (S,) over the scored tokens of each sequence, 0 for an empty one; NaN with a label outside the vocabulary.
+
+    ``entropy`` −Σ p log p in nats, ``accuracy`` (whether no logit is above the target's), ``sum_sq`` log Σ p².
+    """
+    z, targets, sequence = tokens.logits[tokens.scored], tokens.targets[tokens.scored], tokens.sequence[tokens.scored]
+    inside = (targets >= 0) & (targets < z.shape[-1])
+    own = z.gather(-1, targets.where(inside, 0)[:, None])[:, 0]
+    values = {
+        "entropy": torch.special.entr(z.softmax(-1)).sum(-1),
+        "accuracy": (own >= z.amax(-1)).to(z.dtype),
+        "sum_sq": (2 * z.log_softmax(-1)).logsumexp(-1),
+    }
+    means = {}
+    for name, value in values.items():
+        sums = torch.zeros(len(tokens.sums), dtype=torch.float64, device=z.device)
+        sums.index_add_(0, sequence, value.where(inside, torch.nan).double())
+        means[name] = cast(sums / tokens.lengths, tokens.logp.dtype)
+    return means
 
 
 class _Cast(torch.autograd.Function):

@@ -56,7 +56,7 @@ def test_streaming_kernels() -> None:
 
     rows, columns = 4, 5 * 4096
     logits, labels = torch.randn(1, rows, columns).bfloat16(), torch.arange(rows)[None]
-    logp, statistics, _ = logprob.token_logps_fwd(logits, labels, None, -100, Transform())
+    logp, statistics, *_ = logprob.token_logps_fwd(logits, labels, None, -100, Transform())
     dlogits.token_logps_bwd(logits, logits, labels, statistics, logp, -100, Transform())
     forward, backward = LAUNCHES[0], LAUNCHES[-1]
     for launched, passes in ((forward, None), (backward, 1)):

@@ -121,6 +121,8 @@ def test_context_parallel_is_one_process() -> None:
         output = getattr(fp.reference, linear)(hidden, weight, given["labels"], *others, **keywords)
         (output.sum() if isinstance(output, Tensor) else output.loss).backward()
         outputs = {"values": output} if isinstance(output, Tensor) else output._asdict()
+        if keywords.get("token_metrics"):
+            outputs |= {name: getattr(output, name) for name in ("entropy", "accuracy", "sum_sq")}
         for got in ranks:
             for key, value in outputs.items():
                 torch.testing.assert_close(got[name][key].double(), value.detach().double(), rtol=1e-5, atol=1e-5)

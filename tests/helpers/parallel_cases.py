@@ -65,6 +65,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "frozen hidden states": ("linear_cpo_loss", (), {"frozen": ("hidden",), "bias": True}),
     "no gradient": ("linear_cpo_loss", (), {"frozen": ("hidden", "weight")}),
     "nothing scored": ("linear_cpo_loss", (), {"empty": True}),
+    "metrics": ("linear_cpo_loss", (), {"token_metrics": True, "softcap": 2.0}),
+    "metrics in slices": ("linear_dpo_loss", ("ref_logps",), {"token_metrics": True, "loss_type": "aot"}),
     "own pairs": ("linear_preference_loss", ("objective",), {"bias": True}),
     "packed": ("linear_cpo_loss", (), {"packed": True, "bias": True}),
 }
@@ -99,7 +101,8 @@ def evaluate(name: str, dtype: torch.dtype, part: slice, **group: Any) -> dict[s
     if isinstance(output, Tensor):
         results, loss = {"values": output}, (output * torch.linspace(0.1, 1, output.numel()).view_as(output)).sum()
     else:
-        results = {key: value for key, value in output._asdict().items() if value is not None}
+        beside = {name: getattr(output, name) for name in ("entropy", "accuracy", "sum_sq")}
+        results = {key: value for key, value in {**output._asdict(), **beside}.items() if value is not None}
         loss = output.loss
     if loss.requires_grad:
         (loss * 0.7).backward()

@@ -30,7 +30,7 @@ def evaluate_all(rank: int, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
 
 
 # Under Triton's interpreter.
-INTERPRETED = ("cpo", "cpo in groups", "cpo, softcap and bias", "no gradient", "bco", "tokens")
+INTERPRETED = ("cpo", "cpo in groups", "cpo, softcap and bias", "no gradient", "bco", "tokens", "metrics")
 
 
 def everything(rank: int) -> dict[str, Any]:
@@ -222,6 +222,8 @@ def context_parallel(rank: int) -> dict[str, dict[str, Tensor]]:
         loss = output.sum() if isinstance(output, Tensor) else output.loss
         loss.backward()
         outputs = {"values": output} if isinstance(output, Tensor) else output._asdict()
+        if arguments.get("token_metrics"):
+            outputs |= {name: getattr(output, name) for name in ("entropy", "accuracy", "sum_sq")}
         found[name] = {key: value.detach() for key, value in outputs.items()}
         found[name] |= {"dhidden": hidden.grad, "dweight": weight.grad}
     return found
@@ -233,7 +235,7 @@ CONTEXT = [
     ("bco", "linear_bco_loss", ("desirable", "ref_logps"), {"delta": 0.1}),
     ("kto", "linear_kto_loss", ("desirable", "ref_logps"), {"kl": 0.5, "desirable_weight": 1.3}),
     ("averages", "linear_sequence_logps", (), {"average": True}),
-    ("own pairs", "linear_preference_loss", ("objective",), {}),
+    ("own pairs", "linear_preference_loss", ("objective",), {"token_metrics": True}),
     ("cpo of logits", "cpo_loss", (), {}),
 ]
 

@@ -87,8 +87,8 @@ def test_custom_ops_are_well_formed() -> None:
 
     batch = make_batch(2, 3, 7)
     constants = ("torch", -100, "tanh", 1 / 3, 3.0)
-    forward = (batch.logits, batch.labels, "all", *constants)
-    logp, statistics, _ = token_logps_fwd(*forward)
+    forward = (batch.logits, batch.labels, "all", True, *constants)
+    logp, statistics, *_ = token_logps_fwd(*forward)
     arguments = (torch.empty_like(batch.logits), batch.logits, batch.labels, statistics, logp, *constants)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(token_logps_fwd, forward, test_utils=checks)

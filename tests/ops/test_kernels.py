@@ -46,7 +46,7 @@ def test_traffic(logits_mean: str | None, inplace: bool, split: int, kernel_devi
     logits, labels, rows, columns = batch.logits, batch.labels, 12, 67
     scored = int((labels[:, 1:] != IGNORE).sum())
     targets = sequences.targets_of(labels, None, IGNORE)
-    logp, statistics, _ = logprob.token_logps_fwd(logits, targets, logits_mean, IGNORE, SOFTCAP)
+    logp, statistics, *_ = logprob.token_logps_fwd(logits, targets, logits_mean, IGNORE, SOFTCAP)
     # The target's entry is read once more, by itself.
     read = watch.within(logits, watch.read)
     assert len(read) == (rows if logits_mean == "all" else scored) * columns + scored

@@ -132,7 +132,7 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(KERNEL, "run", skip)
     targets = sequences.targets_of(labels, None, -100)
-    logp, statistics, means = logprob.token_logps_fwd(logits, targets, "all", -100, Transform())
+    logp, statistics, means, _ = logprob.token_logps_fwd(logits, targets, "all", -100, Transform())
     sums, counts, totals, positions = sequences.sequence_scores(logp, means, targets, None, "all", -100)
     spec = PairSpec((PairTerm("sigmoid"),), 0.1, 1.0)
     pairs.pair_objective((sums, counts, totals, positions), ref, None, None, None, None, spec)

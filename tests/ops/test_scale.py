@@ -102,7 +102,7 @@ def test_logits(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     grad = torch.randn(4)
 
     def step(z: Tensor, y: Tensor, out: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
-        logp, statistics, means = logprob.token_logps_fwd(z, y, "all", IGNORE, SOFTCAP)
+        logp, statistics, means, _ = logprob.token_logps_fwd(z, y, "all", IGNORE, SOFTCAP)
         dlogits.token_logps_bwd(out, z, y, statistics, upstream, IGNORE, SOFTCAP)
         return logp, statistics, means, out
 

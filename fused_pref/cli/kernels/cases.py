@@ -53,10 +53,15 @@ def ends(packed: bool) -> Tensor | None:
 
 
 def forward(
-    dtype: torch.dtype, mean: str | None = None, transform: Transform | None = None, **sizes: Any
+    dtype: torch.dtype,
+    mean: str | None = None,
+    transform: Transform | None = None,
+    metrics: bool = False,
+    **sizes: Any,
 ) -> tuple[Tensor, ...]:
     """Launch the token log-probs; ``sizes`` as :func:`batch` takes them."""
-    return logprob.token_logps_fwd(*batch(dtype, **sizes), mean, -100, transform or Transform())
+    transform = transform or Transform()
+    return logprob.token_logps_fwd(*batch(dtype, **sizes), mean, -100, transform, metrics=metrics)
 
 
 def backward(dtype: torch.dtype, transform: Transform | None = None, **sizes: Any) -> None:
@@ -67,11 +72,17 @@ def backward(dtype: torch.dtype, transform: Transform | None = None, **sizes: An
 
 
 def chunk_statistics(
-    dtype: torch.dtype, logit_sum: bool = False, transform: Transform | None = None, columns: int = 4096
+    dtype: torch.dtype,
+    logit_sum: bool = False,
+    transform: Transform | None = None,
+    columns: int = 4096,
+    metrics: bool = False,
 ) -> None:
     """Launch the statistics of a chunk."""
     logits, targets = meta(8192, columns, dtype=dtype), meta(8192, dtype=torch.int64)
-    chunk.update_statistics(meta(4, 8192), logits, targets, 0, transform or Transform(), logit_sum=logit_sum)
+    chunk.update_statistics(
+        meta(8 if metrics else 4, 8192), logits, targets, 0, transform or Transform(), logit_sum=logit_sum
+    )
 
 
 def chunk_gradient(
@@ -98,10 +109,13 @@ def linear_statistics(
     vocabulary: int = VOCABULARY,
     by_index: bool = True,
     bias: bool = False,
+    metrics: bool = False,
 ) -> None:
     """Launch the statistics of rows of the linear head."""
     head, targets = operands(dtype, vocabulary, features, by_index, bias), meta(8192, dtype=torch.int64)
-    linear.update_statistics(meta(4, 8192), head, targets, 0, transform or Transform(), logit_sum=logit_sum)
+    linear.update_statistics(
+        meta(8 if metrics else 4, 8192), head, targets, 0, transform or Transform(), logit_sum=logit_sum
+    )
 
 
 def linear_exponentials(
@@ -110,11 +124,12 @@ def linear_exponentials(
     features: int = 4096,
     vocabulary: int = VOCABULARY,
     bias: bool = False,
+    metrics: bool = False,
 ) -> None:
     """Launch the exponentials of a group of rows, and their statistics."""
     head, targets = operands(dtype, vocabulary, features, False, bias), meta(8192, dtype=torch.int64)
     out = meta(8192, padded(vocabulary), dtype=dtype)
-    linear.exponentials(out, head, meta(4, 8192), targets, transform or Transform(), logit_sum=False)
+    linear.exponentials(out, head, meta(8 if metrics else 4, 8192), targets, transform or Transform(), logit_sum=False)
 
 
 def linear_gradient(
@@ -251,6 +266,8 @@ CASES = [
     Case("scale", partial(forward, transform=SCALE)),
     Case("packed", partial(forward, packed=True)),
     Case("split", partial(forward, **FEW)),
+    Case("metrics", partial(forward, metrics=True)),
+    Case("split, metrics, softcap", partial(forward, metrics=True, transform=SOFTCAP, **FEW)),
     Case("split, packed, means, softcap", partial(forward, packed=True, mean="all", transform=SOFTCAP, **FEW)),
     Case("odd vocabulary", partial(forward, mean="all", **ODD)),
     Case("vocabulary of 8k", partial(forward, mean="all", **EIGHTS), (torch.bfloat16,)),
@@ -266,6 +283,7 @@ CASES = [
     Case("any strides", partial(backward, strided=True), (torch.bfloat16,)),
     Case("plain", chunk_statistics),
     Case("sums, softcap", partial(chunk_statistics, logit_sum=True, transform=SOFTCAP)),
+    Case("metrics", partial(chunk_statistics, metrics=True)),
     Case("odd vocabulary", partial(chunk_statistics, **ODD), (torch.float32,)),
     Case("plain", chunk_gradient),
     Case("16-bit", partial(chunk_gradient, out_dtype=torch.bfloat16), (torch.float32,)),
@@ -283,11 +301,13 @@ CASES = [
     Case("by index", linear_statistics),
     Case("dense, bias", partial(linear_statistics, by_index=False, bias=True)),
     Case("sums, softcap", partial(linear_statistics, logit_sum=True, transform=SOFTCAP)),
+    Case("metrics", partial(linear_statistics, metrics=True)),
     Case("odd depth", partial(linear_statistics, features=2305), (torch.bfloat16,)),
     Case("depth cut, bias", partial(linear_statistics, features=2312, bias=True), (torch.bfloat16,)),
     Case("odd vocabulary, bias", partial(linear_statistics, vocabulary=151937, bias=True), (torch.bfloat16,)),
     Case("by index, TF32", partial(with_tf32, linear_statistics), (torch.float32,)),
     Case("exponentials", linear_exponentials, (torch.float32, torch.bfloat16)),
+    Case("exponentials, metrics", partial(linear_exponentials, metrics=True), (torch.float32, torch.bfloat16)),
     Case("exponentials, bias", partial(linear_exponentials, bias=True), (torch.bfloat16,)),
     Case("exponentials, odd vocabulary", partial(linear_exponentials, vocabulary=151937), (torch.bfloat16,)),
     Case("exponentials, depth cut", partial(linear_exponentials, features=2312), (torch.bfloat16,)),

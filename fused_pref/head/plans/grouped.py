@@ -16,6 +16,7 @@ from fused_pref.head.plans.head import Gradients, Head, late_dtype, scaled_rows
 from fused_pref.head.plans.problem import Plan, Problem, cuts, number, rounds
 from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import LOGIT_SUM
+from fused_pref.ops.metrics import token_metrics
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.matmul import add_product
 
@@ -77,8 +78,10 @@ class Grouped(Plan):
             "backward: the upstream gradient scales them",
         )
 
-    def run(self, head: Head, rows: ValidRows, slope: Slope) -> tuple[Tensor, Tensor, Gradients]:
-        """Log-probs and Σ z of every position (P,), 0 where nothing is scored, and the gradients of the loss.
+    def run(self, head: Head, rows: ValidRows, slope: Slope) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
+        """Log-probs, Σ z and metrics of every position, 0 where nothing is scored, and the gradients of the loss.
+
+        The first two are (P,), metrics (3, P), None where not asked for.
 
         Gradients of float16 tensors are float32: scaled down by the loss, they would underflow.
         """
@@ -88,6 +91,7 @@ class Grouped(Plan):
         bounds = self.bounds or (0, units)
         positions = head.hidden.shape[:-1].numel()
         logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
+        metrics = logp.new_zeros(3, positions) if head.metrics else None
         sums = _GroupSums(head, single=len(bounds) == 2)
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for u0, u1 in itertools.pairwise(bounds):
@@ -95,15 +99,18 @@ class Grouped(Plan):
             members = None if (u0, u1) == (0, units) else members
             group = rows if members is None else rows.part(members)
             h = head.take(group)
-            statistics = torch_chunk.new_statistics(len(group.targets), h, head.accumulator)
+            statistics = head.new_statistics(len(group.targets))
             q, multiple = head.statistics_and_q(statistics, memory, h, group.targets, fused=self.fused)
             values, one_minus_p = head.finish(statistics, group.targets)
+            if metrics is not None:
+                for row, value in zip(metrics, token_metrics(statistics, values, one_minus_p), strict=True):
+                    group.scatter_(row, value)
             one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
             group.scatter_(logp, values)
             group.scatter_(totals, statistics[LOGIT_SUM])
             known = slope(members, group.sums(values))
             sums.add(group, h, q, group.expand(known).to(one_minus_p.dtype) * one_minus_p * head.transform.slope)
-        return logp, totals, sums.gradients()
+        return logp, totals, metrics, sums.gradients()
 
 
 class _GroupSums:

@@ -63,6 +63,7 @@ class Head:
         columns: V; of a shard its rows.
         vocabulary: V of all shards.
         logit_sum: whether Σ z is wanted.
+        metrics: whether metrics of the tokens are.
         accumulator: dtype of the token math.
         hidden_dtype: dtype in which the gradient of the hidden states is gathered up: sums over ranks are rounded once,
             after.
@@ -77,7 +78,7 @@ class Head:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.b = None if bias is None else bias.detach().to(call.dtype)
         self.transform, self.ignore_index, self.triton = spec.transform, spec.ignore_index, spec.backend == "triton"
-        self.logit_sum, self.columns = spec.logit_sums, weight.shape[0]
+        self.logit_sum, self.metrics, self.columns = spec.logit_sums, spec.token_metrics, weight.shape[0]
         self.vocabulary = self.columns if call.shard is None else call.shard.vocabulary
         self.accumulator, self.arithmetic = ACCUMULATOR[call.dtype], arithmetic(call.dtype, hidden.device.type)
         self.hidden_dtype = hidden.dtype
@@ -116,6 +117,10 @@ class Head:
         if device.type != "cpu":
             entries = GPU.allocation(entries * dtype.itemsize) // dtype.itemsize
         return torch.empty(entries, dtype=dtype, device=device)
+
+    def new_statistics(self, rows: int) -> Tensor:
+        """Statistics of rows of which nothing was seen yet, (4, n), or (8, n) with metrics."""
+        return torch_chunk.new_statistics(rows, self.hidden, self.accumulator, metrics=self.metrics)
 
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_chunk`."""

@@ -1,9 +1,9 @@
 """A head whose vocabulary is split over the ranks of a process group, each with contiguous rows of weight and bias.
 
 A rank multiplies with its own rows. Of a token the ranks exchange what makes the statistics of its whole row: maximum,
-sum of exponentials and the target's logit, three floats (a fourth, Σ z, where it is wanted), gathered and merged in the
-order of the ranks, so that losses and coefficients are the same bitwise everywhere. The gradient of the weight is each
-rank's own; that of the hidden states is a sum over the ranks.
+sum of exponentials and the target's logit, three floats (a fourth, Σ z, where it is wanted; eight with metrics of the
+tokens). These are gathered and merged in the order of the ranks, so that losses and slopes are the same bitwise
+everywhere. The gradient of the weight is each rank's own; that of the hidden states is a sum over the ranks.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_pref.ops.interface import LOGIT_SUM
+from fused_pref.ops.interface import ENTROPY, LOGIT_SUM
 from fused_pref.ops.torch.chunk import merged
 from fused_pref.ranks import gathered
 
@@ -52,7 +52,7 @@ class Shard:
         """Make the statistics (4, n) of this rank's columns those of the whole rows, in place."""
         if statistics.numel() == 0:
             return
-        known = statistics if logit_sum else statistics[:LOGIT_SUM]
+        known = statistics if logit_sum or len(statistics) > ENTROPY else statistics[:LOGIT_SUM]
         known.copy_(merged(gathered(known, self.group)))
 
     def sum_exactly(self, values: Tensor) -> Tensor:

@@ -12,7 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, TargetRows, Transform
+from fused_pref.ops.interface import (
+    ENTROPY,
+    HIGHEST,
+    LOGIT_SUM,
+    ROW_MAX,
+    SUM_EXP,
+    SUM_SQ,
+    TARGET_LOGIT,
+    TARGET_SEEN,
+    TargetRows,
+    Transform,
+)
+from fused_pref.ops.metrics import merged_metrics, softmax_metrics, token_metrics
 
 # Entries of a block: small enough for the second-level cache on a CPU, large enough to fill a GPU.
 CPU_BLOCK = 2**18
@@ -95,19 +107,25 @@ def transform_backward_(dz: Tensor, x: Tensor, transform: Transform) -> Tensor:
     return dz if transform.identity else dz.mul_(transform.inner)
 
 
-def new_statistics(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """(4, n) of rows of which nothing was seen yet."""
-    statistics = torch.zeros((4, rows), dtype=dtype, device=like.device)
+def new_statistics(rows: int, like: Tensor, dtype: torch.dtype, *, metrics: bool = False) -> Tensor:
+    """(4, n) of rows of which nothing was seen yet, (8, n) with ``metrics`` of the tokens."""
+    statistics = torch.zeros((8 if metrics else 4, rows), dtype=dtype, device=like.device)
     statistics[ROW_MAX] = torch.finfo(dtype).min
+    if metrics:
+        statistics[HIGHEST], statistics[TARGET_SEEN] = torch.finfo(dtype).min, -torch.inf
     return statistics
 
 
 def merged(parts: Tensor) -> Tensor:
-    """Statistics of whole rows from those of K parts of the vocabulary, (K, 4, n) → (4, n); or both without Σ z."""
+    """Statistics of whole rows from those of K parts of the vocabulary, (K, 4, n) → (4, n); of 8, or 3 without Σ z."""
     row_max = parts[:, ROW_MAX].amax(0)
-    sum_exp = (parts[:, SUM_EXP] * (parts[:, ROW_MAX] - row_max).exp_()).sum(0)
+    sums = parts[:, SUM_EXP] * (parts[:, ROW_MAX] - row_max).exp_()
+    sum_exp = sums.sum(0)
     # Only its own part has a row's target.
-    return torch.stack([row_max, sum_exp, *(parts[:, row].sum(0) for row in range(TARGET_LOGIT, parts.shape[1]))])
+    rows = [row_max, sum_exp, *parts[:, TARGET_LOGIT:ENTROPY].sum(0)]
+    if parts.shape[1] > ENTROPY:
+        rows += merged_metrics(parts[:, ENTROPY:], sums / sum_exp.clamp(min=0.5))
+    return torch.stack(rows)
 
 
 def softmax_(z: Tensor, row_max: Tensor, sum_exp: Tensor) -> None:
@@ -134,31 +152,33 @@ def update_statistics(
     raw = logits.gather(1, column[:, None])[:, 0]
     target_logit = transform_(raw.to(statistics.dtype, copy=True), transform)
     # The targets are taken out: once and for all where that can be said in raw logits.
-    at_once = not transform.nonlinear
+    at_once, metrics = not transform.nonlinear, len(statistics) > ENTROPY
     if at_once:
         _set_targets(logits, here, column, -math.copysign(torch.inf, transform.slope))
     new = torch.empty_like(statistics)
-    rows = (new[ROW_MAX], new[SUM_EXP], new[LOGIT_SUM], here, column, logits if out is None else out)
-    for z, x, row_max, sum_exp, sums, there, place, out_block in _blocks(logits, new.dtype, *rows):
+    rows = (new.t(), here, column, logits if out is None else out)
+    for z, x, row, there, place, out_block in _blocks(logits, new.dtype, *rows):
+        row_max, sum_exp = row[:, ROW_MAX], row[:, SUM_EXP]
         transform_(z.copy_(x), transform)
         if logit_sum:
-            torch.sum(z, 1, out=sums)  # asked for with an activation only
+            row[:, LOGIT_SUM] = z.sum(1)  # asked for with an activation only
         if not at_once:
             _set_targets(z, there, place, -torch.inf)
         softmax_(z, row_max, sum_exp)
+        if metrics:
+            row[:, ENTROPY], row[:, SUM_SQ] = softmax_metrics(z, sum_exp)
         if out is not None:
             _normalise(out_block, x, z, sum_exp, there, place, transform)
     if out is None:
         _set_targets(logits, here, column, raw)
     elif at_once:
         _set_targets(out, here, column, -1.0)
-    row_max = torch.maximum(statistics[ROW_MAX], new[ROW_MAX])
-    statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
-    statistics[SUM_EXP] += new[SUM_EXP] * (new[ROW_MAX] - row_max).exp_()
-    statistics[ROW_MAX] = row_max
-    statistics[TARGET_LOGIT] = torch.where(here, target_logit, statistics[TARGET_LOGIT])
-    if logit_sum:
-        statistics[LOGIT_SUM] += new[LOGIT_SUM]
+    new[TARGET_LOGIT] = target_logit.masked_fill(~here, 0)
+    if not logit_sum:
+        new[LOGIT_SUM] = 0
+    if metrics:
+        new[HIGHEST], new[TARGET_SEEN] = new[ROW_MAX], target_logit.masked_fill(~here, -torch.inf)
+    statistics.copy_(merged(torch.stack((statistics, new))))
 
 
 def gradient(
@@ -241,12 +261,13 @@ def token_logps_fwd(
     ignore_index: int,
     transform: Transform,
     logits_mean: str | None,
+    metrics: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.custom_ops.token_logps_fwd`; ``dtype`` is that of the token math."""
     source, labels = Rows(logits), targets.flatten()
     scored, means = labels != ignore_index, torch.zeros(labels.shape, dtype=dtype, device=logits.device)
-    statistics = torch.zeros((LOGIT_SUM, labels.shape[0]), dtype=dtype, device=logits.device)
+    statistics = torch.zeros((8 if metrics else LOGIT_SUM, labels.shape[0]), dtype=dtype, device=logits.device)
     for rows in _row_numbers(scored, source.columns):
         z = source.read(rows).to(dtype)
         if not transform.identity:
@@ -258,14 +279,19 @@ def token_logps_fwd(
         _set_targets(z, here, column, -torch.inf)
         row_max, sum_exp = torch.empty_like(target_logit), torch.empty_like(target_logit)
         softmax_(z, row_max, sum_exp)
-        statistics[:, rows] = torch.stack((row_max, sum_exp, target_logit))
+        statistics[:LOGIT_SUM, rows] = torch.stack((row_max, sum_exp, target_logit))
+        if metrics:
+            seen = target_logit.masked_fill(~here, -torch.inf)
+            statistics[ENTROPY:, rows] = torch.stack((*softmax_metrics(z, sum_exp), row_max, seen))
     if logits_mean == "all" and logits.device.type == "cpu":
         for rows in _row_numbers(~scored, source.columns):
             z = source.read(rows).to(dtype)
             means[rows] = (z if transform.identity else transform_(z, transform)).mean(1)
-    logp, _ = finish(statistics, labels, source.columns, ignore_index)
+    logp, one_minus_p = finish(statistics, labels, source.columns, ignore_index)
+    found = token_metrics(statistics, logp, one_minus_p).where(scored, 0) if metrics else means.new_empty(3, 0)
     shape = targets.shape
-    return logp.view(shape), statistics.view(LOGIT_SUM, *shape), means.view(shape)
+    logp, means, found = logp.view(shape), means.view(shape), found.view(3, *shape) if metrics else found
+    return logp, statistics[:LOGIT_SUM].view(LOGIT_SUM, *shape), means, found
 
 
 def token_logps_bwd(

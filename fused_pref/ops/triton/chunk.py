@@ -5,21 +5,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.interface import TargetRows, Transform
+from fused_pref.ops.interface import ENTROPY, TargetRows, Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import activation_backward, column_of, exp, transform
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import aligned, factors
-from fused_pref.ops.triton.softmax import row_softmax
+from fused_pref.ops.triton.softmax import entr, row_softmax
 
 
 @triton.jit
 def _chunk_statistics_kernel(
     logits,  # [n, v]
     targets,  # [n]
-    statistics,  # [4, n], updated
+    statistics,  # [4, n], or [8, n] with metrics, updated
     columns, first, logits_stride, targets_stride, statistics_stride, inner, outer,
-    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row * targets_stride).to(tl.int64) - first
@@ -32,8 +33,11 @@ def _chunk_statistics_kernel(
     start_max = tl.load(seen, volatile=True)
     start_sum = tl.load(seen + statistics_stride, volatile=True)
     start_logit_sum = tl.load(seen + 3 * statistics_stride, volatile=True) if WITH_LOGIT_SUM else 0.0
-    highest, sum_exp, logit_sum = row_softmax(
-        base, 1, column, 0, columns, columns, inner, outer, TRANSFORM, ALIGNED, WITH_LOGIT_SUM, BLOCK
+    if WITH_METRICS:
+        start_entropy = tl.load(seen + 4 * statistics_stride, volatile=True)
+        start_sum_sq = tl.load(seen + 5 * statistics_stride, volatile=True)
+    highest, sum_exp, logit_sum, entropy, sum_sq = row_softmax(
+        base, 1, column, 0, columns, columns, inner, outer, TRANSFORM, ALIGNED, WITH_LOGIT_SUM, WITH_METRICS, BLOCK
     )
     row_max = tl.maximum(start_max, highest)
     target_logit = tl.load(base + column, mask=column >= 0, other=0.0).to(tl.float32)
@@ -43,6 +47,14 @@ def _chunk_statistics_kernel(
     tl.store(seen + 2 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=column >= 0)
     if WITH_LOGIT_SUM:
         tl.store(seen + 3 * statistics_stride, start_logit_sum + logit_sum)
+    if WITH_METRICS:
+        before, here = start_sum * exp(start_max - row_max), sum_exp * exp(highest - row_max)
+        total = tl.where(before + here == 0, 1.0, before + here)
+        before, here = before / total, here / total
+        tl.store(seen + 4 * statistics_stride, before * start_entropy + here * entropy + entr(before) + entr(here))
+        tl.store(seen + 5 * statistics_stride, before * before * start_sum_sq + here * here * sum_sq)
+        tl.store(seen + 6 * statistics_stride, row_max)
+        tl.store(seen + 7 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=column >= 0)
 
 
 @triton.jit
@@ -152,7 +164,8 @@ def update_statistics(
     launch(
         _chunk_statistics_kernel, (rows,), logits.device,
         logits, targets, statistics, columns, first, logits.stride(0), targets.stride(0), statistics.stride(0),
-        **factors(transform), ALIGNED=aligned(logits), WITH_LOGIT_SUM=logit_sum, BLOCK=config.block, **config.options,
+        **factors(transform), ALIGNED=aligned(logits), WITH_LOGIT_SUM=logit_sum,
+        WITH_METRICS=len(statistics) > ENTROPY, BLOCK=config.block, **config.options,
     )  # fmt: skip
     if out is not None:
         gradient(out, logits, statistics, targets, first, transform)

@@ -1,5 +1,6 @@
 """Q of the whole vocabulary and the row statistics in one fused product: exponentials with a pivot for each row."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -7,16 +8,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, Operands, Transform
+from fused_pref.ops.interface import ENTROPY, LOGIT_SUM, ROW_MAX, SUM_EXP, Operands, Transform
 from fused_pref.ops.triton import configs, gemm
 from fused_pref.ops.triton.helpers import activation_backward, exp
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import factors
-from fused_pref.ops.triton.statistics import columns_of_a_split, statistics_partials, store_partials, target_logits
+from fused_pref.ops.triton.softmax import first_moment, normalised
+from fused_pref.ops.triton.statistics import (
+    columns_of_a_split,
+    join_metrics,
+    seen_targets,
+    statistics_partials,
+    store_metrics,
+    store_partials,
+    target_logits,
+)
 
 # Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they may rise: far enough
 # for any trained model, near enough that float32 sums and bfloat16 entries hold them.
 PROBE, REACH = 1024, 40.0
+SCALE = tl.constexpr(math.exp(-REACH / 2))
 
 
 @triton.jit
@@ -24,16 +35,22 @@ def _exponentials_of(
     hidden, weight, bias, indices, targets, pivot, out, row, begin, end, rows, columns, features, hidden_stride,
     weight_stride, width, out_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the exponentials of columns ``begin`` to ``end``; their maximum and sum without the targets, and Σ z."""
+    """Write the exponentials of columns ``begin`` to ``end``; their maximum and sum without the targets, and Σ z.
+
+    The last three are the metrics of :func:`store_metrics`, 0 without ``WITH_METRICS``.
+    """
     r = row + tl.arange(0, ROWS)
     place = gemm.indices_at(indices, r, rows)
     y = gemm.targets_at(targets, row, rows, 0, ROWS)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     sum_exp = tl.zeros([ROWS], tl.float32)
     logit_sum = tl.zeros([ROWS], tl.float32)
+    sum_exp_z = tl.zeros([ROWS], tl.float32)
+    sum_exp_sq = tl.zeros([ROWS], tl.float32)
+    target_seen = tl.full([ROWS], float("-inf"), tl.float32)
     for column in range(begin, end, COLUMNS):
         x = gemm.logits_tile(
             hidden, weight, place, row, column, columns, features, hidden_stride, weight_stride,
@@ -48,21 +65,30 @@ def _exponentials_of(
             row_max = tl.maximum(row_max, tl.max(z, 1))
             e = exp(z - pivot[:, None])
             sum_exp += tl.sum(e, 1)
+            if WITH_METRICS:
+                # Squares of entries far above the pivot would overflow: they are scaled down.
+                sum_exp_z += first_moment(z - pivot[:, None], e)
+                sum_exp_sq += tl.sum((e * SCALE) * (e * SCALE), 1)
+                target_seen = tl.maximum(target_seen, seen_targets(part, own, inner, outer, TRANSFORM))
             e = activation_backward(tl.where(own, -1.0, e), part, inner, outer, TRANSFORM)
             gemm.store(out, e, row, r < rows, cols, width, out_stride, ROWS)
-    return row_max, sum_exp, logit_sum
+    entropy, sum_sq = 0.0, 0.0
+    if WITH_METRICS:
+        entropy, _ = normalised(sum_exp, sum_exp_z, sum_exp_z)
+        _, sum_sq = normalised(sum_exp * SCALE, sum_exp_z, sum_exp_sq)
+    return row_max, sum_exp, logit_sum, entropy, sum_sq, target_seen
 
 
 @triton.jit
 def _linear_exponentials_kernel(
     hidden, weight, bias, indices,  # see logits_tile
     targets,  # [N]
-    partials,  # [splits, 3, N]: maximum and Σ exp(z − pivot) of the other entries, Σ z
+    partials,  # [splits, 3, N]: maximum and Σ exp(z − pivot) of the other entries, Σ z; [splits, 6, N]: metrics, too
     pivots,  # [N]
     out,  # [N, width]: exp(z − pivot), −1 at the targets, times the activation's slope; 0 beyond V
     rows, columns, features, hidden_stride, weight_stride, splits, split_columns, width, out_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     block, split = gemm.tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
@@ -71,12 +97,14 @@ def _linear_exponentials_kernel(
     pivot = tl.load(pivots + r, mask=r < rows, other=0.0)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, columns)
-    row_max, sum_exp, logit_sum = _exponentials_of(
+    row_max, sum_exp, logit_sum, entropy, sum_sq, target_seen = _exponentials_of(
         hidden, weight, bias, indices, targets, pivot, out, row, begin, end, rows, columns, features, hidden_stride,
         weight_stride, width, out_stride, inner, outer, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST,
-        TRANSFORM, WITH_LOGIT_SUM, ROWS, COLUMNS, DEPTH,
+        TRANSFORM, WITH_LOGIT_SUM, WITH_METRICS, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum)
+    store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum, WITH_METRICS)
+    if WITH_METRICS:
+        store_metrics(partials, split, r, rows, r < rows, entropy, sum_sq, target_seen)
 
 
 @triton.jit
@@ -87,7 +115,7 @@ def _linear_exponentials_again_kernel(
     out,
     rows, columns, features, hidden_stride, weight_stride, splits, split_columns, width, out_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Repeat :func:`_linear_exponentials_kernel` where a pivot has moved."""
@@ -98,12 +126,15 @@ def _linear_exponentials_again_kernel(
     moved = tl.max((pivot != tl.load(before + r, mask=r < rows, other=0.0)).to(tl.int32), 0) > 0
     begin = split * split_columns
     end = tl.where(moved, tl.minimum(begin + split_columns, columns), begin)
-    row_max, sum_exp, logit_sum = _exponentials_of(
+    row_max, sum_exp, logit_sum, entropy, sum_sq, target_seen = _exponentials_of(
         hidden, weight, bias, indices, targets, pivot, out, row, begin, end, rows, columns, features, hidden_stride,
         weight_stride, width, out_stride, inner, outer, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST,
-        TRANSFORM, WITH_LOGIT_SUM, ROWS, COLUMNS, DEPTH,
+        TRANSFORM, WITH_LOGIT_SUM, WITH_METRICS, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    store_partials(partials, split, r, rows, r < tl.where(moved, rows, 0), row_max, sum_exp, logit_sum)
+    inside = r < tl.where(moved, rows, 0)
+    store_partials(partials, split, r, rows, inside, row_max, sum_exp, logit_sum, WITH_METRICS)
+    if WITH_METRICS:
+        store_metrics(partials, split, r, rows, inside, entropy, sum_sq, target_seen)
 
 
 def exponentials(
@@ -126,6 +157,8 @@ def exponentials(
     Returns:
         (N,) what each row of Q was multiplied by, exactly as the targets' entries say it.
     """
+    metrics = len(statistics) > ENTROPY
+    flags = {"WITH_LOGIT_SUM": logit_sum, "WITH_METRICS": metrics}
     probe = Operands(
         operands.hidden,
         operands.weight[:PROBE],
@@ -136,22 +169,23 @@ def exponentials(
         target_logits(statistics, operands, targets, 0, transform)
         # The maximum of nothing is the least finite number, as in other statistics.
         probe_tile = gemm.tile_of(probe, configs.STATISTICS_TILE, transform)
-        low = statistics_partials(probe, targets, 0, transform, False, probe_tile)[:, 0].amax(0)
+        low = statistics_partials(probe, targets, 0, transform, False, False, probe_tile)[:, 0].amax(0)
         low.clamp_(min=torch.finfo(torch.float32).min)
 
         def with_tile(tile: configs.Tile) -> Tensor:
             split_columns = columns_of_a_split(operands, tile)
             splits = triton.cdiv(operands.columns, split_columns)
-            partials = torch.empty((splits, 3, operands.rows), dtype=torch.float32, device=out.device)
+            partials = torch.empty((splits, 6 if metrics else 3, operands.rows), dtype=torch.float32, device=out.device)
             launch(
                 _linear_exponentials_kernel, (triton.cdiv(operands.rows, tile.rows) * splits,), out.device,
                 indices=operands.indices, targets=targets, partials=partials, pivots=low, out=out, splits=splits,
-                split_columns=split_columns, width=out.shape[1], out_stride=out.stride(0), WITH_LOGIT_SUM=logit_sum,
+                split_columns=split_columns, width=out.shape[1], out_stride=out.stride(0), **flags,
                 **gemm.arguments(operands, tile), **factors(transform), **tile.options,
             )  # fmt: skip
             return partials
 
-        tile = gemm.tuned_tile("linear_exponentials", operands, configs.EXPONENTIALS_TILE, transform, with_tile)
+        table = configs.EXPONENTIALS_TILE
+        tile = gemm.tuned_tile("linear_exponentials", operands, table, transform, with_tile, metrics=metrics)
         partials = with_tile(tile)
         row_max = partials[:, 0].amax(0)
         high = torch.where(row_max - low > REACH, row_max, low)
@@ -161,12 +195,14 @@ def exponentials(
             _linear_exponentials_again_kernel, (triton.cdiv(operands.rows, small.rows) * splits,), out.device,
             indices=operands.indices, targets=targets, partials=partials, pivots=high, before=low, out=out,
             splits=splits, split_columns=columns_of_a_split(operands, tile), width=out.shape[1],
-            out_stride=out.stride(0), WITH_LOGIT_SUM=logit_sum, **gemm.arguments(operands, small), **factors(transform),
+            out_stride=out.stride(0), **flags, **gemm.arguments(operands, small), **factors(transform),
             **small.options,
         )  # fmt: skip
         statistics[ROW_MAX], statistics[SUM_EXP] = high, partials[:, 1].sum(0)
         if logit_sum:
             statistics[LOGIT_SUM] = partials[:, 2].sum(0)
+        if metrics:
+            join_metrics(statistics, partials, torch.cat((torch.zeros_like(high)[None], partials[:, 1])))
     sum_exp = statistics[SUM_EXP].to(out.dtype)
     scale = torch.where(sum_exp == 0, 1, sum_exp)
     here = (targets >= 0) & (targets < operands.columns)

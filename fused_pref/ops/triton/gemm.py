@@ -122,9 +122,11 @@ def store(out, x, row, inside, cols, end, stride, ROWS: tl.constexpr):
     tl.store(pointers, x.to(out.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
 
 
-def tile_of(operands: Operands, table: dict[tuple[str, int], configs.Tile], transform: Transform) -> configs.Tile:
-    """The tile of a table that suits them and their transform."""
-    high_pressure = transform.nonlinear or operands.bias is not None
+def tile_of(
+    operands: Operands, table: dict[tuple[str, int], configs.Tile], transform: Transform, *, metrics: bool = False
+) -> configs.Tile:
+    """The tile of a table that suits them, their transform and what is asked for."""
+    high_pressure = transform.nonlinear or operands.bias is not None or metrics
     return configs.tile(table, operands.hidden, operands.weight, high_pressure=high_pressure)
 
 
@@ -134,13 +136,16 @@ def tuned_tile(
     table: dict[tuple[str, int], configs.Tile],
     transform: Transform,
     with_tile: Callable[[configs.Tile], object],
+    *,
+    metrics: bool = False,
 ) -> configs.Tile:
     """The tile of a table, or what a search prefers."""
-    default, hidden = tile_of(operands, table, transform), operands.hidden
+    default, hidden = tile_of(operands, table, transform, metrics=metrics), operands.hidden
     flags = {
         transform.activation: transform.nonlinear,
         "bias": operands.bias is not None,
         "by index": operands.indices is not None,
+        "metrics": metrics,
     }
     name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
     candidates = configs.tile_candidates(default, hidden.dtype)

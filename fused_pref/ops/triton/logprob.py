@@ -12,14 +12,15 @@ from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import column_of, exp, log1p, row_offset, transform
 from fused_pref.ops.triton.launch import launch
-from fused_pref.ops.triton.softmax import joined, row_softmax
+from fused_pref.ops.triton.softmax import entr, joined, row_softmax
 
 
 @triton.jit
 def _finish(
-    row, rows, base, stride, column, scored, row_max, sum_exp, inner, outer, logp, statistics, TRANSFORM: tl.constexpr
-):
-    """Store logp and the statistics of a row from the maximum and the sum of the entries other than its target's."""
+    row, rows, base, stride, column, scored, row_max, sum_exp, entropy, sum_sq, inner, outer, logp, statistics, metrics,
+    TRANSFORM: tl.constexpr,
+):  # fmt: skip
+    """Store logp, statistics and metrics of a row from what is known of the entries other than its target's."""
     valid = column >= 0
     x = tl.load(base + column.to(tl.int64) * stride, mask=scored & valid, other=0.0).to(tl.float32)
     z = transform(x, inner, outer, TRANSFORM)
@@ -34,6 +35,14 @@ def _finish(
     tl.store(statistics + row, tl.where(scored, risen, 0.0))
     tl.store(statistics + (row + rows), tl.where(scored, sum_exp + ey, 0.0))
     tl.store(statistics + (row + rows + rows), tl.where(scored, sum_exp, 0.0))
+    if metrics is not None:
+        one_minus_p, p = sum_exp / (sum_exp + ey), ey / (sum_exp + ey)
+        found = one_minus_p * entropy + entr(one_minus_p) - tl.where(p > 0, p * value, -p)
+        tl.store(metrics + row, tl.where(scored, found, 0.0))
+        correct = tl.where(valid, tl.where(z >= row_max, 1.0, 0.0), float("nan"))
+        tl.store(metrics + (row + rows), tl.where(scored, correct, 0.0))
+        found = tl.log(one_minus_p * one_minus_p * sum_sq + p * p)
+        tl.store(metrics + (row + rows + rows), tl.where(scored, found, 0.0))
 
 
 @triton.jit
@@ -43,7 +52,8 @@ def _token_logps_fwd_kernel(
     logp,  # [N_total]
     statistics,  # [3, N_total]
     means,  # [N_total] or None
-    partials,  # [splits, 3, N_total] or None
+    metrics,  # [3, N_total] or None: entropy, whether no logit is above the target's, log Σ p²
+    partials,  # [splits, 5, N_total] or None
     rows, length, columns, split_columns, logits_stride_s, logits_stride_t, logits_stride_v, ignore_index, inner, outer,
     TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -55,18 +65,22 @@ def _token_logps_fwd_kernel(
     WIDTH: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, WIDTH if ALIGNED else 1)
     last = tl.where(scored | (MEANS == "all"), tl.minimum(first + split_columns, columns), first)
-    row_max, sum_exp, logit_sum = row_softmax(
-        base, logits_stride_v, column, first, last, columns, inner, outer, TRANSFORM, ALIGNED, means is not None, BLOCK
-    )
+    row_max, sum_exp, logit_sum, entropy, sum_sq = row_softmax(
+        base, logits_stride_v, column, first, last, columns, inner, outer, TRANSFORM, ALIGNED, means is not None,
+        metrics is not None, BLOCK,
+    )  # fmt: skip
     if partials is not None:
-        part = (tl.program_id(1).to(tl.int64) * 3) * rows + row
+        part = (tl.program_id(1).to(tl.int64) * 5) * rows + row
         tl.store(partials + part, row_max)
         tl.store(partials + (part + rows), sum_exp)
         tl.store(partials + (part + rows + rows), logit_sum)
+        if metrics is not None:
+            tl.store(partials + (part + 3 * rows), entropy)
+            tl.store(partials + (part + 4 * rows), sum_sq)
     else:
         _finish(
-            row, rows, base, logits_stride_v, column, scored, row_max, sum_exp, inner, outer, logp, statistics,
-            TRANSFORM,
+            row, rows, base, logits_stride_v, column, scored, row_max, sum_exp, entropy, sum_sq, inner, outer, logp,
+            statistics, metrics, TRANSFORM,
         )  # fmt: skip
         if means is not None:
             tl.store(means + row, tl.where(scored | (MEANS == "all"), logit_sum / columns, 0.0))
@@ -74,7 +88,7 @@ def _token_logps_fwd_kernel(
 
 @triton.jit
 def _token_logps_combine_kernel(
-    logits, targets, logp, statistics, means, partials,  # see _token_logps_fwd_kernel
+    logits, targets, logp, statistics, means, metrics, partials,  # see _token_logps_fwd_kernel
     rows, length, columns, splits, logits_stride_s, logits_stride_t, logits_stride_v, ignore_index, inner, outer,
     TRANSFORM: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -83,15 +97,23 @@ def _token_logps_combine_kernel(
     y = tl.load(targets + row).to(tl.int64)
     scored = y != ignore_index
     split = tl.arange(0, BLOCK)
-    part = (split.to(tl.int64) * 3) * rows + row
+    part = (split.to(tl.int64) * 5) * rows + row
     row_maxes = tl.load(partials + part, mask=split < splits, other=float("-inf"))
     sums = tl.load(partials + (part + rows), mask=split < splits, other=0.0)
     logit_sums = tl.load(partials + (part + rows + rows), mask=split < splits, other=0.0)
     row_max, sum_exp = joined(row_maxes, sums)
+    entropy, sum_sq = 0.0, 0.0
+    if metrics is not None:
+        entropies = tl.load(partials + (part + 3 * rows), mask=split < splits, other=0.0)
+        sum_sqs = tl.load(partials + (part + 4 * rows), mask=split < splits, other=0.0)
+        share = sums * exp(row_maxes - tl.where(row_max == float("-inf"), 0.0, row_max))
+        share /= tl.where(sum_exp == 0, 1.0, sum_exp)
+        entropy = tl.sum(share * entropies + entr(share), 0)
+        sum_sq = tl.sum(share * share * sum_sqs, 0)
     base = logits + row_offset(row, length, logits_stride_s, logits_stride_t, 1)
     _finish(
-        row, rows, base, logits_stride_v, column_of(y, columns), scored, row_max, sum_exp, inner, outer, logp,
-        statistics, TRANSFORM,
+        row, rows, base, logits_stride_v, column_of(y, columns), scored, row_max, sum_exp, entropy, sum_sq, inner,
+        outer, logp, statistics, metrics, TRANSFORM,
     )  # fmt: skip
     if means is not None:
         tl.store(means + row, tl.where(scored | (MEANS == "all"), tl.sum(logit_sums, 0) / columns, 0.0))
@@ -125,15 +147,21 @@ def factors(transform: Transform) -> dict[str, float | str]:
 
 
 def token_logps_fwd(
-    logits: Tensor, targets: Tensor, logits_mean: str | None, ignore_index: int, transform: Transform
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    targets: Tensor,
+    logits_mean: str | None,
+    ignore_index: int,
+    transform: Transform,
+    *,
+    metrics: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.custom_ops.token_logps_fwd`. One launch, and one to combine where rows are split."""
     rows, columns, device = targets.numel(), logits.shape[-1], logits.device
     logp = torch.empty(targets.shape, dtype=torch.float32, device=device)
     statistics = torch.empty((3, *targets.shape), dtype=torch.float32, device=device)
-    means = torch.empty_like(logp)
+    means, found = torch.empty_like(logp), logp.new_empty((3, *targets.shape) if metrics else (3, 0))
     if rows == 0:
-        return logp, statistics, means
+        return logp, statistics, means, found
     sizes, flags = geometry(logits), {"MEANS": logits_mean, **factors(transform)}
 
     def with_config(config: configs.Config) -> None:
@@ -142,8 +170,9 @@ def token_logps_fwd(
         splits = max(1, min(triton.cdiv(4 * configs.processors(device), rows), chunks // 2))
         split_columns = triton.cdiv(chunks, splits) * config.block
         splits = triton.cdiv(columns, split_columns)
-        partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device) if splits > 1 else None
-        arguments = (logits, targets, logp, statistics, means if logits_mean else None, partials)
+        partials = torch.empty((splits, 5, rows), dtype=torch.float32, device=device) if splits > 1 else None
+        asked = (means if logits_mean else None, found if metrics else None)
+        arguments = (logits, targets, logp, statistics, *asked, partials)
         launch(
             _token_logps_fwd_kernel, (rows, splits), device,
             *arguments, rows=rows, split_columns=split_columns, ignore_index=ignore_index, **sizes, **flags,
@@ -160,4 +189,4 @@ def token_logps_fwd(
     default = configs.choose(configs.FORWARD, device, logits.dtype, columns)
     key = ("token_logps_fwd", device, logits.dtype, columns)
     with_config(configs.chosen(*key, default, configs.CANDIDATES, with_config))
-    return logp, statistics, means
+    return logp, statistics, means, found

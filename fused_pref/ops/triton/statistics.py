@@ -5,21 +5,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.interface import LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, Operands, Transform
+from fused_pref.ops.interface import ENTROPY, LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, Operands, Transform
+from fused_pref.ops.metrics import merged_metrics
 from fused_pref.ops.triton import configs, gemm
 from fused_pref.ops.triton.helpers import exp, transform
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import factors
+from fused_pref.ops.triton.softmax import first_moment, moved_moments, normalised
 
 
 @triton.jit
 def _linear_statistics_kernel(
     hidden, weight, bias, indices,  # see logits_tile
     targets,  # [N]
-    partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z
+    partials,  # [splits, 3, N]: maximum and Σ exp(z − maximum) of the other entries, Σ z; [splits, 6, N]: metrics, too
     rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr,
+    UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     block, split = gemm.tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
@@ -30,6 +32,9 @@ def _linear_statistics_kernel(
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     sum_exp = tl.zeros([ROWS], tl.float32)
     logit_sum = tl.zeros([ROWS], tl.float32)
+    sum_exp_z = tl.zeros([ROWS], tl.float32)
+    sum_exp_sq = tl.zeros([ROWS], tl.float32)
+    target_seen = tl.full([ROWS], float("-inf"), tl.float32)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, columns)
     for column in range(begin, end, COLUMNS):
@@ -40,23 +45,48 @@ def _linear_statistics_kernel(
         parts = gemm.quarters(x, ROWS, COLUMNS)
         for i in tl.static_range(4):
             cols, part = gemm.quarter(parts, i, bias, column, columns, COLUMNS)
-            _, z, logit_sum = gemm.without_targets(
+            own, z, logit_sum = gemm.without_targets(
                 part, cols, y, end, logit_sum, inner, outer, TRANSFORM, WITH_LOGIT_SUM
             )
             risen = tl.maximum(row_max, tl.max(z, 1))
             shift = tl.where(risen == float("-inf"), 0.0, risen)
+            if WITH_METRICS:
+                sum_exp_z, sum_exp_sq = moved_moments(sum_exp, sum_exp_z, sum_exp_sq, row_max - shift)
+                d = z - shift[:, None]
+                e = exp(d)
+                sum_exp_z += first_moment(d, e)
+                sum_exp_sq += tl.sum(e * e, 1)
+                target_seen = tl.maximum(target_seen, seen_targets(part, own, inner, outer, TRANSFORM))
             sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
             row_max = risen
-    store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum)
+    store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum, WITH_METRICS)
+    if WITH_METRICS:
+        entropy, sum_sq = normalised(sum_exp, sum_exp_z, sum_exp_sq)
+        store_metrics(partials, split, r, rows, r < rows, entropy, sum_sq, target_seen)
 
 
 @triton.jit
-def store_partials(partials, split, r, rows, inside, row_max, sum_exp, logit_sum):
+def seen_targets(x, own, inner, outer, TRANSFORM: tl.constexpr):
+    """z of the targets among part of a tile of logits, −inf in rows that have none there."""
+    return tl.max(tl.where(own, transform(x, inner, outer, TRANSFORM), float("-inf")), 1)
+
+
+@triton.jit
+def store_partials(partials, split, r, rows, inside, row_max, sum_exp, logit_sum, WITH_METRICS: tl.constexpr):
     """What a program found of rows ``r`` in its split."""
-    part = tl.cast(split, tl.int64) * 3 * rows
+    part = tl.cast(split, tl.int64) * (6 if WITH_METRICS else 3) * rows
     tl.store(partials + part + r, row_max, mask=inside)
     tl.store(partials + (part + rows) + r, sum_exp, mask=inside)
     tl.store(partials + (part + rows + rows) + r, logit_sum, mask=inside)
+
+
+@triton.jit
+def store_metrics(partials, split, r, rows, inside, entropy, sum_sq, target_seen):
+    """The other half of what a program found."""
+    part = (tl.cast(split, tl.int64) * 6 + 3) * rows
+    tl.store(partials + part + r, entropy, mask=inside)
+    tl.store(partials + (part + rows) + r, sum_sq, mask=inside)
+    tl.store(partials + (part + rows + rows) + r, target_seen, mask=inside)
 
 
 @triton.jit
@@ -107,17 +137,35 @@ def update_statistics(
         return statistics.new_empty((0, 3, operands.rows))
     target_logits(statistics, operands, targets, first, transform)
 
-    def with_tile(tile: configs.Tile) -> Tensor:
-        return statistics_partials(operands, targets, first, transform, logit_sum, tile, split_columns)
+    metrics, table = len(statistics) > ENTROPY, configs.STATISTICS_TILE
 
-    partials = with_tile(gemm.tuned_tile("linear_statistics", operands, configs.STATISTICS_TILE, transform, with_tile))
+    def with_tile(tile: configs.Tile) -> Tensor:
+        asked = (logit_sum, metrics)
+        return statistics_partials(operands, targets, first, transform, *asked, tile, split_columns)
+
+    tile = gemm.tuned_tile("linear_statistics", operands, table, transform, with_tile, metrics=metrics)
+    partials = with_tile(tile)
     row_max = torch.maximum(statistics[ROW_MAX], partials[:, 0].amax(0))
     statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
-    statistics[SUM_EXP] += (partials[:, 1] * (partials[:, 0] - row_max).exp_()).sum(0)
+    sums = partials[:, 1] * (partials[:, 0] - row_max).exp_()
+    before = statistics[SUM_EXP].clone() if metrics else None
+    statistics[SUM_EXP] += sums.sum(0)
     statistics[ROW_MAX] = row_max
     if logit_sum:
         statistics[LOGIT_SUM] += partials[:, 2].sum(0)
+    if before is not None:
+        join_metrics(statistics, partials, torch.cat((before[None], sums)))
     return partials
+
+
+def join_metrics(statistics: Tensor, partials: Tensor, sums: Tensor) -> None:
+    """Update the metrics in statistics (8, N) by those of the splits (splits, 6, N).
+
+    ``sums`` (1 + splits, N) are Σ exp(z − maximum) of what was seen before and of each split, by one maximum.
+    """
+    splits = torch.stack((partials[:, 3], partials[:, 4], partials[:, 0], partials[:, 5]), 1)
+    parts = torch.cat((statistics[None, ENTROPY:], splits))
+    statistics[ENTROPY:] = merged_metrics(parts, sums / statistics[SUM_EXP].clamp(min=0.5))
 
 
 def statistics_partials(
@@ -126,19 +174,24 @@ def statistics_partials(
     first: int,
     transform: Transform,
     logit_sum: bool,
+    metrics: bool,
     tile: configs.Tile,
     split_columns: int | None = None,
 ) -> Tensor:
-    """Maximum and Σ exp(z − maximum) of the other entries and Σ z of each split of the slice, (splits, 3, N)."""
+    """Maximum and Σ exp(z − maximum) of the other entries and Σ z of each split of the slice, (splits, 3, N).
+
+    With ``metrics`` (splits, 6, N): entropy and Σ q² of the softmax q over those entries, and the target's z, −inf
+    where it is in another split.
+    """
     rows, device = operands.rows, operands.hidden.device
     split_columns = split_columns or columns_of_a_split(operands, tile)
     splits = triton.cdiv(operands.columns, split_columns)
-    partials = torch.empty((splits, 3, rows), dtype=torch.float32, device=device)
+    partials = torch.empty((splits, 6 if metrics else 3, rows), dtype=torch.float32, device=device)
     launch(
         _linear_statistics_kernel, (triton.cdiv(rows, tile.rows) * splits,), device,
         indices=operands.indices, targets=targets, partials=partials, first=first, splits=splits,
-        split_columns=split_columns, WITH_LOGIT_SUM=logit_sum, **gemm.arguments(operands, tile), **factors(transform),
-        **tile.options,
+        split_columns=split_columns, WITH_LOGIT_SUM=logit_sum, WITH_METRICS=metrics, **gemm.arguments(operands, tile),
+        **factors(transform), **tile.options,
     )  # fmt: skip
     return partials
 
