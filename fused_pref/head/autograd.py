@@ -76,7 +76,8 @@ class OnceDifferentiableFunction(torch.autograd.Function):
 class LinearTokenLogpsFunction(torch.autograd.Function):
     """(hidden, weight, bias, targets) → (logp, mean of z, metrics, dropped mass), per position; any upstream gradient.
 
-    Metrics are None where they are not asked for, and so is the dropped mass, which is 0 by any plan but ``skipping``.
+    Metrics are (3, 0) where they are not asked for. The dropped mass is None without ``skip_mass``, 0 by any plan but
+    ``skipping``.
     """
 
     @staticmethod
@@ -89,7 +90,7 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         head: Head,
         rows: ValidRows,
         plan: Plan,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """By any plan but ``grouped``; ``head`` has the same tensors."""
         ctx.call, ctx.rows, ctx.plan = head.call, rows, plan
         with working(head, rows):
@@ -98,7 +99,7 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         dropped = dropped if forward.dropped is None else rows.scatter(forward.dropped, targets)
         ctx.chunks = forward.chunks
         ctx.save_for_backward(hidden, weight, bias, *forward.saved)
-        ctx.mark_non_differentiable(*(part for part in (means, metrics, dropped) if part is not None))
+        ctx.mark_non_differentiable(*(means, metrics) if dropped is None else (means, metrics, dropped))
         return rows.scatter(logp, targets), means, metrics, dropped
 
     @staticmethod

@@ -156,7 +156,7 @@ def linear_token_logps_fwd(
     else:
         (statistics,) = forward.saved
         saved = torch.stack([rows.scatter(row, targets).flatten() for row in statistics[:ENTROPY]])
-    return rows.scatter(logp, targets), means, _there(metrics, means), saved
+    return rows.scatter(logp, targets), means, metrics, saved
 
 
 @linear_token_logps_fwd.register_fake
@@ -213,7 +213,7 @@ def linear_known_gradients(
     head, rows, plan = begin(request, hidden, weight, bias, targets, cu_seqlens, token_weights)
     if isinstance(plan, Grouped):
         tokens, gradients, _ = evaluate_groups(head, rows, plan, targets, cu_seqlens, objective)
-        return tokens.logp, tokens.means, _there(tokens.metrics, tokens.means), *_filled(gradients, hidden)
+        return tokens.logp, tokens.means, tokens.metrics, *_filled(gradients, hidden)
     with working(head, rows):
         values, means, metrics, forward = score(head, rows, plan, targets)
         scores = Scores(rows.sums(values), rows.counts, None, None)
@@ -221,7 +221,7 @@ def linear_known_gradients(
         upstream = rows.expand(saturate(slope, torch.float32)).to(values.dtype)
         gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
-    return rows.scatter(values, targets), means, _there(metrics, means), *_filled(late, hidden)
+    return rows.scatter(values, targets), means, metrics, *_filled(late, hidden)
 
 
 @linear_known_gradients.register_fake
@@ -262,11 +262,6 @@ class CompiledTokenLogpsFunction(torch.autograd.Function):
 def wanted_only(gradients: tuple[Tensor, ...]) -> Gradients:
     """None for the empty ones."""
     return Gradients(*(None if part.dim() == 1 and part.shape[0] == 0 else part for part in gradients))
-
-
-def _there(metrics: Tensor | None, like: Tensor) -> Tensor:
-    """A schema has no None for a result: (3, 0) is none."""
-    return like.new_empty(3, 0) if metrics is None else metrics
 
 
 def _fake_metrics(wanted: bool, logp: Tensor) -> Tensor:

@@ -106,16 +106,16 @@ def working(head: Head, rows: ValidRows) -> Iterator[None]:
         raise
 
 
-def score(head: Head, rows: ValidRows, plan: Plan, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Forward]:
+def score(head: Head, rows: ValidRows, plan: Plan, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Forward]:
     """By any plan but ``grouped``: log-probs (N,), means as of :func:`means_of`, metrics, and what the forward gave.
 
-    Metrics are (3, *targets.shape), as of :func:`fused_pref.ops.metrics.token_metrics`, None where not asked for.
+    Metrics are (3, *targets.shape), as of :func:`fused_pref.ops.metrics.token_metrics`; (3, 0) where not asked for.
     """
     unscored = unscored_logit_sums(head, rows, targets) if head.logit_sum else None
     forward = plan.forward(head, rows)
     logp, one_minus_p = head.finish(forward.statistics, rows.targets)
     totals = rows.scatter(forward.statistics[LOGIT_SUM], targets) if head.logit_sum else None
-    metrics = None
+    metrics = logp.new_empty(3, 0)
     if head.metrics:
         found = token_metrics(forward.statistics, logp, one_minus_p)
         metrics = torch.stack([rows.scatter(row, targets) for row in found])
@@ -156,7 +156,7 @@ def evaluate_groups(
             logp, totals, metrics, gradients = plan.run(head, rows, slope)
             if rows.overflow is not None:
                 logp.masked_fill_(rows.overflow, torch.nan)
-            if metrics is not None:
+            if head.metrics:
                 metrics = metrics.view(3, *targets.shape)
                 metrics = metrics if rows.overflow is None else metrics.masked_fill(rows.overflow, torch.nan)
             if means is None:

@@ -24,7 +24,7 @@ from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.vocab_parallel import Agreement, agreed
 from fused_pref.layout import sequence_sums, targets_of, weighted, weights_of
-from fused_pref.losses.scores import Scores, Tokens, narrow, sequence_scores
+from fused_pref.losses.scores import Scores, Tokens, mean_sums, narrow, sequence_scores_op
 from fused_pref.ops import backend
 from fused_pref.ops.interface import ACCUMULATOR
 from fused_pref.outputs import PreferenceOutput
@@ -74,7 +74,14 @@ class Inputs(ABC):
 
     def scores(self, logp: Tensor, means: Tensor) -> Scores:
         """What :meth:`tokens` gives, log-probs times their weights, summed per sequence."""
-        scores = sequence_scores(logp, means, self.targets, self.cu_seqlens, self.spec)
+        spec, batch = self.spec, (self.targets, self.cu_seqlens)
+        if spec.backend == "triton":
+            scores = Scores(*sequence_scores_op(logp, means, *batch, spec.logits_mean, spec.ignore_index))
+            scores = scores if spec.logits_mean else scores._replace(totals=None, positions=None)
+        else:
+            counts = sequence_sums(self.targets != spec.ignore_index, self.cu_seqlens).long()
+            sums = sequence_sums(logp, self.cu_seqlens)
+            scores = Scores(sums, counts, *mean_sums(means, counts, *batch, spec.logits_mean))
         if self.cp_group is not None:
             known = [part for part in scores if part is not None]
             summed = sum_over_ranks(torch.stack([part.double() for part in known]), self.cp_group)
@@ -99,7 +106,7 @@ class Inputs(ABC):
         output.dropped_mass = tokens.dropped
         if not isinstance(output, PreferenceOutput):  # which has them among its items
             output.lengths = lengths
-        if tokens.metrics is not None:
+        if self.spec.token_metrics:
             sums = torch.stack([sequence_sums(row, self.cu_seqlens) for row in tokens.metrics])
             if self.cp_group is not None:
                 sums = sum_over_ranks(sums, self.cp_group)
@@ -127,7 +134,8 @@ class LogitsInputs(Inputs):
             raise ValueError("logits must not be expanded when inplace_backward=True: their entries share memory")
         if validate.checking():
             _check_labels(labels, logits.shape[-1], spec)
-        spec = _resolved(_asked(spec, logits.dtype, logits.device, means, keywords))
+        asked = {"dtype": logits.dtype, "device": logits.device, "means": means}
+        spec = _resolved({"spec": spec, "metrics": keywords.get("token_metrics", False), **asked})
         targets, dtype = targets_of(labels, cu_seqlens, spec), ACCUMULATOR[logits.dtype]
         weights = keywords.get("token_weight")
         if weights is not None:
@@ -141,8 +149,7 @@ class LogitsInputs(Inputs):
 
     def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        logp, means, metrics = TokenLogpsFunction.apply(self.logits, self.targets, self.spec)  # type: ignore[misc]
-        return Tokens(logp, means, metrics if self.spec.token_metrics else None)
+        return Tokens(*TokenLogpsFunction.apply(self.logits, self.targets, self.spec))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,8 @@ class LinearInputs(Inputs):
                 _check_labels(labels, weight.shape[0], spec)
             if spec.tp_partial:
                 raise ValueError("tp_partial needs tp_group, or a weight whose rows a DTensor shards; got neither")
-        spec = _resolved(_asked(spec, dtype, hidden.device, means, keywords))
+        asked = {"dtype": dtype, "device": hidden.device, "means": means}
+        spec = _resolved({"spec": spec, "metrics": keywords.get("token_metrics", False), **asked})
         targets, tensors, wanted = targets_of(labels, cu_seqlens, spec), (hidden, weight, bias), frozenset()
         if torch.is_grad_enabled():  # and inside of a Function it is not
             asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
@@ -238,7 +246,7 @@ class LinearInputs(Inputs):
         call, batch = self.begin_call(0), (self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
         if torch.compiler.is_compiling():
             found: Any = custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call, []))
-            return Tokens(found[0], found[1], found[2] if self.spec.token_metrics else None)
+            return Tokens(*found)
         return Tokens(*LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch)))  # type: ignore[misc]
 
     def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
@@ -257,7 +265,7 @@ class LinearInputs(Inputs):
             logp, means, metrics, *parts = custom_ops.linear_known_gradients(
                 *detached, self.weights, tensors, constants
             )
-            known = Tokens(logp, means, metrics if self.spec.token_metrics else None)
+            known = Tokens(logp, means, metrics)
             scores = self.scores(logp if self.weights is None else weighted(logp, self.weights), means)
             output, _ = objective.evaluate(scores, self.spec.backend, self.dtype)
             lengths, gradients = scores.counts, custom_ops.wanted_only(tuple(parts))
@@ -354,11 +362,6 @@ def _check_labels(labels: Tensor, columns: int, spec: Spec) -> None:
         lambda y: (y == spec.ignore_index) | ((y >= 0) & (y < columns)),
         f"ignore_index = {spec.ignore_index} or in [0, V={columns})",
     )
-
-
-def _asked(spec: Spec, dtype: torch.dtype, device: torch.device, means: bool, keywords: Mapping[str, Any]) -> Any:
-    metrics = keywords.get("token_metrics", False)
-    return {"spec": spec, "dtype": dtype, "device": device, "means": means, "metrics": metrics}
 
 
 @validate.remembered("spec", "dtype", "device", "means", "metrics")

@@ -122,7 +122,7 @@ class RewardShift(ExactModule):
         if self.update == "step":
             pending = {"pending_sum": state.pending_sum + total, "pending_count": state.pending_count + number}
             return self._delta(state), state._replace(**pending)
-        folded = self._fold(state, *self._reduce(total, number))
+        folded = self._fold(state, total, number)
         return self._delta(folded), folded
 
     @torch.no_grad()
@@ -140,11 +140,16 @@ class RewardShift(ExactModule):
         if self.kind == "fixed" or self.update != "step":
             return
         state = self.memory
-        folded = self._fold(state, *self._reduce(state.pending_sum, state.pending_count))
+        folded = self._fold(state, state.pending_sum, state.pending_count)
         pending = {"pending_sum": torch.zeros_like(state.pending_sum), "pending_count": torch.zeros_like(state.count)}
         self.commit(folded._replace(**pending))
 
     def _fold(self, state: ShiftMemory, total: Tensor, number: Tensor) -> ShiftMemory:
+        """The state after rewards of both classes, of which there are sums and counts on each rank."""
+        if dist.is_available() and dist.is_initialized():
+            both = torch.cat((total, number.double()))
+            dist.all_reduce(both, group=self.process_group)
+            total, number = both[:2], both[2:].round().long()
         if self.kind == "running_mean":
             total, number = F.pad(total.sum()[None], (0, 1)), F.pad(number.sum()[None], (0, 1))
         count = state.count + number
@@ -162,13 +167,6 @@ class RewardShift(ExactModule):
             return state.mean[0].clone()
         exists = (state.count > 0).double()
         return (state.mean * exists).sum() / exists.sum().clamp(min=1)
-
-    def _reduce(self, total: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return total, number
-        both = torch.cat((total, number.double()))
-        dist.all_reduce(both, group=self.process_group)
-        return both[:2], both[2:].round().long()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse what no shift can have saved, before anything is changed."""

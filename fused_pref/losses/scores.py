@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fused_pref import layout
 from fused_pref.ops.interface import LARGEST
-from fused_pref.spec import Spec
 
 
 class Tokens(NamedTuple):
@@ -20,7 +19,7 @@ class Tokens(NamedTuple):
 
     logp: Tensor  # log-prob, with the gradient
     means: Tensor  # mean of z over the vocabulary
-    metrics: Tensor | None  # (3, *targets.shape), see fused_pref.ops.metrics.token_metrics; None: not asked for
+    metrics: Tensor  # (3, *targets.shape), see fused_pref.ops.metrics.token_metrics; (3, 0): not asked for
     dropped: Tensor | None = None  # what ``skip_mass`` leaves out of the gradient; None: not asked for
 
 
@@ -31,16 +30,6 @@ class Scores(NamedTuple):
     counts: Tensor  # (S,) int64 scored tokens
     totals: Tensor | None  # (S,) float64 sums over positions of the mean of z over the vocabulary; None: not known
     positions: Tensor | None  # (S,) int64 positions in those sums
-
-
-def sequence_scores(logp: Tensor, means: Tensor, targets: Tensor, cu_seqlens: Tensor | None, spec: Spec) -> Scores:
-    """Sum what was computed per token over each sequence; arguments shaped like ``targets``."""
-    if spec.backend == "triton":
-        scores = Scores(*sequence_scores_op(logp, means, targets, cu_seqlens, spec.logits_mean, spec.ignore_index))
-        return scores if spec.logits_mean else scores._replace(totals=None, positions=None)
-    counts = layout.sequence_sums(targets != spec.ignore_index, cu_seqlens).long()
-    sums = layout.sequence_sums(logp, cu_seqlens)
-    return Scores(sums, counts, *mean_sums(means, counts, targets, cu_seqlens, spec.logits_mean))
 
 
 def mean_sums(

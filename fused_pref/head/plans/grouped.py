@@ -78,10 +78,10 @@ class Grouped(Plan):
             "backward: the upstream gradient scales them",
         )
 
-    def run(self, head: Head, rows: ValidRows, slope: Slope) -> tuple[Tensor, Tensor, Tensor | None, Gradients]:
+    def run(self, head: Head, rows: ValidRows, slope: Slope) -> tuple[Tensor, Tensor, Tensor, Gradients]:
         """Log-probs, Σ z and metrics of every position, 0 where nothing is scored, and the gradients of the loss.
 
-        The first two are (P,), metrics (3, P), None where not asked for.
+        The first two are (P,), metrics (3, P), or (3, 0) where not asked for.
 
         Gradients of float16 tensors are float32: scaled down by the loss, they would underflow.
         """
@@ -91,7 +91,7 @@ class Grouped(Plan):
         bounds = self.bounds or (0, units)
         positions = head.hidden.shape[:-1].numel()
         logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
-        metrics = logp.new_zeros(3, positions) if head.metrics else None
+        metrics = logp.new_zeros(3, positions if head.metrics else 0)
         sums = _GroupSums(head, single=len(bounds) == 2)
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for u0, u1 in itertools.pairwise(bounds):
@@ -99,10 +99,12 @@ class Grouped(Plan):
             members = None if (u0, u1) == (0, units) else members
             group = rows if members is None else rows.part(members)
             h = head.take(group)
-            statistics = head.new_statistics(len(group.targets))
+            statistics = torch_chunk.new_statistics(
+                len(group.targets), head.hidden, head.accumulator, metrics=head.metrics
+            )
             q, multiple = head.statistics_and_q(statistics, memory, h, group.targets, fused=self.fused)
             values, one_minus_p = head.finish(statistics, group.targets)
-            if metrics is not None:
+            if head.metrics:
                 for row, value in zip(metrics, token_metrics(statistics, values, one_minus_p), strict=True):
                     group.scatter_(row, value)
             one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple

@@ -53,7 +53,7 @@ def _token_logps_fwd_kernel(
     statistics,  # [3, N_total]
     means,  # [N_total] or None
     metrics,  # [3, N_total] or None: entropy, whether no logit is above the target's, log Σ p²
-    partials,  # [splits, 5, N_total] or None
+    partials,  # [splits, 3, N_total], with metrics [splits, 5, N_total], or None
     rows, length, columns, split_columns, logits_stride_s, logits_stride_t, logits_stride_v, ignore_index, inner, outer,
     TRANSFORM: tl.constexpr, ALIGNED: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,13 +70,13 @@ def _token_logps_fwd_kernel(
         metrics is not None, BLOCK,
     )  # fmt: skip
     if partials is not None:
-        part = (tl.program_id(1).to(tl.int64) * 5) * rows + row
+        part = tl.program_id(1).to(tl.int64) * (5 if metrics is not None else 3) * rows + row
         tl.store(partials + part, row_max)
         tl.store(partials + (part + rows), sum_exp)
         tl.store(partials + (part + rows + rows), logit_sum)
         if metrics is not None:
-            tl.store(partials + (part + 3 * rows), entropy)
-            tl.store(partials + (part + 4 * rows), sum_sq)
+            tl.store(partials + (part + rows + rows + rows), entropy)
+            tl.store(partials + (part + rows + rows + rows + rows), sum_sq)
     else:
         _finish(
             row, rows, base, logits_stride_v, column, scored, row_max, sum_exp, entropy, sum_sq, inner, outer, logp,
@@ -97,15 +97,15 @@ def _token_logps_combine_kernel(
     y = tl.load(targets + row).to(tl.int64)
     scored = y != ignore_index
     split = tl.arange(0, BLOCK)
-    part = (split.to(tl.int64) * 5) * rows + row
+    part = split.to(tl.int64) * (5 if metrics is not None else 3) * rows + row
     row_maxes = tl.load(partials + part, mask=split < splits, other=float("-inf"))
     sums = tl.load(partials + (part + rows), mask=split < splits, other=0.0)
     logit_sums = tl.load(partials + (part + rows + rows), mask=split < splits, other=0.0)
     row_max, sum_exp = joined(row_maxes, sums)
     entropy, sum_sq = 0.0, 0.0
     if metrics is not None:
-        entropies = tl.load(partials + (part + 3 * rows), mask=split < splits, other=0.0)
-        sum_sqs = tl.load(partials + (part + 4 * rows), mask=split < splits, other=0.0)
+        entropies = tl.load(partials + (part + rows + rows + rows), mask=split < splits, other=0.0)
+        sum_sqs = tl.load(partials + (part + rows + rows + rows + rows), mask=split < splits, other=0.0)
         share = sums * exp(row_maxes - tl.where(row_max == float("-inf"), 0.0, row_max))
         share /= tl.where(sum_exp == 0, 1.0, sum_exp)
         entropy = tl.sum(share * entropies + entr(share), 0)
@@ -170,7 +170,8 @@ def token_logps_fwd(
         splits = max(1, min(triton.cdiv(4 * configs.processors(device), rows), chunks // 2))
         split_columns = triton.cdiv(chunks, splits) * config.block
         splits = triton.cdiv(columns, split_columns)
-        partials = torch.empty((splits, 5, rows), dtype=torch.float32, device=device) if splits > 1 else None
+        shape = (splits, 5 if metrics else 3, rows)
+        partials = torch.empty(shape, dtype=torch.float32, device=device) if splits > 1 else None
         asked = (means if logits_mean else None, found if metrics else None)
         arguments = (logits, targets, logp, statistics, *asked, partials)
         launch(
