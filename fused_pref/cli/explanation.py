@@ -33,7 +33,7 @@ MODELS = {
     "qwen3-8b": (4096, 151936),
     "smollm2-135m": (576, 49152),
 }
-OBJECTIVES = ("cpo", "dpo", "bco", "kto", "logps")
+OBJECTIVES = ("cpo", "dpo", "bco", "kto", "batch", "logps")
 DELTAS = ("batch", "known")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 DEVICES = ("cpu", "cuda", "xpu", *GPUS)
@@ -188,7 +188,9 @@ def explain(
     Args:
         model: a name in ``MODELS`` of this module; or give ``hidden`` and ``vocab``, which go before a model's.
         tokens: N, scored tokens.
-        objective: ``"cpo"``, ``"dpo"``, ``"bco"``, ``"kto"``, or ``"logps"`` for the building blocks.
+        objective: ``"cpo"``, ``"dpo"``, ``"bco"``, ``"kto"``; ``"batch"`` for one that needs all sequences first (aot,
+            bco_pair with a δ that this batch moves, ``preference_loss`` with ``unit=None``); or ``"logps"`` for the
+            building blocks. Your own objective of pairs is planned as ``"dpo"``, one of sequences as ``"kto"``.
         hidden: D.
         vocab: V.
         dtype: of hidden states and weight, ``torch.bfloat16`` or its name.
@@ -269,7 +271,7 @@ def _units(objective: str, delta: str, sequences: int | None, tokens: int) -> in
     validate.at_least("sequences", sequences, 1, optional=True)
     if sequences is None:
         sequences = max(16, tokens // 4096 * 2)
-    unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "kto": 1, "logps": 0}[objective]
+    unit = {"cpo": 2, "dpo": 2, "bco": int(delta == "known"), "kto": 1, "batch": 0, "logps": 0}[objective]
     if unit == 2 and sequences % 2:
         raise validate.fail("sequences", "even: pairs of chosen and rejected", sequences)
     return sequences // unit if unit else 0

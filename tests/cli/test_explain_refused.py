@@ -31,7 +31,7 @@ ROWS: list[Row] = [
     ({"delta": 0.0}, TypeError, "delta must be one of .*got 0.0"),
     *(
         ({"objective": name, "delta": "known"}, ValueError, f"delta must be 'batch', .*objective='{name}'.*got 'known'")
-        for name in ("cpo", "dpo", "kto", "logps")
+        for name in ("cpo", "dpo", "kto", "batch", "logps")
     ),
     ({"memory_budget": 0}, ValueError, "memory_budget must be an integer >= 1, or None; got 0"),
     ({"memory_budget": 1}, ValueError, "memory_budget must be at least"),

@@ -267,6 +267,15 @@ def test_sequences_of_an_explanation() -> None:
         assert found == given
 
 
+def test_an_objective_of_the_batch_is_explained() -> None:
+    """The plan of a call that is coupled over the batch, and products that the call takes."""
+    sizes: dict[str, Any] = {"tokens": 4096, "hidden": 1024, "vocab": 32768, "device": "cpu", "sequences": 16}
+    assert fp.explain(objective="dpo", **sizes).plan.name == "grouped"
+    explained = fp.explain(objective="batch", **sizes)
+    assert explained.plan.name == "vocab_major"
+    assert 3 < explained.products <= 4
+
+
 def test_planning_takes_no_time() -> None:
     """It runs while a GPU waits. Batches of about as many tokens share a ranking; each has its own groups."""
     base, times = problem(itemsize=2, weight_itemsize=2, device=GPU, hidden=4096, vocabulary=128256), []
