@@ -1,7 +1,6 @@
 """Fused products of the linear head against float64: every plan forced in turn, and the kernels by themselves."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from head_cases import only, parity
 from probes import Memory, watching
 
 import fused_pref as fp
-from fused_pref.head import engine
 from fused_pref.head.plans import planner as plan
 from fused_pref.head.plans.problem import Problem
 from fused_pref.ops import devices
@@ -58,14 +56,13 @@ def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
 @pytest.mark.parametrize(("name", "objective", "wanted", "dtype"), FORCED)
 def test_plans(
     name: str, objective: str, wanted: str, dtype: torch.dtype, small: bool, keywords: dict[str, Any], depth: int,
-    kernel_device: str, monkeypatch: pytest.MonkeyPatch,
+    kernel_device: str,
 ) -> None:  # fmt: skip
     """Rows of 16 whole bytes are read through descriptors, others by pointers."""
     batch = make_hidden(6, 7, depth, 70, dtype=dtype, device=kernel_device, bias=True, mask="empty")
     batch.wanted = wanted
     # Slices narrow enough that some can be kept.
-    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16))
-    with only(monkeypatch, name, small=small, fused=True) as taken:
+    with only(name, small=small, fused=True, narrow=True) as taken:
         parity(objective, batch, device=kernel_device, backend="triton", **keywords)
     assert taken[0].fused
     if small and name == "grouped":
@@ -85,9 +82,7 @@ def test_no_exponentials_in_float16() -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"), [("grouped", "hwb"), ("vocab_major", "hwb"), ("frozen_head", "h"), ("logprob", "")]
 )
-def test_layouts(
-    name: str, wanted: str, layout: str, bound: int | None, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layouts(name: str, wanted: str, layout: str, bound: int | None, kernel_device: str) -> None:
     """Padding beyond the valid tokens, packed sequences; what stands in unscored positions does not matter."""
     batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True)
     batch.wanted, keywords = wanted, {"max_valid_tokens": bound, "backend": "triton", "logits_mean": None}
@@ -95,14 +90,14 @@ def test_layouts(
         ends = torch.tensor([0, 9, 9, 20, 36], dtype=torch.int32, device=kernel_device)
         batch.hidden, batch.labels = batch.hidden.flatten(0, 1).contiguous(), batch.labels.flatten()
         keywords["cu_seqlens"] = ends
-    with only(monkeypatch, name, fused=True):
+    with only(name, fused=True):
         parity("cpo", batch, device=kernel_device, **keywords)
     if layout == "padded":
         scored = torch.zeros_like(batch.labels, dtype=torch.bool)
         scored[:, :-1] = batch.labels[:, 1:] != IGNORE
         clean = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
         batch.hidden = batch.hidden.detach().masked_fill(~scored[..., None], NAN)
-        with only(monkeypatch, name, fused=True):
+        with only(name, fused=True):
             dirty = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
         for one, other in zip(clean, dirty, strict=True):
             assert (one is None) == (other is None)
@@ -129,16 +124,14 @@ def test_hard_logits(kind: str, name: str, wanted: str, kernel_device: str, monk
     else:
         batch.bias[:70] = -INF
         batch.labels.clamp_(min=70)
-    with only(monkeypatch, name, fused=True):
+    with only(name, fused=True):
         parity("cpo", batch, device=kernel_device, backend="triton", beta=0.01, logits_mean=None)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
-def test_non_finite_inputs_show(
-    name: str, part: str, bad: float, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_inputs_show(name: str, part: str, bad: float, kernel_device: str) -> None:
     batch = make_hidden(6, 7, 16, 70, device=kernel_device, bias=True, mask="none")
     batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
     tensor = getattr(batch, part)
@@ -147,20 +140,18 @@ def test_non_finite_inputs_show(
         t.requires_grad_(n in batch.wanted)
         for n, t in zip("hwb", (batch.hidden, batch.weight, batch.bias), strict=True)
     ]
-    with only(monkeypatch, name, fused=True):
+    with only(name, fused=True):
         output = fp.linear_cpo_loss(*leaves[:2], batch.labels, bias=leaves[2], backend="triton", logits_mean=None)
     assert output.loss.isnan()
 
 
 @pytest.mark.parametrize("label", [-1, 70, 2**31 + 5])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "logprob"])
-def test_label_outside_the_vocabulary(
-    name: str, label: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_label_outside_the_vocabulary(name: str, label: int, kernel_device: str) -> None:
     batch = make_hidden(6, 7, 16, 70, device=kernel_device, mask="none")
     batch.labels[2, 3] = label
     leaves = [t.requires_grad_(name != "logprob") for t in (batch.hidden, batch.weight)]
-    with only(monkeypatch, name, fused=True):
+    with only(name, fused=True):
         output = fp.linear_cpo_loss(*leaves, batch.labels, backend="triton")
     assert output.chosen_logps[2].isnan()
     assert output.chosen_logps[:2].isfinite().all()
@@ -169,18 +160,18 @@ def test_label_outside_the_vocabulary(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head"])
-def test_repeatable(name: str, dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeatable(name: str, dtype: torch.dtype, kernel_device: str) -> None:
     batch = make_hidden(6, 9, 33, 131, device=kernel_device, dtype=dtype, mask="none")
     batch.labels[:, 1:4] = 5
     batch.wanted = "h" if name == "frozen_head" else "hw"
-    with only(monkeypatch, name, small=True, fused=True):
+    with only(name, small=True, fused=True):
         first, second = (run_linear(fp.linear_cpo_loss, batch, backend="triton")[1][:2] for _ in range(2))
     assert all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("part", ["hidden", "bias", "labels", "one row", "one bias"])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
-def test_strides(name: str, part: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strides(name: str, part: str, kernel_device: str) -> None:
     """Every position scored, so that no row is copied for another reason."""
     batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True, mask="none")
     batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
@@ -197,15 +188,15 @@ def test_strides(name: str, part: str, kernel_device: str, monkeypatch: pytest.M
     else:
         batch.bias = torch.full((1,), 0.5, device=kernel_device).expand(70)
     ends = torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32, device=kernel_device)
-    with only(monkeypatch, name, fused=True):
+    with only(name, fused=True):
         parity("cpo", batch, device=kernel_device, backend="triton", cu_seqlens=ends, shift=False)
 
 
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
-def test_nothing_scored(name: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_scored(name: str, kernel_device: str) -> None:
     batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True, mask="all")
     batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
-    with only(monkeypatch, name, fused=True):
+    with only(name, fused=True):
         parity("cpo", batch, device=kernel_device, backend="triton")
 
 
@@ -229,7 +220,7 @@ def test_precision_of_float32(legacy: bool) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_rows_are_copied_only_if_they_must(autocast: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_copied_only_if_they_must(autocast: bool, kernel_device: str) -> None:
     """Strides that no row number describes, and another dtype under autocast."""
     batch = make_hidden(6, 7, 16, 70, device=kernel_device)
     expected = fp.linear_token_logps(batch.hidden, batch.weight, batch.labels, backend="torch")
@@ -237,7 +228,7 @@ def test_rows_are_copied_only_if_they_must(autocast: bool, kernel_device: str, m
     tolerance = 0.1 if autocast else 2e-5
     with (
         torch.autocast(kernel_device, torch.bfloat16, enabled=autocast),
-        only(monkeypatch, "logprob", fused=True),
+        only("logprob", fused=True),
     ):
         logps = fp.linear_token_logps(hidden, batch.weight, batch.labels, backend="triton")
     assert logps.dtype == torch.float32
@@ -245,7 +236,7 @@ def test_rows_are_copied_only_if_they_must(autocast: bool, kernel_device: str, m
 
 
 @pytest.mark.slow
-def test_log_probs_leave_no_logits(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_leave_no_logits(kernel_device: str) -> None:
     """Beyond the results the forward needs a small part of the logits' bytes."""
     if kernel_device != "cpu":
         pytest.skip("the CPU's allocator is watched")
@@ -254,7 +245,7 @@ def test_log_probs_leave_no_logits(kernel_device: str, monkeypatch: pytest.Monke
     def step() -> None:
         fp.linear_token_logps(batch.hidden, batch.weight, batch.labels, backend="triton")
 
-    with only(monkeypatch, "logprob", fused=True):
+    with only("logprob", fused=True):
         assert peak_bytes(step) < 4 * 128 * 2000 / 4
 
 

@@ -1,15 +1,11 @@
 """What a step of the linear head launches: no more for more rows, and with a bound on them it never waits."""
 
-from dataclasses import replace
-
 import pytest
 from harness import make_hidden
 from head_cases import only
 from probes import launches
 
 import fused_pref as fp
-from fused_pref.head import engine
-from fused_pref.ops import devices
 from fused_pref.ops.torch import chunk
 
 
@@ -19,11 +15,8 @@ from fused_pref.ops.torch import chunk
     ("name", "wanted"),
     [("grouped", "hwb"), ("vocab_major", "hwb"), ("skipping", "hwb"), ("frozen_head", "h"), ("logprob", "")],
 )
-def test_a_bound_on_the_rows_spares_every_wait(
-    name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bound_on_the_rows_spares_every_wait(name: str, wanted: str, kernel_device: str) -> None:
     """Two numbers of rows that elementwise work goes through in one block, with slices of the same width."""
-    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     found = []
     for sequences in (2, 6):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device, bias=True)
@@ -32,7 +25,7 @@ def test_a_bound_on_the_rows_spares_every_wait(
         options = {"bias": b, "backend": "triton", "max_valid_tokens": 8 * sequences}
         options["skip_mass"] = 0.3 if name == "skipping" else None
 
-        with pytest.MonkeyPatch.context() as own, only(own, name, fused=True), launches() as recorder:
+        with only(name, fused=True, narrow=True), launches() as recorder:
             loss = fp.linear_cpo_loss(h, w, batch.labels, **options).loss
             if wanted:
                 loss.backward()
@@ -49,14 +42,13 @@ def test_elementwise_work_is_not_launched_block_by_block(
     name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hidden states of one and of several blocks of elementwise work: kernels take them in one launch."""
-    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     for block in ("CPU_BLOCK", "DEVICE_BLOCK"):
         monkeypatch.setattr(chunk, block, 20 * 16)
     found = []
     for sequences in (2, 12):
         batch = make_hidden(sequences, 9, 16, 70, device=kernel_device)
         h, w = batch.hidden.requires_grad_(), batch.weight.requires_grad_("w" in wanted)
-        with pytest.MonkeyPatch.context() as own, only(own, name, fused=True), launches() as recorder:
+        with only(name, fused=True, narrow=True), launches() as recorder:
             fp.linear_cpo_loss(h, w, batch.labels, backend="triton", logits_mean=None).loss.backward()
         found.append(len(recorder.names))
     assert found[0] == found[1]

@@ -43,11 +43,11 @@ def test_objectives(objective: str, dtype: torch.dtype, device: str, backend: st
 )
 def test_plans(
     name: str, objective: str, wanted: str, small: bool, dtype: torch.dtype, keywords: dict[str, Any],
-    device: str, backend: str, monkeypatch: pytest.MonkeyPatch,
+    device: str, backend: str,
 ) -> None:  # fmt: skip
     batch = make_hidden(6, 7, 12, 29, dtype=dtype, device=device, bias=True, mask="empty")
     batch.wanted = wanted
-    with only(monkeypatch, name, small=small) as taken:
+    with only(name, small=small) as taken:
         parity(objective, batch, device=device, backend=backend, **keywords)
     if small and name == "grouped":
         assert len(taken[0].bounds) > 2
@@ -58,12 +58,10 @@ def test_plans(
 @pytest.mark.parametrize(
     ("name", "wanted"), [("grouped", "hwb"), ("vocab_major", "hwb"), ("frozen_head", "h"), ("logprob", "")]
 )
-def test_the_smallest_chunks(
-    name: str, wanted: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_smallest_chunks(name: str, wanted: str, device: str, backend: str) -> None:
     batch = make_hidden(4, 4, 6, 7, device=device, bias=True)
     batch.wanted = wanted
-    with only(monkeypatch, name, small=True, least=1) as taken:
+    with only(name, small=True, least=1) as taken:
         parity("cpo", batch, device=device, backend=backend, softcap=3.0, logit_scale=-1.7)
     assert min(taken[0].rows, taken[0].columns) == 1 or name == "grouped"
 
@@ -129,7 +127,7 @@ def test_strides(make: str, objective: str, device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("kind", ["peaked", "huge", "far", "masked"])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major"])
-def test_hard_logits(kind: str, name: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hard_logits(kind: str, name: str, device: str, backend: str) -> None:
     """Targets of probability 0.999 and more, |z| in the thousands, targets far below, entries of probability 0."""
     batch = make_hidden(4, 6, 32, 200, mask="none", device=device, bias=True)
     if kind in ("peaked", "far"):
@@ -139,7 +137,7 @@ def test_hard_logits(kind: str, name: str, device: str, backend: str, monkeypatc
     else:
         batch.bias[150:] = -torch.inf
         batch.labels.clamp_(max=149)
-    with only(monkeypatch, name):
+    with only(name):
         parity("cpo", batch, device=device, backend=backend, beta=0.01, logits_mean=None)
     logps = fp.linear_token_logps(batch.hidden, batch.weight, batch.labels, bias=batch.bias, backend=backend)
     assert (logps <= 0).all()
@@ -202,20 +200,20 @@ def test_label_outside_the_vocabulary(label: int, device: str, backend: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grouped", "vocab_major"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeatable(name: str, dtype: torch.dtype, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeatable(name: str, dtype: torch.dtype, device: str, backend: str) -> None:
     batch = make_hidden(4, 6, 17, 37, device=device, dtype=dtype, mask="none")
     batch.labels[:, 1:4] = 5
-    with only(monkeypatch, name, small=True):
+    with only(name, small=True):
         first, second = gradients(batch, backend=backend), gradients(batch, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head"])
-def test_upstream_gradient_and_retain_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upstream_gradient_and_retain_graph(name: str) -> None:
     batch = make_hidden(6, 7, 12, 29)
     h, w = batch.hidden.requires_grad_(), batch.weight.requires_grad_(name != "frozen_head")
     leaves = [h, w] if w.requires_grad else [h]
-    with only(monkeypatch, name):
+    with only(name):
         loss = fp.linear_cpo_loss(h, w, batch.labels).loss
         one = torch.autograd.grad(loss, leaves, retain_graph=True)
         scaled = torch.autograd.grad(loss * -3.7, leaves, retain_graph=True)
@@ -228,20 +226,20 @@ def test_upstream_gradient_and_retain_graph(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["grouped", "vocab_major"])
-def test_second_derivative_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_derivative_is_refused(name: str) -> None:
     batch = make_hidden(6, 7, 12, 29)
     h, w = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
-    with only(monkeypatch, name):
+    with only(name):
         loss = fp.linear_cpo_loss(h, w, batch.labels).loss
         grad, _ = torch.autograd.grad(loss, (h, w), create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 
-def test_no_gradient_takes_the_cheapest_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gradient_takes_the_cheapest_plan() -> None:
     batch = make_hidden(6, 7, 12, 29)
     h, w = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
-    with torch.no_grad(), only(monkeypatch, "logprob") as taken:
+    with torch.no_grad(), only("logprob") as taken:
         quiet = fp.linear_cpo_loss(h, w, batch.labels)
     assert taken[0].products == 1
     assert not quiet.loss.requires_grad

@@ -3,13 +3,12 @@
 import copy
 import pickle
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from harness import IGNORE, Hidden, assert_gradient, assert_values, make_hidden, run_linear
-from head_cases import arguments, parity
+from head_cases import arguments, narrowed, parity
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,6 @@ from fused_pref.head import engine
 from fused_pref.head.plans import planner as plan
 from fused_pref.head.plans import skipping
 from fused_pref.keywords import LinearKeywords, table
-from fused_pref.ops import devices
 from fused_pref.ops.torch.chunk import transform_
 from fused_pref.spec import linear_spec
 from fused_pref.validate import describe
@@ -28,15 +26,14 @@ INF, NAN = torch.inf, torch.nan
 
 
 @pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plan.Plan]]:
+def narrow() -> Iterator[list[plan.Plan]]:
     """Tiles of at most 16 tokens; gives the plans taken."""
     taken: list[plan.Plan] = []
 
     def choose(problem: plan.Problem) -> plan.Plan:
-        taken.append(plan.choose(problem))
+        taken.append(plan.choose(narrowed(problem)))
         return taken[-1]
 
-    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     with plan.planning(choose):
         yield taken
 

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from harness import Hidden, assert_linear_parity, reference_logps
 
 from fused_pref.head.plans import planner as plan
+from fused_pref.ops import devices
 
 # (D, V) of Qwen2.5 0.5B, Llama 3.2 1B, Gemma 2 2B, Qwen2.5 7B, Llama 2 7B, Llama 3 8B, Mistral Nemo and Llama 3 70B.
 SHAPES = (
@@ -48,18 +49,24 @@ def parity(objective: str, batch: Hidden, *, device: str = "cpu", **keywords: An
     return assert_linear_parity(name, batch, *arguments(name, device, sequences), **own, **keywords)
 
 
+def narrowed(problem: plan.Problem) -> plan.Problem:
+    """The problem on a device for which slices of 16 columns are wide, and epilogues free."""
+    return replace(problem, device=replace(devices.CPU, columns=16, epilogue=0.0))
+
+
 @contextlib.contextmanager
 def only(
-    monkeypatch: pytest.MonkeyPatch, name: str, *, small: bool = False, fused: bool = False, least: int = 5
+    name: str, *, small: bool = False, fused: bool = False, least: int = 5, narrow: bool = False
 ) -> Iterator[list[plan.Plan]]:
     """Only plans of this name and form, of which it gives those that were taken.
 
     The largest of them (fused, of those that save some slices), or with ``small`` the smallest whose chunks have
-    ``least`` rows and columns.
+    ``least`` rows and columns. With ``narrow`` they are planned for the device of :func:`narrowed`.
     """
     taken: list[plan.Plan] = []
 
     def choose(problem: plan.Problem) -> plan.Plan:
+        problem = narrowed(problem) if narrow else problem
         plans = [p.fit(problem) for p in plan.candidates(problem) if p.name == name and p.fused == fused]
         if not plans:  # the means of unscored rows
             assert not problem.gradients

@@ -72,8 +72,10 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-def evaluate(name: str, dtype: torch.dtype, part: slice, **group: Any) -> dict[str, Tensor]:
-    """The outputs and gradients of a case, with a slice of the vocabulary."""
+def evaluate(
+    name: str, dtype: torch.dtype, part: slice, taken: list[plan.Plan] | None = None, **group: Any
+) -> dict[str, Tensor]:
+    """The outputs and gradients of a case, with a slice of the vocabulary; plans are added to ``taken``."""
     function, extra, keywords = CASES[name]
     keywords, given = dict(keywords), tensors(dtype)
     frozen = keywords.pop("frozen", ())
@@ -96,7 +98,7 @@ def evaluate(name: str, dtype: torch.dtype, part: slice, **group: Any) -> dict[s
     if dtype == torch.float64:
         keywords["backend"] = "torch"
     others = [objective if key == "objective" else given[key] for key in extra]
-    with forced(force):
+    with contextlib.nullcontext() if force is taken is None else forced(force, taken):
         output = getattr(fp, function)(leaves["hidden"], leaves["weight"], labels, *others, **keywords, **group)
     if isinstance(output, Tensor):
         results, loss = {"values": output}, (output * torch.linspace(0.1, 1, output.numel()).view_as(output)).sum()
@@ -111,16 +113,22 @@ def evaluate(name: str, dtype: torch.dtype, part: slice, **group: Any) -> dict[s
 
 
 @contextlib.contextmanager
-def forced(name: str | None) -> Iterator[None]:
-    """Take the smallest plan of this name that has several groups or slices, the first of them kept."""
+def forced(name: str | None, taken: list[plan.Plan] | None) -> Iterator[None]:
+    """Take the smallest plan of this name that has several groups or slices, the first of them kept; None: any."""
 
     def choose(problem: plan.Problem) -> plan.Plan:
+        chosen = plan.choose(problem) if name is None else cut(problem)
+        if taken is not None:
+            taken.append(chosen)
+        return chosen
+
+    def cut(problem: plan.Problem) -> plan.Plan:
         fine = [p.fit(problem) for p in plan.candidates(replace(problem, multiple=16))]
-        cut = [p for p in fine if len(p.bounds) > 2 or p.columns < problem.vocabulary]
-        chosen = min((p for p in cut if p.name == name), key=lambda p: (p.columns < 16, p.workspace))
+        several = [p for p in fine if len(p.bounds) > 2 or p.columns < problem.vocabulary]
+        chosen = min((p for p in several if p.name == name), key=lambda p: (p.columns < 16, p.workspace))
         return replace(chosen, saved=1) if name == "vocab_major" else chosen
 
-    with contextlib.nullcontext() if name is None else plan.planning(choose):
+    with plan.planning(choose):
         yield
 
 

@@ -56,15 +56,13 @@ def test_what_enters_a_product_is_cast(
 
 @pytest.mark.parametrize("cast", HALVES)
 @pytest.mark.parametrize(("name", "plan"), [("linear_cpo_loss", "grouped"), ("linear_token_logps", "vocab_major")])
-def test_the_same_in_groups_and_in_slices(
-    name: str, plan: str, cast: torch.dtype, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_in_groups_and_in_slices(name: str, plan: str, cast: torch.dtype, device: str, backend: str) -> None:
     """Partial products are added up."""
     batch = make_hidden(4, 6, 16, 40, device=device, mask="none")
     dtype = HALVES[cast == torch.bfloat16]
     mixed = Hidden(batch.hidden.to(dtype), batch.weight.to(dtype), None, batch.labels, "hw")
     ready = Hidden(mixed.hidden.to(cast), mixed.weight.to(cast), None, batch.labels, "hw")
-    with only(monkeypatch, plan, small=True) as taken:
+    with only(plan, small=True) as taken:
         with torch.autocast(device, cast):
             ours, grads = run_linear(getattr(fp, name), mixed, backend=backend)
         truth, true_grads = run_linear(getattr(fp, name), ready, backend=backend)

@@ -97,9 +97,7 @@ def test_parity(name: str, backend: str, linear: bool, transform: dict[str, floa
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("transform", [{}, SOFTCAP], ids=["plain", "softcap"])
 @pytest.mark.parametrize("plan", ["grouped", "vocab_major", "frozen_head", "logprob", "skipping"])
-def test_plans(
-    plan: str, small: bool, fused: bool, transform: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plans(plan: str, small: bool, fused: bool, transform: dict[str, float]) -> None:
     hidden, weight, labels = batch()
     hidden.requires_grad_(plan != "logprob")
     weight.requires_grad_(plan not in ("logprob", "frozen_head"))
@@ -107,7 +105,7 @@ def test_plans(
     if plan == "skipping":
         keywords["skip_mass"] = 1e-3
     backend = "triton" if fused else "torch"
-    with only(monkeypatch, plan, small=small, fused=fused, least=2):
+    with only(plan, small=small, fused=fused, least=2):
         output = fp.linear_cpo_loss(hidden, weight, labels, backend=backend, **keywords)
     truth = fp.reference.linear_cpo_loss(hidden.double(), weight.double(), labels, **keywords)
     assert_same(output, truth)
@@ -167,7 +165,7 @@ def test_far_above_the_pivot(monkeypatch: pytest.MonkeyPatch) -> None:
     for rise in (30.0, 39.0, 60.0):
         weight[20:60, 0] = rise
         hidden.requires_grad_()
-        with only(monkeypatch, "grouped", fused=True):
+        with only("grouped", fused=True):
             output = fp.linear_cpo_loss(hidden, weight.requires_grad_(), labels, backend="triton", token_metrics=True)
         hidden, weight = hidden.detach(), weight.detach()
         truth = fp.reference.linear_cpo_loss(hidden.double(), weight.double(), labels, token_metrics=True)

@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import make_hidden, reference_logps
+from head_cases import narrowed
 from probes import Memory, launches, watching
 from torch import Tensor
 
 from fused_pref.head import engine
+from fused_pref.head.plans import planner as plan
 from fused_pref.head.plans.head import Head, HeadCall
 from fused_pref.keywords import LinearKeywords, table
 from fused_pref.layout import targets_of, valid_rows
-from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import gemm, linear, selected
 from fused_pref.spec import linear_spec
@@ -96,11 +97,8 @@ def test_gradient(
 
 
 @pytest.mark.slow
-def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
-    kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launches_do_not_depend_on_the_rows_and_nothing_waits(kernel_device: str) -> None:
     """Four for each tile, three without a bias; what elementwise work goes through is one block here."""
-    monkeypatch.setattr(engine, "device_at", lambda device: replace(devices.CPU, columns=16, epilogue=0.0))
     keywords = {name: keyword.default for name, (_, keyword) in table(LinearKeywords).items()}
     asked = {**keywords, "skip_mass": 0.3, "max_valid_tokens": 50, "logits_mean": None}
     spec = replace(linear_spec(asked), backend="triton")
@@ -112,7 +110,7 @@ def test_launches_do_not_depend_on_the_rows_and_nothing_waits(
             Head(request, batch.hidden, batch.weight, batch.bias),
             valid_rows(targets_of(batch.labels, None, spec), None, spec),
         )
-        chosen = engine.plan_of(engine.problem_of(head, rows))
+        chosen = plan.choose(narrowed(engine.problem_of(head, rows)))
         assert chosen.name == "skipping"
         assert chosen.fused
         upstream = reference_logps(len(rows.targets), kernel_device)
