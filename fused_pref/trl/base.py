@@ -1,18 +1,25 @@
-"""What both trainers add between TRL's trainer and transformers': checks, the head in the forward, accumulation."""
+"""What the trainers add between TRL's and transformers': checks, the head, references, accumulation, δ."""
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import use_adapter
 
-from fused_pref.models import attach
+from fused_pref.models import Preference, attach, virtual_tokens
 from fused_pref.trl.checks import check_devices, check_scored, check_tokenizer
 from fused_pref.trl.rows import spread
+
+SHIFT_FILE = "reward_shift.safetensors"
 
 
 class HeadTrainer(_BaseTrainer):
@@ -25,11 +32,13 @@ class HeadTrainer(_BaseTrainer):
         head: whether the head is attached; else TRL's own loss is used.
         exact_accumulation: whether microbatches and ranks are normalised as one batch.
         memory_budget: bytes of workspace of the head, or None.
+        reward_shift: δ, moved with the optimiser's steps and kept in checkpoints; None where there is none to keep.
     """
 
     head: bool = True
     exact_accumulation: bool = False
     memory_budget: int | None = None
+    reward_shift: Any = None
     # Set by `get_batch_samples` for the microbatches of one optimiser step.
     normalizers: dict[str, Tensor]
 
@@ -51,6 +60,41 @@ class HeadTrainer(_BaseTrainer):
         self.normalizers = {}
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **others
+        )
+        if self.reward_shift is not None:
+            self.reward_shift.to(self.accelerator.device)
+            self.add_callback(ShiftCallback(self.reward_shift))
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference, or None where the model itself is it, without adapters or before training."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        # TRL sets it before it is prepared for devices and precision, and again after; the head is attached before.
+        if model is not None and self.head:
+            attach(model)
+        self._ref_model = model
+
+    @contextlib.contextmanager
+    def as_reference(self, model: nn.Module) -> Iterator[None]:
+        """Let a model run as the reference: without gradients, noise and, where it is the policy, its adapter."""
+        adapters: Any = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapters = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        # In evaluation nothing is checkpointed, either.
+        with torch.no_grad(), adapters, evaluating(model), self.accelerator.autocast():
+            yield
+
+    def _preference(
+        self, loss: Callable[..., Any], model: nn.Module, batch: dict[str, Any], *tensors: Tensor, **given: Any
+    ) -> Preference:
+        """A loss of a batch of TRL's collators, by what it takes after the labels, and by name."""
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        return Preference(
+            loss, (labels, *tensors), {"memory_budget": self.memory_budget, **given}, virtual_tokens(model)
         )
 
     def scored(self, row: dict[str, Any]) -> bool:
@@ -77,6 +121,44 @@ class HeadTrainer(_BaseTrainer):
         total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
         count = self.accelerator.num_processes * len(batches)
         return dict(zip(names, total / count, strict=True))
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """As many gathered rows as ``gather_for_metrics`` keeps at the end of an epoch."""
+        state = self.accelerator.gradient_state
+        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.reward_shift is not None:
+            save_file(self.reward_shift.state_dict(), os.path.join(output_dir, SHIFT_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.reward_shift is not None:
+            self.reward_shift.load_state_dict(saved(checkpoint, SHIFT_FILE))
+
+
+class ShiftCallback(TrainerCallback):
+    """Moves δ once per optimiser step."""
+
+    def __init__(self, shift: Any) -> None:
+        self.shift = shift
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Fold in what the microbatches of the step gathered."""
+        self.shift.step()
+
+
+def saved(checkpoint: str, name: str) -> dict[str, Tensor]:
+    """Tensors of a file of a checkpoint.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = os.path.join(checkpoint, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {checkpoint} has no {name}, so that training cannot go on from it")
+    return load_file(path)
 
 
 @contextlib.contextmanager

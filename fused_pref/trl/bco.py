@@ -1,6 +1,5 @@
 """A BCO trainer on the data pipeline of TRL's KTO trainer."""
 
-import contextlib
 import copy
 import os
 from collections.abc import Callable
@@ -8,24 +7,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
-from safetensors.torch import load_file, save_file
+from datasets import IterableDataset
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.data_utils import is_conversational
 from trl.trainer.kto_trainer import KTOTrainer
-from trl.trainer.utils import use_adapter
 
 from fused_pref.functional import linear_bco_loss, linear_sequence_logps
 from fused_pref.losses.density_ratio import DensityRatio
-from fused_pref.models import Preference, attach, virtual_tokens
-from fused_pref.trl.base import HeadTrainer, evaluating
+from fused_pref.models import attach
+from fused_pref.trl.base import HeadTrainer, saved
 from fused_pref.trl.bco_config import BCOConfig
-from fused_pref.trl.checks import check_args, check_eos, check_model, check_reference, check_tokenizer
-from fused_pref.trl.rows import check_rows, prompt_is_inside
+from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
+from fused_pref.trl.rows import check_rows, plain_rows
 from fused_pref.trl.udm import WEIGHT, PromptWeights, RowCollator, check_prompts_are_there, prompt_texts
 
-SHIFT_FILE, RATIO_FILE = "reward_shift.safetensors", "density_ratio.safetensors"
+RATIO_FILE = "density_ratio.safetensors"
 FORMS = (("prompt", "completion", "label"), ("chosen", "rejected"))
 SIDES = ("chosen", "rejected")
 # What a batch holds beside the model's inputs; TRL's vision collator may add KL completions, which BCO does not use.
@@ -94,8 +92,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         check_tokenizer(processing_class)
         check_rows("train_dataset", train_dataset, FORMS)
         check_rows("eval_dataset", eval_dataset, FORMS, parts=dict)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(f"BCOTrainer trains causal language models; {type(model).__name__} is an encoder-decoder")
+        check_causal("BCOTrainer", model)
         self.reward_shift = args.shift()
         self.exact_accumulation, self.memory_budget = args.exact_accumulation, args.memory_budget
         self.density_ratio: DensityRatio | None = None
@@ -127,21 +124,7 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self.reward_shift.to(self.accelerator.device)
         self.data_collator = RowCollator(self.data_collator)
-        self.add_callback(ShiftCallback(self.reward_shift))
-
-    @property
-    def ref_model(self) -> Any:
-        """The reference, or None where the model itself is it, without adapters or before training."""
-        return self._ref_model
-
-    @ref_model.setter
-    def ref_model(self, model: Any) -> None:
-        # TRL sets it before it is prepared for devices and precision, and again after; the head is attached before.
-        if model is not None:
-            attach(model)
-        self._ref_model = model
 
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a tokenised row has a token to score; rows with images are tokenised later, and taken as they are."""
@@ -155,14 +138,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's tokenised rows, with their weights where prompts are matched."""
-        if isinstance(dataset, Dataset):
-            # A transform makes other rows out of the tokenised ones, too; and arrays of ids are added where lists join.
-            if dataset.format["type"] == "custom":
-                dataset = dataset.map(lambda row: row)
-            dataset = dataset.with_format(None)
+        dataset = plain_rows(dataset)
         first: Any = next(iter(dataset))
-        if prompt_is_inside(first):
-            dataset = dataset.remove_columns("prompt")
         if not is_conversational(first):
             check_eos(self._tokenizer)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -187,19 +164,9 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """Log-probs (S,) of the completions of a batch under the reference, and no KL log-probs."""
-        adapters: Any = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapters = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        # In evaluation nothing is checkpointed, either.
-        with torch.no_grad(), adapters, evaluating(model), self.accelerator.autocast():
+        with self.as_reference(model):
             logps, _ = self._preference(linear_sequence_logps, model, inputs).run(model, _model_inputs(inputs))
         return logps.to(self.accelerator.device), None
-
-    def _preference(self, loss: Any, model: nn.Module, batch: dict[str, Any], *tensors: Tensor, **given: Any) -> Any:
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        keywords = {"memory_budget": self.memory_budget, **given}
-        return Preference(loss, (labels, *tensors), keywords, virtual_tokens(model))
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """BCO loss of a batch (0-d, differentiable); its metrics are kept for :meth:`log`."""
@@ -278,46 +245,18 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_file(self.reward_shift.state_dict(), os.path.join(output_dir, SHIFT_FILE))
-            if self.density_ratio is not None:
-                save_file(self.density_ratio.state_dict(), os.path.join(output_dir, RATIO_FILE))
+        if self.args.should_save and self.density_ratio is not None:
+            save_file(self.density_ratio.state_dict(), os.path.join(output_dir, RATIO_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self.reward_shift.load_state_dict(_saved(checkpoint, SHIFT_FILE))
-        if self.density_ratio is not None:
-            saved, fitted = _saved(checkpoint, RATIO_FILE), self.density_ratio.state_dict()
-            if not all(torch.equal(saved[name], fitted[name]) for name in fitted):
+        if checkpoint is not None and self.density_ratio is not None:
+            there, fitted = saved(checkpoint, RATIO_FILE), self.density_ratio.state_dict()
+            if not all(torch.equal(there[name], fitted[name]) for name in fitted):
                 raise ValueError(
                     f"the density ratio in {checkpoint} is not the one of this dataset, seed and embedding_func, by "
                     "which the prompts have been weighed"
                 )
-
-
-class ShiftCallback(TrainerCallback):
-    """Moves δ once per optimiser step."""
-
-    def __init__(self, shift: Any) -> None:
-        self.shift = shift
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fold in what the microbatches of the step gathered."""
-        self.shift.step()
-
-
-def _saved(checkpoint: str, name: str) -> dict[str, Tensor]:
-    """Tensors of a file of a checkpoint.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    path = os.path.join(checkpoint, name)
-    if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {checkpoint} has no {name}, so that BCO cannot go on from it")
-    return load_file(path)
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

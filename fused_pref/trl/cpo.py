@@ -143,10 +143,5 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         gathered: Any = self.accelerator.gather(mine[None])  # (ranks, B pairs of 6 values, then 3)
         of_pairs = gathered[:, : -len(means)].reshape(-1, len(pairs))
         of_ranks = gathered[:, -len(means) :]
-        numbers = torch.cat([self._kept(rows).mean(0) for rows in (of_pairs, of_ranks)]).tolist()
+        numbers = torch.cat([self.kept(rows).mean(0) for rows in (of_pairs, of_ranks)]).tolist()
         return dict(zip((*pairs, *means), numbers, strict=True))
-
-    def _kept(self, rows: Tensor) -> Tensor:
-        """As many rows as ``gather_for_metrics`` keeps at the end of an epoch: TRL's numbers are means over those."""
-        state = self.accelerator.gradient_state
-        return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
