@@ -44,7 +44,8 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         objective: a function of one's own in place of ``loss_type``, as :func:`fused_pref.linear_preference_loss` takes
             it. Its tensors are columns of the dataset, by the names of its parameters: a number, or a list of numbers,
             a pair.
-        unit: of the objective: 2, a pair; 1, a sequence, whose tensors are those of its pair; None, the batch.
+        unit: of the objective: 2, a pair; 1, a sequence, whose columns are those of its pair; None, the batch. With 1
+            and None, a tensor named ``desirable`` (2B,) bool says which sequences are chosen ones.
 
     Raises:
         ValueError, TypeError: malformed rows, nothing to train on, a model without a usable head, an encoder-decoder, a
@@ -162,7 +163,7 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         given: dict[str, Any] = {"token_weight": self._token_weight(inputs), **(self.normalizers if training else {})}
         tensors: tuple[Tensor, ...] = ()
         if isinstance(self.loss, OwnLoss):
-            tensors = self.loss.tensors(inputs)
+            tensors = self.loss.tensors(inputs, len(ref_logps) // 2)
         else:
             given["delta"] = self.delta
         if self.reward_shift is not None:
@@ -173,9 +174,10 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         preference = self._preference(self.loss, model, inputs, ref_logps, *tensors, **given)
         output, aux_loss = preference.run(model, model_inputs)
         loss = output.loss.to(device)
-        if self.aux_loss_enabled:
+        aux_loss = aux_loss if self.aux_loss_enabled else None
+        if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss.to(device)
-        self._keep(output, ref_logps, inputs["attention_mask"], aux_loss if self.aux_loss_enabled else None)
+        self._keep(output, ref_logps, inputs["attention_mask"], aux_loss)
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -192,7 +194,8 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         means |= {"delta": output.delta} if self.reward_shift is not None else {}
         sums |= {name: value for name, value in means.items() if value is not None}
         mine = [column.detach().double().to(device) for column in (pairs.flatten(), *sums.values())]
-        gathered: Any = self.accelerator.gather(torch.cat([column.reshape(-1) for column in mine])[None]).cpu()
+        gathered: Any = self.accelerator.gather(torch.cat([column.reshape(-1) for column in mine])[None])
+        gathered = gathered.cpu()
         w, l, w_logps, l_logps = gathered[:, : -len(sums)].reshape(-1, 4).unbind(1)
         of_ranks = self.kept(gathered[:, -len(sums) :])
         totals = dict(zip(sums, of_ranks.sum(0).tolist(), strict=True))

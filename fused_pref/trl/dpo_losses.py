@@ -21,6 +21,8 @@ from fused_pref.preference import LinearPreferenceLoss, linear_preference_loss
 
 # Those that label smoothing acts on in TRL.
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+# The tensor of an objective of sequences that is no column.
+DESIRABLE = "desirable"
 # What is logged.
 METRICS: dict[str, Any] = {"logits_mean": "completion", "token_metrics": True}
 
@@ -120,11 +122,11 @@ class NamedLoss:
     ) -> StepOutput:
         """Loss and metrics; of keywords ``pair_normalizer``, ``delta`` and those of the head are handed on.
 
-        Three products, and one for the factors of ``weighting``. Token weights are not for ``sft``: beside them, it
-        takes the products of the chosen completions once more.
+        Three products, and one for the factors of ``weighting``. Token weights are not for ``sft``, and pairs have one
+        factor for it, their mean: beside those, it takes the products of the chosen completions once more.
         """
         tensors, nll_weight = (hidden, weight, labels), self.spec.nll_weight
-        if token_weight is None or not nll_weight:
+        if not nll_weight or (token_weight is None and not self.weighting):
             return self._of_pairs(tensors, ref_logps, token_weight, token_normalizer, **given)[0]
         names, weights = self.names, self.keywords["loss_weights"] or [1.0] * len(self.names)
         weights = tuple([0.0 if name == "sft" else each for name, each in zip(names, weights, strict=True)])
@@ -140,7 +142,7 @@ class NamedLoss:
 
     def _of_pairs(
         self,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Tensor, Tensor, Tensor],
         ref_logps: Tensor,
         token_weight: Tensor | None,
         token_normalizer: Tensor | None,
@@ -152,23 +154,20 @@ class NamedLoss:
         """All with the token weights, and the mean factor of the pairs."""
         if self.weighting:
             return self._weighted(tensors, ref_logps, token_weight, pair_normalizer, delta, head)
-        output = linear_dpo_loss(
-            *tensors,
-            ref_logps,
-            token_weight=token_weight,
-            pair_normalizer=pair_normalizer,
-            token_normalizer=token_normalizer,
+        keywords: dict[str, Any] = {
             **self.keywords,
             **({"delta": delta} if "bco_pair" in self.names else {}),
-            **METRICS,
-            **head,
-        )
+            "token_weight": token_weight,
+            "pair_normalizer": pair_normalizer,
+            "token_normalizer": token_normalizer,
+        }
+        output = linear_dpo_loss(*tensors, ref_logps, **keywords, **METRICS, **head)
         step = of_pair_output(output, averaged=self.spec.averaged)
         return (step if self.spec.nll_weight else step._replace(nll=None)), 1.0
 
     def _weighted(
         self,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Tensor, Tensor, Tensor],
         ref_logps: Tensor,
         token_weight: Tensor | None,
         pair_normalizer: Tensor | None,
@@ -181,25 +180,21 @@ class NamedLoss:
             step = of_pair_output(first)
             factors = (step.logps / step.lengths.clamp(min=1) - first.sum_sq).exp().chunk(2)
             factor = factors[0] * factors[1]
-            # Of the mean of the tokens of the batch, a pair's share in the mean over pairs, by the mean factor.
-            pairs, mean = len(factor), factor.mean()
-            share = spec.nll_weight * mean * pairs / step.lengths[:pairs].sum().clamp(min=1)
         shift = delta.current() if isinstance(delta, RewardShift) else delta
         output = linear_preference_loss(
             *tensors,
             functools.partial(of_weighted_pairs, spec=spec, delta=shift),
             factor,
-            share,
             ref_logps=ref_logps,
             token_weight=token_weight,
             normalizer=pair_normalizer,
             **head,
         )
         if isinstance(delta, RewardShift):
-            chosen = torch.arange(2 * pairs, device=output.logps.device) < pairs
+            chosen = torch.arange(len(output.logps), device=output.logps.device) < len(factor)
             delta(spec.beta * (output.logps - ref_logps), chosen)
-        negative = step.nll if spec.nll_weight else None
-        return step._replace(loss=output.loss, logps=output.logps, nll=negative, delta=shift), mean
+        shift = shift if isinstance(shift, Tensor) else None
+        return step._replace(loss=output.loss, logps=output.logps, nll=None, delta=shift), factor.mean()
 
 
 @dataclass(frozen=True)
@@ -227,11 +222,13 @@ class OwnLoss:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of the dataset: what the objective calls its tensors."""
-        return self.module.tensor_names
+        """Of the dataset: what the objective calls its tensors, but for the one that is made here."""
+        return tuple(name for name in self.module.tensor_names if name != DESIRABLE or self.unit == 2)
 
-    def tensors(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """Its tensors in a batch, of pairs; for single sequences an entry is that of both of its pair.
+    def tensors(self, batch: Mapping[str, Any], pairs: int) -> tuple[Tensor, ...]:
+        """Its tensors in a batch of pairs; those of single sequences have the entry of a pair for both.
+
+        ``desirable`` (2B,) bool says which sequences are chosen ones, where the objective is not of pairs.
 
         Raises:
             ValueError: one is missing.
@@ -239,8 +236,11 @@ class OwnLoss:
         missing = [name for name in self.columns if name not in batch]
         if missing:
             raise ValueError(f"a batch must have {', '.join(missing)}, which objective takes; got {', '.join(batch)}")
-        tensors = (batch[name] for name in self.columns)
-        return tuple(torch.cat((each, each)) if self.unit == 1 and each.dim() else each for each in tensors)
+        given = {name: batch[name] for name in self.columns}
+        if self.unit == 1:
+            given = {name: torch.cat((each, each)) if each.dim() else each for name, each in given.items()}
+        given.setdefault(DESIRABLE, torch.arange(2 * pairs) < pairs)
+        return tuple(given[name] for name in self.module.tensor_names)
 
     def __call__(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, *tensors: Tensor, **given: Any
@@ -280,15 +280,14 @@ def of_pair_output(output: PairOutput, *, averaged: bool = False) -> StepOutput:
     )
 
 
-def of_weighted_pairs(
-    chosen: Sequences, rejected: Sequences, factor: Tensor, share: Tensor, *, spec: PairSpec, delta: Any
-) -> Tensor:
-    """Losses (B,) of pairs times their factor (B,), and a share (0-d) of the NLL of the chosen completion."""
-    sums, counts, ref_logps = (torch.cat(columns) for columns in zip(chosen, rejected, strict=True))  # type: ignore[arg-type]
+def of_weighted_pairs(chosen: Sequences, rejected: Sequences, factor: Tensor, *, spec: PairSpec, delta: Any) -> Tensor:
+    """Losses (B,) of pairs, without NLL, times their factor (B,)."""
+    columns: Any = zip(chosen, rejected, strict=True)
+    sums, counts, ref_logps = map(torch.cat, columns)
     losses, slope, *_ = PairObjective(spec, ref_logps, None, None, delta).of_pairs(sums.detach(), counts)
     # 0, with the slope as its gradient.
-    rise = slope * (sums - sums.detach())
-    return factor * (losses + sum(rise.chunk(2))) - share * chosen.logps
+    chosen_rise, rejected_rise = (slope * (sums - sums.detach())).chunk(2)
+    return factor * (losses + chosen_rise + rejected_rise)
 
 
 def nll(sequences: Sequences) -> Tensor:
