@@ -142,17 +142,8 @@ def test_losses(both: tuple[Any, Any], changes: dict[str, Any]) -> None:
         {},
         {"ld_alpha": 0.3, "loss_type": ["ipo", "sft"], "loss_weights": [2.0, 0.5], "precompute_ref_log_probs": True},
         {"use_weighting": True, "loss_type": ["nca_pair", "discopop"], "ld_alpha": 0.3, "discopop_tau": 0.5},
-        {
-            "gradient_accumulation_steps": 3,
-            "per_device_train_batch_size": 2,
-            "loss_type": ["sigmoid", "bco_pair", "sft"],
-        },
-        {
-            "gradient_checkpointing": True,
-            "f_divergence_type": "alpha_divergence",
-            "max_length": 7,
-            "pad_to_multiple_of": 8,
-        },
+        {**MICROBATCHES, "loss_type": ["sigmoid", "bco_pair", "sft"]},
+        {"gradient_checkpointing": True, "f_divergence_type": "forward_kl", "max_length": 7, "pad_to_multiple_of": 8},
         {"max_length": 6, "truncation_mode": "keep_end", "loss_type": "exo_pair", "label_smoothing": 0.1},
         {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
     ],
@@ -176,7 +167,7 @@ def test_evaluation_and_uneven_batches(tmp_path: Path) -> None:
     mine = seen.copy()
     seen.clear()
     plain = {**options, "compute_metrics": None}
-    ours = assert_same(tmp_path, 1e-3, options=plain, learning_rate=0.5, max_grad_norm=10.0, **evaluation)
+    ours = assert_same(tmp_path, options=plain, **evaluation)
     assert ours.state.log_history[-2]["eval_other_mean_token_accuracy"] > 0.1
     trained(StockDPOTrainer, tmp_path, options=options, **evaluation)
     assert len(mine) == len(seen) == 2
@@ -246,10 +237,8 @@ def test_what_cannot_be_served_takes_trl_s_path(tmp_path: Path) -> None:
     assert len([entry for entry in warned if "TRL's own loss" in str(entry.message)]) == 1
     assert not ours.head
     assert_same_run(ours, trained(StockDPOTrainer, tmp_path, **changes), 1e-6)
-    assert (
-        refusal(named_keywords(StockDPOConfig(str(tmp_path), beta=-0.1)))
-        == "beta must be a finite number > 0; got -0.1"
-    )
+    args = StockDPOConfig(str(tmp_path), **{**SETUPS["fp32"], "beta": -0.1})
+    assert refusal(named_keywords(args)) == "beta must be a finite number > 0; got -0.1"
 
 
 def test_a_subclass_may_override_the_step(tmp_path: Path) -> None:
