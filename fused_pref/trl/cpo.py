@@ -26,7 +26,8 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
     """``trl.experimental.cpo.CPOTrainer`` that never makes logits: same arguments, data, metrics and names.
 
     The objective is :func:`fused_pref.linear_cpo_loss`, computed inside of the model's forward. A subclass that
-    overrides ``cpo_loss``, ``get_batch_logps`` or ``concatenated_forward`` gets TRL's own path, and a warning.
+    overrides ``cpo_loss``, ``get_batch_logps`` or ``concatenated_forward`` gets TRL's own path, and a warning. Where
+    TRL has no such module, rows and batches are made here, for causal language models.
 
     Args:
         *args, **kwargs: those of TRL's trainer; ``args`` is its ``CPOConfig`` or :class:`fused_pref.trl.CPOConfig`.
@@ -55,8 +56,11 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         # TRL's trainer maps its datasets, which a plain dictionary of them cannot.
         for name, parts in (("train_dataset", None), ("eval_dataset", DatasetDict)):
             check_rows(name, given.get(name), [("chosen", "rejected")], kinds=(Dataset,), parts=parts, each=True)
-        changed = [name for name in STEPS if getattr(type(self), name) is not getattr(StockCPOTrainer, name)]
+        there = [name for name in STEPS if hasattr(type(self), name)]
+        changed = [name for name in there if getattr(type(self), name) is not getattr(StockCPOTrainer, name, None)]
         self.head = not changed
+        if changed and len(there) < len(STEPS):
+            raise ValueError(f"{changed[0]} is overridden, which is a step of trl.experimental.cpo; this TRL has none")
         if changed:
             warnings.warn(
                 f"{type(self).__name__} overrides {', '.join(changed)}: the logits are made, for TRL's own loss",
