@@ -1,4 +1,6 @@
-"""Trainers for TRL 1.15 or newer that never make logits: drop-ins for DPO and CPO, and a ``BCOTrainer``."""
+"""Trainers for TRL 1.15 or newer that never make logits: drop-ins for DPO, KTO and CPO, and a
+``BCOTrainer``.
+"""
 
 import importlib
 import importlib.metadata
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from fused_pref.trl.cpo_config import CPOConfig
     from fused_pref.trl.dpo import DPOTrainer
     from fused_pref.trl.dpo_config import DPOConfig
+    from fused_pref.trl.kto import KTOTrainer
+    from fused_pref.trl.kto_config import KTOConfig
 
 OLDEST = (1, 15)
 HOMES = {
@@ -20,9 +24,20 @@ HOMES = {
     "CPOTrainer": "cpo",
     "DPOConfig": "dpo_config",
     "DPOTrainer": "dpo",
+    "KTOConfig": "kto_config",
+    "KTOTrainer": "kto",
 }
 
-__all__ = ["BCOConfig", "BCOTrainer", "CPOConfig", "CPOTrainer", "DPOConfig", "DPOTrainer"]
+__all__ = [
+    "BCOConfig",
+    "BCOTrainer",
+    "CPOConfig",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+]
 
 
 def _require_trl() -> None:

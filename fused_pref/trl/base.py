@@ -39,8 +39,12 @@ class HeadTrainer(_BaseTrainer):
     exact_accumulation: bool = False
     memory_budget: int | None = None
     reward_shift: Any = None
-    # Set by `get_batch_samples` for the microbatches of one optimiser step.
+    # Set by `get_batch_samples` for the microbatches of one optimiser step: what normalises their losses, and how many
+    # of them are still to come.
     normalizers: dict[str, Tensor]
+    to_come: int = 0
+    # What those that are done have summed up for the metrics.
+    unlogged: dict[str, Any]
 
     def __init__(
         self, *, model: nn.Module, args: Any, train_dataset: Any, processing_class: Any, **others: Any
@@ -57,7 +61,7 @@ class HeadTrainer(_BaseTrainer):
             collator.pad_token_id = processing_class.pad_token_id
         if self.head:
             attach(model)
-        self.normalizers = {}
+        self.normalizers, self.unlogged = {}, {}
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **others
         )
@@ -101,26 +105,75 @@ class HeadTrainer(_BaseTrainer):
         """Whether a tokenised row has a token to score."""
         raise NotImplementedError
 
-    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Name of a normaliser of the loss → its 0-d count in a batch."""
+    def units(self, batch: dict[str, Any]) -> int:
+        """Sequences or pairs of a batch."""
         raise NotImplementedError
+
+    def counts(self, batch: dict[str, Any], units: int) -> dict[str, Tensor]:
+        """Name of a normaliser of the loss → its 0-d count in the first units of a batch."""
+        raise NotImplementedError
+
+    def own(self, units: int) -> int:
+        """How many units of this rank's batch, its first ones, do not just fill the last batch of an epoch.
+
+        accelerate repeats rows there, so that all ranks have as many.
+        """
+        state = self.accelerator.gradient_state
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        alone = self.accelerator.num_processes == 1 or parallelism is not None
+        if alone or self.to_come or not state.end_of_dataloader or state.remainder <= 0:
+            return units
+        return min(max(state.remainder - self.accelerator.process_index * units, 0), units)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The microbatches of one optimiser step; with ``exact_accumulation`` their counts become its normalisers."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.to_come = 0
         self.normalizers = self._normalizers(batches) if self.exact_accumulation and batches else {}
+        self.to_come = len(batches)
         return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a microbatch, after its backward."""
+        self.to_come = max(self.to_come - 1, 0)
+        return super().training_step(*args, **kwargs)
 
     def _normalizers(self, batches: list[Any]) -> dict[str, Tensor]:
         """Counts over all microbatches and ranks, over the means that `Trainer` and DDP take of the losses."""
-        counts = [self.counts(batch) for batch in batches]
+        units = [self.units(batch) for batch in batches]
+        units[-1] = self.own(units[-1])
+        counts = [self.counts(batch, number) for batch, number in zip(batches, units, strict=True)]
         names = list(counts[0])
         total = torch.stack([torch.stack([count[name].double() for count in counts]).sum() for name in names])
         total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
         count = self.accelerator.num_processes * len(batches)
         return dict(zip(names, total / count, strict=True))
+
+    def _evaluation_normalizers(self, batch: dict[str, Any], own: int) -> dict[str, Tensor]:
+        """With them, the mean of the ranks' losses by their own units, as `Trainer` takes it, is that of one batch."""
+        if self.accelerator.num_processes == 1:
+            return {}
+        whole = self._normalizers([batch])
+        per_unit = next(iter(whole.values())) / max(own, 1)
+        return {name: value / per_unit for name, value in whole.items()}
+
+    def _pooled(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over the microbatches of a step and all ranks, with its last microbatch, and nothing before.
+
+        In evaluation they are those of a batch.
+        """
+        self.unlogged = {name: value.detach() + self.unlogged.get(name, 0) for name, value in sums.items()}
+        if self.to_come:
+            return {}
+        sums, self.unlogged = self.unlogged, {}
+        return self._over_ranks(sums, self.accelerator.gather)
+
+    def _over_ranks(self, sums: dict[str, Tensor], gather: Any) -> dict[str, float]:
+        """Sums of all ranks, which are gathered and waited for once."""
+        mine = torch.stack([value.detach().double().to(self.accelerator.device) for value in sums.values()])
+        return dict(zip(sums, gather(mine[None]).sum(0).tolist(), strict=True))
 
     def kept(self, rows: Tensor) -> Tensor:
         """As many gathered rows as ``gather_for_metrics`` keeps at the end of an epoch."""
@@ -159,6 +212,28 @@ def saved(checkpoint: str, name: str) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {checkpoint} has no {name}, so that training cannot go on from it")
     return load_file(path)
+
+
+def of_first(loss: Callable[..., Any], own: int, units: int) -> Callable[..., Any]:
+    """A linear loss of the first of a batch's units, which are sequences, or pairs: chosen ones first, then rejected.
+
+    Args:
+        loss: of hidden states, a weight, labels and more.
+        own: how many units it is of.
+        units: of the batch.
+    """
+    if own == units:
+        return loss
+
+    def first(value: Any) -> Any:
+        is_cut = isinstance(value, Tensor) and value.dim() > 0
+        return torch.cat([part[:own] for part in value.split(units)]) if is_cut else value
+
+    def of_those(hidden: Tensor, weight: Tensor, *tensors: Tensor, bias: Tensor | None, **keywords: Any) -> Any:
+        keywords = {name: first(value) for name, value in keywords.items()}
+        return loss(first(hidden), weight, *map(first, tensors), bias=bias, **keywords)
+
+    return of_those
 
 
 @contextlib.contextmanager

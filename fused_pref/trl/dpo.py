@@ -14,7 +14,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as StockDPOTrainer
 from fused_pref.functional import linear_sequence_logps
 from fused_pref.trl.base import HeadTrainer
 from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
-from fused_pref.trl.dpo_collator import ColumnCollator, check_columns
+from fused_pref.trl.columns import ColumnCollator, check_columns
 from fused_pref.trl.dpo_config import DPOConfig
 from fused_pref.trl.dpo_losses import NamedLoss, OwnLoss, StepOutput, named_keywords, refusal, weighted_logps
 from fused_pref.trl.rows import check_rows, plain_rows
@@ -104,13 +104,16 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         completions = (row["chosen_ids"], row["rejected_ids"])
         return any(len(ids) > 0 and len(row["prompt_ids"]) + len(ids) > 1 for ids in completions)
 
-    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def units(self, batch: dict[str, Any]) -> int:
+        """Pairs."""
+        return len(batch["completion_mask"]) // 2
+
+    def counts(self, batch: dict[str, Any], units: int) -> dict[str, Tensor]:
         """Pairs, and chosen tokens that are scored; of an objective of one's own, its units."""
-        mask = batch["completion_mask"]
-        pairs = mask.shape[0] // 2
         if isinstance(self.loss, OwnLoss):
-            return {"normalizer": torch.tensor(pairs if self.loss.unit == 2 else 2 * pairs)}
-        return {"pair_normalizer": torch.tensor(pairs), "token_normalizer": mask[:pairs, 1:].sum()}
+            return {"normalizer": torch.tensor(units if self.loss.unit == 2 else 2 * units)}
+        scored = batch["completion_mask"][:units, 1:].sum()
+        return {"pair_normalizer": torch.tensor(units), "token_normalizer": scored}
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's tokenised rows."""

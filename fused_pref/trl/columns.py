@@ -1,4 +1,4 @@
-"""Columns of numbers in the batches of pairs, which an objective of one's own takes."""
+"""Columns of numbers in batches, beside what TRL's collators make of the rows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from fused_pref.trl.rows import check_label
+
 
 class ColumnCollator:
-    """A collator that takes columns along, as tensors whose first dimension is pairs.
+    """A collator that takes columns along, as tensors whose first dimension is rows.
 
     Args:
         collator: TRL's, or another one; what its batches have already is left.
@@ -38,6 +40,20 @@ class ColumnCollator:
                     f"got {str(entries)[:80]}"
                 ) from error
         return batch
+
+
+class RowCollator(ColumnCollator):
+    """A collator of single sequences, which checks their labels, too."""
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        """The batch of some rows.
+
+        Raises:
+            ValueError: a label is none, or a column makes no tensor.
+        """
+        for example in examples:
+            check_label("the label of a row", example["label"])
+        return super().__call__(examples)
 
 
 def check_columns(name: str, dataset: Any, columns: Sequence[str]) -> None:
