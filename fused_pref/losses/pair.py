@@ -264,13 +264,14 @@ class PairObjective:
         ratios = logps if self.ref_logps is None else sums - self.ref_logps.double()
         entering = transformed(ratios, spec) if spec.alpha or spec.jensen_shannon else (ratios, 1.0)
         rewards = spec.beta * (entering[0] if self.ref_logps is None else ratios)
+        delta: Any = self.delta
         total, slope = sums.new_zeros(pairs), torch.zeros_like(sums)
         for term in spec.terms:
             x, rise = entering if term.divergence else (ratios, 1.0)
             if term.average:
                 x, rise = x / lengths, rise / lengths
-            if term.shift and self.delta is not None:
-                x = x - (self.delta.double() if isinstance(self.delta, Tensor) else self.delta) / spec.beta
+            if term.shift and delta is not None:
+                x = x - (delta.double() if isinstance(delta, Tensor) else delta) / spec.beta
             function, smoothing = PAIR_LOSSES[term.name].function, term.smoothing
             if term.matched:
                 other = self._partners(term, sums)

@@ -176,7 +176,7 @@ class NamedLoss:
     ) -> tuple[StepOutput, Tensor]:
         spec = self.spec
         with torch.no_grad():
-            first = linear_dpo_loss(*tensors, ref_logps, **METRICS, **head)
+            first: Any = linear_dpo_loss(*tensors, ref_logps, **METRICS, **head)
             step = of_pair_output(first)
             factors = (step.logps / step.lengths.clamp(min=1) - first.sum_sq).exp().chunk(2)
             factor = factors[0] * factors[1]

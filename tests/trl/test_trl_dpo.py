@@ -168,7 +168,7 @@ def test_evaluation_and_uneven_batches(tmp_path: Path) -> None:
     seen.clear()
     plain = {**options, "compute_metrics": None}
     ours = assert_same(tmp_path, options=plain, **evaluation)
-    assert ours.state.log_history[-2]["eval_other_mean_token_accuracy"] > 0.1
+    assert max(entry.get("eval_mean_token_accuracy", 0.0) for entry in ours.state.log_history) > 0.1
     trained(StockDPOTrainer, tmp_path, options=options, **evaluation)
     assert len(mine) == len(seen) == 2
     for got, want in zip(mine, seen, strict=True):
