@@ -214,6 +214,11 @@ def saved(checkpoint: str, name: str) -> dict[str, Tensor]:
     return load_file(path)
 
 
+def first_units(tensor: Tensor, own: int, units: int) -> Tensor:
+    """The rows of the first of a batch's units: one each, or one of the chosen and then one of the rejected ones."""
+    return tensor if own == units else torch.cat([part[:own] for part in tensor.split(units)])
+
+
 def of_first(loss: Callable[..., Any], own: int, units: int) -> Callable[..., Any]:
     """A linear loss of the first of a batch's units, which are sequences, or pairs: chosen ones first, then rejected.
 
@@ -226,8 +231,7 @@ def of_first(loss: Callable[..., Any], own: int, units: int) -> Callable[..., An
         return loss
 
     def first(value: Any) -> Any:
-        is_cut = isinstance(value, Tensor) and value.dim() > 0
-        return torch.cat([part[:own] for part in value.split(units)]) if is_cut else value
+        return first_units(value, own, units) if isinstance(value, Tensor) and value.dim() > 0 else value
 
     def of_those(hidden: Tensor, weight: Tensor, *tensors: Tensor, bias: Tensor | None, **keywords: Any) -> Any:
         keywords = {name: first(value) for name, value in keywords.items()}

@@ -12,7 +12,7 @@ from trl.trainer.dpo_config import DPOConfig as StockDPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as StockDPOTrainer
 
 from fused_pref.functional import linear_sequence_logps
-from fused_pref.trl.base import HeadTrainer
+from fused_pref.trl.base import HeadTrainer, first_units, of_first
 from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
 from fused_pref.trl.columns import ColumnCollator, check_columns
 from fused_pref.trl.dpo_config import DPOConfig
@@ -29,7 +29,6 @@ REPLACED: dict[str, Any] = {
     "f_divergence_type": "reverse_kl",
     "use_weighting": False,
 }
-SIDES = ("chosen", "rejected")
 
 
 class DPOTrainer(StockDPOTrainer, HeadTrainer):
@@ -157,16 +156,21 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         """Loss of a batch (0-d, differentiable); its metrics are kept for :meth:`log`."""
         if not self.head:
             return super()._compute_loss(model, inputs, return_outputs)
-        training, device = self.model.training, self.accelerator.device
+        training, pairs = self.model.training, self.units(inputs)
+        own = self.own(pairs) if self.exact_accumulation else pairs
         if self.precompute_ref_logps:
             sides = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             sides = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
         ref_logps = torch.cat(sides)
-        given: dict[str, Any] = {"token_weight": self._token_weight(inputs), **(self.normalizers if training else {})}
+        given: dict[str, Any] = {"token_weight": self._token_weight(inputs)}
+        if training:
+            given |= self.normalizers
+        elif self.exact_accumulation:
+            given |= self._evaluation_normalizers(inputs, own)
         tensors: tuple[Tensor, ...] = ()
         if isinstance(self.loss, OwnLoss):
-            tensors = self.loss.tensors(inputs, len(ref_logps) // 2)
+            tensors = self.loss.tensors(inputs, pairs)
         else:
             given["delta"] = self.delta
         if self.reward_shift is not None:
@@ -174,54 +178,73 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         model_inputs = self._model_inputs(inputs)
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
-        preference = self._preference(self.loss, model, inputs, ref_logps, *tensors, **given)
+        preference = self._preference(of_first(self.loss, own, pairs), model, inputs, ref_logps, *tensors, **given)
         output, aux_loss = preference.run(model, model_inputs)
-        loss = output.loss.to(device)
-        aux_loss = aux_loss if self.aux_loss_enabled else None
-        if aux_loss is not None:
-            loss = loss + self.router_aux_loss_coef * aux_loss.to(device)
-        self._keep(output, ref_logps, inputs["attention_mask"], aux_loss)
+        loss = output.loss.to(self.accelerator.device)
+        sums = {"num_tokens": first_units(inputs["attention_mask"], own, pairs).sum()}
+        if self.aux_loss_enabled and aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
+            sums["aux_loss"] = aux_loss
+        if output.nll is not None:
+            # Over the tokens that it is a mean of.
+            tokens = output.lengths[:own].sum()
+            sums["nll_loss"] = output.nll * given.get("token_normalizer", tokens).to(tokens.device)
+        if self.reward_shift is not None and output.delta is not None:
+            sums["delta"] = output.delta
+        self._keep(output, first_units(ref_logps, own, pairs), sums)
         if not return_outputs:
             return loss
         with torch.no_grad():
             return loss, model(**model_inputs, use_cache=False)
 
-    def _keep(self, output: StepOutput, ref_logps: Tensor, attention_mask: Tensor, aux_loss: Tensor | None) -> None:
-        """Metrics over all ranks, which are gathered and waited for once, under TRL's names."""
-        device, mode = self.accelerator.device, "train" if self.model.training else "eval"
-        logps = output.logps.detach().to(device)
-        rewards = self.beta * (logps - ref_logps.to(device))
-        pairs = torch.stack([*rewards.chunk(2), *logps.chunk(2)], 1)
-        sums = self._sums(output) | {"num_tokens": attention_mask.sum()}
-        means = {"aux_loss": aux_loss, "nll_loss": output.nll}
-        means |= {"delta": output.delta} if self.reward_shift is not None else {}
-        sums |= {name: value for name, value in means.items() if value is not None}
-        mine = [column.detach().double().to(device) for column in (pairs.flatten(), *sums.values())]
-        gathered: Any = self.accelerator.gather(torch.cat([column.reshape(-1) for column in mine])[None])
-        gathered = gathered.cpu()
-        w, l, w_logps, l_logps = gathered[:, : -len(sums)].reshape(-1, 4).unbind(1)
-        of_ranks = self.kept(gathered[:, -len(sums) :])
-        totals = dict(zip(sums, of_ranks.sum(0).tolist(), strict=True))
-        metrics = {name: totals[name] / len(of_ranks) for name in means if name in totals}
+    def _keep(self, output: StepOutput, ref_logps: Tensor, sums: dict[str, Tensor]) -> None:
+        """Metrics under TRL's names, from sums over all ranks; with ``exact_accumulation`` over those of a step."""
+        mode = "train" if self.model.training else "eval"
+        of_pairs = self._of_pairs(output, ref_logps)
+        sums = of_pairs | self._of_tokens(output) | sums | {"batches": torch.ones(())}
+
+        def gather(mine: Tensor) -> Tensor:
+            """As TRL, which leaves the tokens of ranks that just fill the last batch out, but not their pairs."""
+            rows: Any = self.accelerator.gather(mine)
+            parts = (rows[:, : len(of_pairs)], self.kept(rows[:, len(of_pairs) :]))
+            return torch.cat([part.sum(0) for part in parts])[None]
+
+        totals = self._pooled(sums) if self.exact_accumulation else self._over_ranks(sums, gather)
+        if not totals:
+            return
         if mode == "train":
             self._total_train_tokens += int(totals["num_tokens"]) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        tokens = totals["tokens/chosen"] + totals["tokens/rejected"]
-        metrics["entropy"] = totals["entropy"] / max(tokens, 1)
-        metrics["mean_token_accuracy"] = totals["correct"] / max(totals["tokens/chosen"], 1)
-        metrics |= {f"logits/{side}": totals[f"logits/{side}"] / max(totals[f"tokens/{side}"], 1) for side in SIDES}
-        columns = {"rewards/chosen": w, "rewards/rejected": l, "rewards/margins": w - l}
-        columns |= {"rewards/accuracies": (w > l).double(), "logps/chosen": w_logps, "logps/rejected": l_logps}
-        for name, value in {**metrics, **{name: column.mean().item() for name, column in columns.items()}}.items():
-            self._metrics[mode][name].append(value)
+        chosen, rejected = totals["tokens/chosen"], totals["tokens/rejected"]
+        over = dict.fromkeys(of_pairs, totals["pairs"]) | dict.fromkeys(("aux_loss", "delta"), totals["batches"])
+        over |= {"entropy": chosen + rejected, "mean_token_accuracy": chosen, "nll_loss": chosen}
+        over |= {"logits/chosen": chosen, "logits/rejected": rejected}
+        for name in totals.keys() & over.keys() - {"pairs"}:
+            self._metrics[mode][name].append(totals[name] / max(over[name], 1))
 
-    def _sums(self, output: StepOutput) -> dict[str, Tensor]:
+    def _of_pairs(self, output: StepOutput, ref_logps: Tensor) -> dict[str, Tensor]:
+        """Sums over the pairs of a rank, and their number."""
+        logps = output.logps.detach().double()
+        chosen_logps, rejected_logps = logps.chunk(2)
+        chosen, rejected = (self.beta * (logps - ref_logps.to(logps.device))).chunk(2)
+        columns = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).double(),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": chosen_logps,
+            "logps/rejected": rejected_logps,
+            "pairs": torch.ones_like(chosen),
+        }
+        return {name: column.sum() for name, column in columns.items()}
+
+    def _of_tokens(self, output: StepOutput) -> dict[str, Tensor]:
         """Sums over the scored tokens of a rank, and their numbers."""
         chosen, rejected = output.lengths.chunk(2)
         correct, _ = (output.accuracy.double() * output.lengths).chunk(2)
         return {
             "entropy": (output.entropy.double() * output.lengths).sum(),
-            "correct": correct.sum(),
+            "mean_token_accuracy": correct.sum(),
             "tokens/chosen": chosen.sum(),
             "tokens/rejected": rejected.sum(),
             "logits/chosen": output.logits[0],
