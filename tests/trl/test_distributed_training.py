@@ -11,7 +11,8 @@ from trl_models import TRAINING, llama, pairs, sharp, tokenizer, unpaired
 
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")
-TRAINERS = ("cpo", "bco", "kto")
+TRAINERS = ("cpo", "bco", "kto", "dpo")
+MIXTURE = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 # A step of two ranks is one of 8 rows, an evaluation batch is one of 6.
 HALVES = {
     "ddp_backend": "gloo",
@@ -30,9 +31,19 @@ OPTIONS = {**TRAINING, "max_steps": 3, "learning_rate": 0.05, "optim": "sgd"}
 
 def _train(kind: str, folder: str, **changes: Any) -> dict[str, Any]:
     """Logged numbers and the parameters after the run."""
+    from trl import DPOTrainer as StockDPOTrainer
     from trl import KTOTrainer as StockKTOTrainer
 
-    from fused_pref.trl import BCOConfig, BCOTrainer, CPOConfig, CPOTrainer, KTOConfig, KTOTrainer
+    from fused_pref.trl import (
+        BCOConfig,
+        BCOTrainer,
+        CPOConfig,
+        CPOTrainer,
+        DPOConfig,
+        DPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+    )
     from fused_pref.trl.stock import StockCPOTrainer
 
     # With a reference of its own, completions of other prompts are likelier under the policy.
@@ -42,8 +53,10 @@ def _train(kind: str, folder: str, **changes: Any) -> dict[str, Any]:
         "bco": (BCOTrainer, BCOConfig, unpaired, {"ref_model": sharp()}),
         "kto": (KTOTrainer, KTOConfig, unpaired, {"ref_model": sharp()}),
         "stock kto": (StockKTOTrainer, KTOConfig, unpaired, {"ref_model": sharp()}),
+        "dpo": (DPOTrainer, DPOConfig, pairs, {"ref_model": sharp()}),
+        "stock dpo": (StockDPOTrainer, DPOConfig, pairs, {"ref_model": sharp()}),
     }[kind]
-    args = config(folder, **{**OPTIONS, **changes})
+    args = config(folder, **{**OPTIONS, **changes, **(MIXTURE if config is DPOConfig else {})})
     given = {"train_dataset": data(ROWS), "eval_dataset": data(ROWS), "processing_class": tokenizer(), **reference}
     trainer: Any = trainer_class(model=llama(), args=args, **given)
     trainer.train()
@@ -60,7 +73,9 @@ SHARDED = ((True, False), (False, True))
 
 def train_all(rank: int, folder: str) -> dict[str, Any]:
     sharded = {kind: train_sharded(rank, 2, *kind) for kind in SHARDED}
-    runs = {kind: _train(kind, folder, **HALVES) for kind in ("cpo", "stock cpo", "kto", "stock kto")}
+    runs = {
+        kind: _train(kind, folder, **HALVES) for kind in ("cpo", "stock cpo", "kto", "stock kto", "dpo", "stock dpo")
+    }
     exact = {f"exact {kind}": _train(kind, folder, exact_accumulation=True, **HALVES) for kind in TRAINERS}
     return {**runs, **exact, "sharded": sharded}
 
@@ -86,13 +101,16 @@ def test_ranks_agree(two_ranks: list[dict[str, Any]]) -> None:
             assert torch.equal(second[name]["shift"][key], value)
 
 
-@pytest.mark.parametrize("kind", ["cpo", "kto"])
+@pytest.mark.parametrize("kind", ["cpo", "kto", "dpo"])
 def test_two_processes_log_what_trl_s_trainer_logs(two_ranks: list[dict[str, Any]], kind: str) -> None:
     ours, stock = numbers(two_ranks[0][kind]), numbers(two_ranks[0][f"stock {kind}"])
     assert len(ours) == len(stock) == 5
     for mine, theirs in zip(ours, stock, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    assert kind == "cpo" or ours[0]["kl"] > 0.1
+        more = {"nll_loss", "eval_nll_loss"} if kind == "dpo" else set()
+        assert {name: value for name, value in mine.items() if name not in more} == pytest.approx(
+            theirs, rel=1e-4, abs=1e-5
+        )
+    assert kind != "kto" or ours[0]["kl"] > 0.1
 
 
 @pytest.mark.slow
