@@ -9,6 +9,7 @@ COMMANDS = {
     "scaling": ("benchmarks.scaling", "time per token against N, V and D, and launches per call"),
     "skipping": ("benchmarks.skipping", "what skip_mass saves on peaked logits: products, time, and the mass dropped"),
     "memory": ("benchmarks.memory", "workspace against tokens, of the linear head and its peers"),
+    "trainers": ("benchmarks.trainers", "time and peak memory of a training step, against TRL's own trainers"),
     "static": (
         "benchmarks.static.command",
         "what compiled code and the plans predict, for GPUs that need not be there",

@@ -240,30 +240,9 @@ class PairObjective:
         spec, sums, counts = self.spec, scores.sums, scores.counts
         pairs = sums.shape[0] // 2
         pair_count = pairs if self.pair_normalizer is None else self.pair_normalizer
-        lengths = counts.clamp(min=1)
-        logps = sums / lengths if spec.averaged else sums
-        ratios = logps if self.ref_logps is None else sums - self.ref_logps.double()
-        entering = transformed(ratios, spec) if spec.alpha or spec.jensen_shannon else (ratios, 1.0)
-        rewards = spec.beta * (entering[0] if self.ref_logps is None else ratios)
-        loss, slope = sums.new_zeros(()), torch.zeros_like(sums)
-        for term in spec.terms:
-            x, rise = entering if term.divergence else (ratios, 1.0)
-            if term.average:
-                x, rise = x / lengths, rise / lengths
-            if term.shift and self.delta is not None:
-                x = x - (self.delta.double() if isinstance(self.delta, Tensor) else self.delta) / spec.beta
-            function, smoothing = PAIR_LOSSES[term.name].function, term.smoothing
-            if term.matched:
-                other = self._partners(term, sums)
-                losses, w_slope, _ = function(x[:pairs], other[:pairs], spec, smoothing)
-                _, _, l_slope = function(other[pairs:], x[pairs:], spec, smoothing)
-            else:
-                losses, w_slope, l_slope = function(x[:pairs], x[pairs:], spec, smoothing)
-            loss = loss + term.weight * losses.sum()
-            slope = slope + term.weight * torch.cat((w_slope, l_slope)) * rise
-        if self.ref_logps is None and spec.averaged:
-            slope = slope / lengths
-        loss, slope, nll = ratio(loss, pair_count), ratio(slope, pair_count), torch.zeros_like(loss)
+        losses, slope, logps, rewards = self.of_pairs(sums, counts)
+        loss, slope = ratio(losses.sum(), pair_count), ratio(slope, pair_count)
+        nll = torch.zeros_like(loss)
         if spec.nll_weight:
             tokens = counts[:pairs].sum() if self.token_normalizer is None else self.token_normalizer
             nll_count = tokens if spec.nll_reduction == "token" else pair_count
@@ -274,6 +253,37 @@ class PairObjective:
         sides: list[Any] = [*narrow(logps, dtype).chunk(2), *narrow(rewards, dtype).chunk(2)]
         sides += logits_means(scores, None, dtype)
         return PairOutput(narrow(loss, dtype), narrow(nll, dtype), *sides), saturate(slope, dtype)
+
+    def of_pairs(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The weighted terms of each pair (B,), without NLL; of each sequence (S,) their slope, logps and rewards.
+
+        δ is a number or a tensor by now; ``sums`` and ``counts`` as in :class:`fused_pref.losses.scores.Scores`.
+        """
+        spec, pairs, lengths = self.spec, sums.shape[0] // 2, counts.clamp(min=1)
+        logps = sums / lengths if spec.averaged else sums
+        ratios = logps if self.ref_logps is None else sums - self.ref_logps.double()
+        entering = transformed(ratios, spec) if spec.alpha or spec.jensen_shannon else (ratios, 1.0)
+        rewards = spec.beta * (entering[0] if self.ref_logps is None else ratios)
+        delta: Any = self.delta
+        total, slope = sums.new_zeros(pairs), torch.zeros_like(sums)
+        for term in spec.terms:
+            x, rise = entering if term.divergence else (ratios, 1.0)
+            if term.average:
+                x, rise = x / lengths, rise / lengths
+            if term.shift and delta is not None:
+                x = x - (delta.double() if isinstance(delta, Tensor) else delta) / spec.beta
+            function, smoothing = PAIR_LOSSES[term.name].function, term.smoothing
+            if term.matched:
+                other = self._partners(term, sums)
+                losses, w_slope, _ = function(x[:pairs], other[:pairs], spec, smoothing)
+                _, _, l_slope = function(other[pairs:], x[pairs:], spec, smoothing)
+            else:
+                losses, w_slope, l_slope = function(x[:pairs], x[pairs:], spec, smoothing)
+            total = total + term.weight * losses
+            slope = slope + term.weight * torch.cat((w_slope, l_slope)) * rise
+        if self.ref_logps is None and spec.averaged:
+            slope = slope / lengths
+        return total, slope, logps, rewards
 
     def _peek(self, shift: RewardShift, sums: Tensor) -> tuple[Tensor, ShiftMemory | None]:
         """δ for this batch, to which chosen completions are desirable and rejected ones are not, and the next state."""

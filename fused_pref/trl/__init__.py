@@ -1,4 +1,6 @@
-"""Trainers for TRL 1.15 or newer that never make logits: a drop-in ``CPOTrainer``, and a ``BCOTrainer``."""
+"""Trainers for TRL 1.15 or newer that never make logits: drop-ins for DPO, KTO and CPO, and a
+``BCOTrainer``.
+"""
 
 import importlib
 import importlib.metadata
@@ -9,11 +11,33 @@ if TYPE_CHECKING:
     from fused_pref.trl.bco_config import BCOConfig
     from fused_pref.trl.cpo import CPOTrainer
     from fused_pref.trl.cpo_config import CPOConfig
+    from fused_pref.trl.dpo import DPOTrainer
+    from fused_pref.trl.dpo_config import DPOConfig
+    from fused_pref.trl.kto import KTOTrainer
+    from fused_pref.trl.kto_config import KTOConfig
 
 OLDEST = (1, 15)
-HOMES = {"BCOConfig": "bco_config", "BCOTrainer": "bco", "CPOConfig": "cpo_config", "CPOTrainer": "cpo"}
+HOMES = {
+    "BCOConfig": "bco_config",
+    "BCOTrainer": "bco",
+    "CPOConfig": "cpo_config",
+    "CPOTrainer": "cpo",
+    "DPOConfig": "dpo_config",
+    "DPOTrainer": "dpo",
+    "KTOConfig": "kto_config",
+    "KTOTrainer": "kto",
+}
 
-__all__ = ["BCOConfig", "BCOTrainer", "CPOConfig", "CPOTrainer"]
+__all__ = [
+    "BCOConfig",
+    "BCOTrainer",
+    "CPOConfig",
+    "CPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+]
 
 
 def _require_trl() -> None:

@@ -1,38 +1,27 @@
 """A BCO trainer on the data pipeline of TRL's KTO trainer."""
 
-import contextlib
-import copy
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
+from datasets import IterableDataset
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl.data_utils import is_conversational
-from trl.trainer.kto_trainer import KTOTrainer
-from trl.trainer.utils import use_adapter
 
-from fused_pref.functional import linear_bco_loss, linear_sequence_logps
+from fused_pref.functional import linear_bco_loss
 from fused_pref.losses.density_ratio import DensityRatio
-from fused_pref.models import Preference, attach, virtual_tokens
-from fused_pref.trl.base import HeadTrainer, evaluating
+from fused_pref.trl.base import saved
 from fused_pref.trl.bco_config import BCOConfig
-from fused_pref.trl.checks import check_args, check_eos, check_model, check_reference, check_tokenizer
-from fused_pref.trl.rows import check_rows, prompt_is_inside
-from fused_pref.trl.udm import WEIGHT, PromptWeights, RowCollator, check_prompts_are_there, prompt_texts
+from fused_pref.trl.udm import WEIGHT, PromptWeights, check_prompts_are_there, prompt_texts
+from fused_pref.trl.unpaired import MEANS, SIDES, UnpairedTrainer
 
-SHIFT_FILE, RATIO_FILE = "reward_shift.safetensors", "density_ratio.safetensors"
-FORMS = (("prompt", "completion", "label"), ("chosen", "rejected"))
-SIDES = ("chosen", "rejected")
-# What a batch holds beside the model's inputs; TRL's vision collator may add KL completions, which BCO does not use.
-TRAINER_INPUTS = ("completion_mask", "label", "ref_logps", "ref_KL_logps", WEIGHT)
+RATIO_FILE = "density_ratio.safetensors"
 
 
-class BCOTrainer(KTOTrainer, HeadTrainer):
+class BCOTrainer(UnpairedTrainer):
     """Binary classifier optimisation (arXiv 2404.04656) that never makes logits.
 
     Data, collator, reference model and its cached log-probs are those of TRL's ``KTOTrainer``. The objective is
@@ -58,7 +47,8 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             neither a pad nor an EOS token, ``nn.DataParallel``, Liger's forward; before training, with nothing written.
     """
 
-    model: Any
+    columns = (WEIGHT,)
+    configs = (BCOConfig, BCOConfig)
 
     _tag_names = ["trl", "bco"]  # noqa: RUF012
     _name = "BCO"
@@ -85,38 +75,24 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        check_model(model)
-        check_reference(ref_model)
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-            args = BCOConfig(f"{name.split('/')[-1]}-BCO")
-        check_args(args, BCOConfig)
-        check_tokenizer(processing_class)
-        check_rows("train_dataset", train_dataset, FORMS)
-        check_rows("eval_dataset", eval_dataset, FORMS, parts=dict)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(f"BCOTrainer trains causal language models; {type(model).__name__} is an encoder-decoder")
-        self.reward_shift = args.shift()
-        self.exact_accumulation, self.memory_budget = args.exact_accumulation, args.memory_budget
+        config: Any = self.checked(model, ref_model, args, train_dataset, eval_dataset, processing_class)
+        self.reward_shift = config.shift()
+        self.exact_accumulation, self.memory_budget = config.exact_accumulation, config.memory_budget
         self.density_ratio: DensityRatio | None = None
         self.prompt_weights: PromptWeights | None = None
         if embedding_func is None and embedding_tokenizer is not None:
             raise ValueError("embedding_tokenizer needs embedding_func; got None")
         if embedding_func is not None:
             check_prompts_are_there(train_dataset)
-            self.density_ratio = DensityRatio(min_ratio=args.min_density_ratio, max_ratio=args.max_density_ratio)
-            batch = args.per_device_train_batch_size
+            self.density_ratio = DensityRatio(min_ratio=config.min_density_ratio, max_ratio=config.max_density_ratio)
+            batch = config.per_device_train_batch_size
             self.prompt_weights = PromptWeights(
-                embedding_func, embedding_tokenizer, self.density_ratio, batch, args.device
+                embedding_func, embedding_tokenizer, self.density_ratio, batch, config.device
             )
-        if ref_model is None and isinstance(model, nn.Module) and peft_config is None and not is_peft_model(model):
-            ref_model = None if args.precompute_ref_log_probs else copy.deepcopy(model)
-        if ref_model is not None:
-            attach(ref_model)
         super().__init__(
-            model=model,  # type: ignore[arg-type]
-            ref_model=ref_model,  # type: ignore[arg-type]
-            args=args,
+            model,
+            ref_model,
+            config,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -127,44 +103,10 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self.reward_shift.to(self.accelerator.device)
-        self.data_collator = RowCollator(self.data_collator)
-        self.add_callback(ShiftCallback(self.reward_shift))
-
-    @property
-    def ref_model(self) -> Any:
-        """The reference, or None where the model itself is it, without adapters or before training."""
-        return self._ref_model
-
-    @ref_model.setter
-    def ref_model(self, model: Any) -> None:
-        # TRL sets it before it is prepared for devices and precision, and again after; the head is attached before.
-        if model is not None:
-            attach(model)
-        self._ref_model = model
-
-    def scored(self, row: dict[str, Any]) -> bool:
-        """Whether a tokenised row has a token to score; rows with images are tokenised later, and taken as they are."""
-        if "completion_ids" not in row:
-            return True
-        return len(row["completion_ids"]) > 0 and len(row["prompt_ids"]) + len(row["completion_ids"]) > 1
-
-    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Sequences."""
-        return {"sequence_normalizer": torch.tensor(len(batch["label"]))}
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """TRL's tokenised rows, with their weights where prompts are matched."""
-        if isinstance(dataset, Dataset):
-            # A transform makes other rows out of the tokenised ones, too; and arrays of ids are added where lists join.
-            if dataset.format["type"] == "custom":
-                dataset = dataset.map(lambda row: row)
-            dataset = dataset.with_format(None)
         first: Any = next(iter(dataset))
-        if prompt_is_inside(first):
-            dataset = dataset.remove_columns("prompt")
-        if not is_conversational(first):
-            check_eos(self._tokenizer)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if self.prompt_weights is None or WEIGHT in first:
             return dataset
@@ -180,53 +122,20 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         prompts = prompt_texts(dataset["prompt"], processing_class)
         return dataset.add_column(WEIGHT, weights.fit(prompts, dataset["label"], args.prompt_sample_size, args.seed))
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if WEIGHT not in self._signature_columns:
-            self._signature_columns.append(WEIGHT)
-
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
-        """Log-probs (S,) of the completions of a batch under the reference, and no KL log-probs."""
-        adapters: Any = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapters = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        # In evaluation nothing is checkpointed, either.
-        with torch.no_grad(), adapters, evaluating(model), self.accelerator.autocast():
-            logps, _ = self._preference(linear_sequence_logps, model, inputs).run(model, _model_inputs(inputs))
-        return logps.to(self.accelerator.device), None
-
-    def _preference(self, loss: Any, model: nn.Module, batch: dict[str, Any], *tensors: Tensor, **given: Any) -> Any:
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        keywords = {"memory_budget": self.memory_budget, **given}
-        return Preference(loss, (labels, *tensors), keywords, virtual_tokens(model))
-
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """BCO loss of a batch (0-d, differentiable); its metrics are kept for :meth:`log`."""
-        device = self.accelerator.device
-        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        mode = "train" if self.model.training else "eval"
+        batch, training = self._on_device(inputs), self.model.training
         desirable = batch["label"].bool()
-        if self.precompute_ref_logps:
-            ref_logps = batch["ref_logps"]
-        else:
-            reference: Any = self.model if self.ref_model is None else self.ref_model
-            ref_logps, _ = self.compute_ref_log_probs(reference, batch)
+        ref_logps, _ = self._ref_log_probs(batch)
+        self.reward_shift.train(training)
         keywords = {"beta": self.beta, "delta": self.reward_shift, "sample_weight": self._weights(batch, desirable)}
-        keywords |= self.normalizers if mode == "train" else {}
-        self.reward_shift.train(mode == "train")
-        model_inputs = _model_inputs(batch)
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        preference = self._preference(linear_bco_loss, model, batch, desirable, ref_logps, **keywords)
-        output, aux_loss = preference.run(model, model_inputs)
-        loss = output.loss.to(device)
-        self._keep(output, desirable, mode)
-        if self.aux_loss_enabled and aux_loss is not None:
-            loss = loss + self.router_aux_loss_coef * aux_loss.to(device)
-            gathered: Any = self.accelerator.gather_for_metrics(aux_loss)
-            self._metrics[mode]["aux_loss"].append(gathered.mean().item())
-        return (loss, output) if return_outputs else loss
+        output, aux_loss = self._scores(linear_bco_loss, model, batch, desirable, ref_logps, **keywords)
+        self._keep(output, aux_loss)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _rows(self, batch: dict[str, Any]) -> int:
+        """Repeats do not count in evaluation, nor with ``exact_accumulation``."""
+        return self.units(batch) if self.model.training and not self.exact_accumulation else self.own(self.units(batch))
 
     def _weights(self, batch: dict[str, Any], desirable: Tensor) -> Tensor | None:
         """(S,) factors on the losses: of the classes, and of the prompts."""
@@ -236,29 +145,27 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         classes = torch.where(desirable, self.desirable_weight, self.undesirable_weight)
         return classes if weights is None else classes * weights
 
-    def _keep(self, output: Any, desirable: Tensor, mode: str) -> None:
-        """Sums and counts of a batch over all ranks, which are gathered and waited for once."""
-        logits = torch.where(desirable, output.chosen_logits_mean, output.rejected_logits_mean)
-        columns = (desirable, output.rewards, output.logps, logits, output.delta.expand_as(output.rewards))
-        rows = torch.stack([column.double().to(self.accelerator.device) for column in columns], 1)
-        gathered: Any = self.accelerator.gather_for_metrics(rows.detach())
-        chosen, *values, delta = gathered.cpu().unbind(1)
-        metrics = self._metrics[mode]
-        metrics["delta"].append(delta.mean().item())
-        for side, members in zip(SIDES, (chosen == 1, chosen == 0), strict=True):
-            metrics[f"count/{side}"].append(members.sum().item())
-            for name, value in zip(("rewards", "logps", "logits"), values, strict=True):
-                metrics[f"{name}/{side}_sum"].append(value[members].sum().item())
+    def _keep(self, output: Any, aux_loss: Tensor | None) -> None:
+        """Sums and counts of a batch over all ranks."""
+        logits_mean = torch.where(output.desirable, output.chosen_logits_mean, output.rejected_logits_mean)
+        sums = self._sums(output, output.rewards, logits_mean, output.desirable)
+        each = {"ranks": torch.ones(()), "delta": output.delta}
+        each |= {} if aux_loss is None else {"aux_loss": aux_loss}
+        numbers = self._over_ranks({**sums, **each}, self.accelerator.gather)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in each.keys() - {"ranks"}:
+            metrics[name].append(numbers[name] / numbers["ranks"])
+        for name in sums:
+            metrics[f"{name}_sum"].append(numbers[name])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means over all sequences since the last time; a class that had none is left out."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         for side in SIDES:
-            count = sum(metrics.pop(f"count/{side}", []))
-            for name in ("rewards", "logps", "logits"):
-                total = sum(metrics.pop(f"{name}/{side}_sum", []))
-                if count:
-                    metrics[f"{name}/{side}"] = [total / count]
+            totals = {name: sum(metrics.pop(f"{name}/{side}_sum", [])) for name in ("count", "tokens", *MEANS)}
+            for name, over in MEANS.items():
+                if totals[over]:
+                    metrics[f"{name}/{side}"] = [totals[name] / totals[over]]
         if all(f"rewards/{side}" in metrics for side in SIDES):
             metrics["rewards/margins"] = [metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]]
         super().log(logs, start_time)
@@ -274,52 +181,21 @@ class BCOTrainer(KTOTrainer, HeadTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, output.rewards, inputs["label"])
+        # Repeats that are left out come last, and are cut off where the rewards are gathered.
+        rewards = F.pad(output.rewards, (0, self.units(inputs) - len(output.rewards)))
+        return (loss, None, None) if prediction_loss_only else (loss, rewards, inputs["label"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_file(self.reward_shift.state_dict(), os.path.join(output_dir, SHIFT_FILE))
-            if self.density_ratio is not None:
-                save_file(self.density_ratio.state_dict(), os.path.join(output_dir, RATIO_FILE))
+        if self.args.should_save and self.density_ratio is not None:
+            save_file(self.density_ratio.state_dict(), os.path.join(output_dir, RATIO_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self.reward_shift.load_state_dict(_saved(checkpoint, SHIFT_FILE))
-        if self.density_ratio is not None:
-            saved, fitted = _saved(checkpoint, RATIO_FILE), self.density_ratio.state_dict()
-            if not all(torch.equal(saved[name], fitted[name]) for name in fitted):
+        if checkpoint is not None and self.density_ratio is not None:
+            there, fitted = saved(checkpoint, RATIO_FILE), self.density_ratio.state_dict()
+            if not all(torch.equal(there[name], fitted[name]) for name in fitted):
                 raise ValueError(
                     f"the density ratio in {checkpoint} is not the one of this dataset, seed and embedding_func, by "
                     "which the prompts have been weighed"
                 )
-
-
-class ShiftCallback(TrainerCallback):
-    """Moves δ once per optimiser step."""
-
-    def __init__(self, shift: Any) -> None:
-        self.shift = shift
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fold in what the microbatches of the step gathered."""
-        self.shift.step()
-
-
-def _saved(checkpoint: str, name: str) -> dict[str, Tensor]:
-    """Tensors of a file of a checkpoint.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    path = os.path.join(checkpoint, name)
-    if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {checkpoint} has no {name}, so that BCO cannot go on from it")
-    return load_file(path)
-
-
-def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """All that a collator gives for the model: ids and mask, positions, token types, pictures, ..."""
-    return {name: value for name, value in batch.items() if name not in TRAINER_INPUTS and not name.startswith("KL_")}

@@ -21,6 +21,16 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model must be a transformers model, or the name of one; got {type(model).__name__}")
 
 
+def check_causal(trainer: str, model: Any) -> None:
+    """TRL's collators make batches for causal language models.
+
+    Raises:
+        ValueError: an encoder-decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{trainer} trains causal language models; {type(model).__name__} is an encoder-decoder")
+
+
 def check_reference(ref_model: Any) -> None:
     """A reference model must have a head that can be used, too.
 
@@ -35,8 +45,13 @@ def check_reference(ref_model: Any) -> None:
         raise type(error)(f"ref_model is of no use: {error}") from error
 
 
-def check_args(args: Any, needed: type) -> None:
+def check_args(args: Any, needed: type, *, liger: bool = False) -> None:
     """The configuration must be of the trainer's kind, without what would replace the forward.
+
+    Args:
+        args: the configuration.
+        needed: its class.
+        liger: whether TRL's trainer itself leaves Liger's forward out.
 
     Raises:
         TypeError: another class, or a length that is no integer.
@@ -45,7 +60,8 @@ def check_args(args: Any, needed: type) -> None:
     if not isinstance(args, needed):
         raise TypeError(f"args must be a {needed.__name__}; got {type(args).__name__}")
     validate.at_least("max_length", args.max_length, 1, optional=True)
-    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy") is not False:
+    kept_out = liger or (args.liger_kernel_config or {}).get("fused_linear_cross_entropy") is False
+    if args.use_liger_kernel and not kept_out:
         raise ValueError(
             "use_liger_kernel=True replaces the model's forward by Liger's fused cross-entropy; set "
             'liger_kernel_config={"fused_linear_cross_entropy": False} to keep its other kernels'

@@ -1,14 +1,13 @@
 """Configuration of the CPO trainer: TRL's, and what the linear head adds."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from fused_pref import validate
-from fused_pref.trl.checkpointing import use_new_names
+from fused_pref.trl.options import HeadOptions
 from fused_pref.trl.stock import StockCPOConfig
 
 
 @dataclass
-class CPOConfig(StockCPOConfig):
+class CPOConfig(HeadOptions, StockCPOConfig):
     """TRL's ``CPOConfig`` with two more fields; the trainer takes TRL's own as well.
 
     Args:
@@ -20,18 +19,3 @@ class CPOConfig(StockCPOConfig):
     Raises:
         ValueError, TypeError: a malformed value of these two; the trainer checks the others.
     """
-
-    exact_accumulation: bool = field(
-        default=False,
-        metadata={"help": "Normalise over all microbatches and ranks of a step, as one big batch."},
-    )
-    memory_budget: int | None = field(
-        default=None,
-        metadata={"help": "Bytes of workspace of the linear head."},
-    )
-
-    def __post_init__(self) -> None:
-        validate.flag("exact_accumulation", self.exact_accumulation)
-        validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
-        use_new_names(self)
-        super().__post_init__()

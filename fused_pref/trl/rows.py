@@ -78,6 +78,17 @@ def check_rows(
         _check_stored(name, dataset.select_columns(list(wanted)), wanted)
 
 
+def plain_rows(dataset: Any) -> Any:
+    """Rows as TRL's pipelines take them: stored as they are shown, and without a prompt that is inside, too."""
+    if isinstance(dataset, Dataset):
+        # A transform makes other rows out of the tokenised ones, too; and arrays of ids are added where lists join.
+        if dataset.format["type"] == "custom":
+            dataset = dataset.map(lambda row: row)
+        dataset = dataset.with_format(None)
+    first: Any = next(iter(dataset))
+    return dataset.remove_columns("prompt") if prompt_is_inside(first) else dataset
+
+
 def prompt_is_inside(row: dict[str, Any]) -> bool:
     """Whether the prompt is to be taken out of conversations, beside which it is no list of messages itself."""
     return "prompt" in row and _kind(row.get("chosen")) == "messages" != _kind(row["prompt"])

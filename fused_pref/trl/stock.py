@@ -1,4 +1,4 @@
-"""TRL's own CPO classes, imported without the notice that they are experimental."""
+"""TRL's own CPO classes, imported without the notice that they are experimental; where TRL has none, ours."""
 
 import warnings
 
@@ -7,9 +7,8 @@ with warnings.catch_warnings():
     try:
         from trl.experimental.cpo import CPOConfig as StockCPOConfig
         from trl.experimental.cpo import CPOTrainer as StockCPOTrainer
-    except ImportError as error:
-        raise ImportError(
-            "fused_pref.trl.CPOTrainer needs a TRL with trl.experimental.cpo, such as TRL 1.16"
-        ) from error
+    except ImportError:
+        from fused_pref.trl.plain_cpo import PlainCPOConfig as StockCPOConfig
+        from fused_pref.trl.plain_cpo import PlainCPOTrainer as StockCPOTrainer
 
 __all__ = ["StockCPOConfig", "StockCPOTrainer"]

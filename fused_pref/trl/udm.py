@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from fused_pref import validate
 from fused_pref.losses.density_ratio import DensityRatio, as_tensor
-from fused_pref.trl.rows import check_label
 
 WEIGHT = "sample_weight"
 
@@ -91,24 +90,6 @@ class PromptWeights:
                 )
             parts.append(embeddings.float().cpu())
         return torch.cat(parts)
-
-
-class RowCollator:
-    """A collator that checks the rows' labels, and takes their weights along where they have any."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch of some rows."""
-        for example in examples:
-            check_label("the label of a row", example["label"])
-        # Read first: TRL's collator for pictures changes the rows.
-        weights = [example[WEIGHT] for example in examples if WEIGHT in example]
-        batch = self.collator(examples)
-        if weights:
-            batch[WEIGHT] = torch.tensor(weights)
-        return batch
 
 
 def check_prompts_are_there(dataset: Any) -> None:

@@ -76,6 +76,16 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return model
 
 
+def sharp(make: Any = llama) -> Any:
+    """A reference that is surer than the policy, so that completions of other prompts are less likely under it."""
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.25)
+        for parameter in model.model.layers[0].parameters():
+            parameter.add_(0.02 * torch.sin(torch.arange(parameter.numel()).reshape(parameter.shape)))
+    return model
+
+
 def _text(start: int, length: int) -> str:
     return " ".join(WORDS[(start * 7 + 5 * i) % len(WORDS)] for i in range(length))
 

@@ -113,6 +113,14 @@ def test_trainers_have_the_defaults_of_what_they_configure() -> None:
             "min_density_ratio": shown(fused_pref.DensityRatio)["min_ratio"],
             "max_density_ratio": shown(fused_pref.DensityRatio)["max_ratio"],
         },
+        # Its δ is TRL's, 0, unless told; its losses are lists, and its f-divergences have an order of TRL's.
+        trl.DPOConfig: {
+            "memory_budget": keywords.defaults(keywords.DPOLinearKeywords)["memory_budget"],
+            "beta": keywords.defaults(keywords.DPOKeywords)["beta"],
+            "discopop_tau": keywords.defaults(keywords.DPOKeywords)["discopop_tau"],
+            "delta_decay": shown(fused_pref.RewardShift)["decay"],
+            "delta_value": keywords.defaults(keywords.DPOKeywords)["delta"],
+        },
     }
     for config, defaults in configured.items():
         fields = {field.name: field.default for field in dataclasses.fields(config)}

@@ -9,11 +9,21 @@ import pytest
 import torch
 from malformed import complaint
 from torch import Tensor, nn
-from trl.trainer.kto_config import KTOConfig
+from trl.trainer.dpo_config import DPOConfig as StockDPOConfig
+from trl.trainer.kto_config import KTOConfig as StockKTOConfig
 from trl_models import TRAINING, llama, pairs, tokenizer, unpaired
 
 import fused_pref as fp
-from fused_pref.trl import BCOConfig, BCOTrainer, CPOConfig, CPOTrainer
+from fused_pref.trl import (
+    BCOConfig,
+    BCOTrainer,
+    CPOConfig,
+    CPOTrainer,
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+)
 from fused_pref.trl.stock import StockCPOConfig
 from fused_pref.trl.udm import PromptWeights
 
@@ -29,11 +39,14 @@ BOTH: Rows = [
     ({"exact_accumulation": 1}, TypeError, "exact_accumulation must be True or False; got 1"),
     ({"betta": 0.1}, TypeError, "unexpected keyword argument 'betta'"),
 ]
-OF_BCO: Rows = [
+OF_SHIFT: Rows = [
     ({"delta_kind": "EMA"}, ValueError, "delta_kind must be one of .*; got 'EMA'"),
     ({"delta_decay": 1}, ValueError, r"delta_decay must be a number in \[0, 1\); got 1"),
     ({"delta_value": INF}, ValueError, "delta_value must be a finite number; got inf"),
     ({"delta_update": "epoch"}, ValueError, "delta_update must be one of .*; got 'epoch'"),
+]
+OF_BCO: Rows = [
+    *OF_SHIFT,
     ({"prompt_sample_size": 0}, ValueError, "prompt_sample_size must be an integer >= 1; got 0"),
     ({"min_density_ratio": -1.0}, ValueError, "min_density_ratio must be a finite number > 0; got -1.0"),
     ({"min_density_ratio": 20.0}, ValueError, "max_density_ratio must be >= min_density_ratio = 20.0; got 10.0"),
@@ -55,6 +68,20 @@ OF_CPO: Rows = [
     ({"alpha": INF}, ValueError, "alpha must be a finite number; got inf"),
     ({"max_length": 0}, ValueError, "max_length must be an integer >= 1, or None; got 0"),
 ]
+OF_KTO: Rows = [
+    ({"beta": 0.0}, ValueError, "beta must be a finite number > 0; got 0.0"),
+    ({"loss_type": "xyz"}, ValueError, "loss_type must be one of .*; got 'xyz'"),
+    ({"desirable_weight": -1.0}, ValueError, "desirable_weight must be a finite number >= 0; got -1.0"),
+    ({"undesirable_weight": NAN}, ValueError, "undesirable_weight must be a finite number >= 0; got nan"),
+    ({"max_length": 0}, ValueError, "max_length must be an integer >= 1, or None; got 0"),
+]
+# Others take TRL's own path.
+OF_DPO: Rows = [
+    ({"loss_type": "xyz"}, ValueError, "loss_type must be one of .*; got 'xyz'"),
+    ({"loss_type": ["hinge", "dpo"]}, ValueError, "loss_type must be one of .*; got 'dpo'"),
+    ({"loss_type": "exo_pair"}, ValueError, "Label smoothing must be greater than 0.0"),
+    ({"max_length": 0}, ValueError, "max_length must be an integer >= 1, or None; got 0"),
+]
 TRAINERS: Rows = [
     ({"model": None}, TypeError, "model must be a transformers model, or the name of one; got NoneType"),
     ({"model": type(MODEL)}, TypeError, "model must be a transformers model.*; got type"),
@@ -66,14 +93,16 @@ TRAINERS: Rows = [
     ({"peft_config": "lora"}, TypeError, "peft_config.* must be .*, got str"),
     ({"optimizer": "adam"}, TypeError, "unexpected keyword argument 'optimizer'"),
 ]
-OF_BCO_TRAINER: Rows = [
+OF_REFERENCE: Rows = [
     ({"ref_model": "gpt2"}, TypeError, "ref_model is of no use: model must be a transformers model; got str"),
     ({"ref_model": nn.Linear(2, 2)}, TypeError, "ref_model is of no use: .*; got Linear"),
     ({"ref_model": MODEL.model}, ValueError, "ref_model is of no use: model must have output embeddings.* has none"),
+    ({"eval_dataset": {"a": 3}}, TypeError, r"eval_dataset\['a'\] must be a datasets.Dataset.*; got int"),
+]
+OF_BCO_TRAINER: Rows = [
     ({"embedding_tokenizer": tokenizer()}, ValueError, "embedding_tokenizer needs embedding_func; got None"),
     ({"embedding_func": len, "embedding_tokenizer": 3}, TypeError, "embedding_tokenizer must be .*; got 3"),
     ({"embedding_func": "bert"}, TypeError, "embedding_func must be a function .*; got 'bert'"),
-    ({"eval_dataset": {"a": 3}}, TypeError, r"eval_dataset\['a'\] must be a datasets.Dataset.*; got int"),
 ]
 
 
@@ -86,13 +115,35 @@ def configured(**options: Any) -> None:
     CPOTrainer(**trainer(StockCPOConfig, pairs(4), **options))
 
 
+def of_kto(**options: Any) -> None:
+    KTOTrainer(**trainer(StockKTOConfig, unpaired(4), **options))
+
+
+def of_dpo(**options: Any) -> None:
+    DPOTrainer(**trainer(StockDPOConfig, pairs(4), **options), ref_model=llama(seed=3))
+
+
 # Arguments are made in the test, because configurations warn.
 TABLES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], Rows]] = {
     "CPOConfig": (CPOConfig, lambda: OPTIONS, BOTH),
     "BCOConfig": (BCOConfig, lambda: OPTIONS, BOTH + OF_BCO),
     "CPOTrainer with TRL's configuration": (configured, dict, OF_CPO),
     "CPOTrainer": (CPOTrainer, lambda: trainer(StockCPOConfig, pairs(4)), TRAINERS + BOTH[:2]),
-    "BCOTrainer": (BCOTrainer, lambda: trainer(BCOConfig, unpaired(4)), TRAINERS + OF_BCO_TRAINER),
+    "KTOConfig": (KTOConfig, lambda: OPTIONS, BOTH),
+    "KTOTrainer with TRL's configuration": (of_kto, dict, OF_KTO),
+    "KTOTrainer": (
+        KTOTrainer,
+        lambda: trainer(StockKTOConfig, unpaired(4)),
+        [*TRAINERS, *OF_REFERENCE, *BOTH[:2], ({"objective": 3}, TypeError, "objective must be a function .*; got 3")],
+    ),
+    "DPOConfig": (DPOConfig, lambda: OPTIONS, BOTH + OF_SHIFT),
+    "DPOTrainer with TRL's configuration": (of_dpo, dict, OF_DPO),
+    "DPOTrainer": (
+        DPOTrainer,
+        lambda: {**trainer(StockDPOConfig, pairs(4)), "ref_model": llama(seed=3)},
+        TRAINERS + OF_REFERENCE,
+    ),
+    "BCOTrainer": (BCOTrainer, lambda: trainer(BCOConfig, unpaired(4)), TRAINERS + OF_REFERENCE + OF_BCO_TRAINER),
 }
 
 
@@ -110,7 +161,13 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("config", "stock", "rows"), [(CPOConfig, StockCPOConfig, BOTH), (BCOConfig, KTOConfig, BOTH + OF_BCO)]
+    ("config", "stock", "rows"),
+    [
+        (CPOConfig, StockCPOConfig, BOTH),
+        (BCOConfig, StockKTOConfig, BOTH + OF_BCO),
+        (KTOConfig, StockKTOConfig, BOTH),
+        (DPOConfig, StockDPOConfig, BOTH + OF_SHIFT),
+    ],
 )
 def test_every_option_is_looked_at(config: Any, stock: Any, rows: Rows) -> None:
     """Those that TRL's configuration has not; of its own, TRL's and the trainers see to what they take."""

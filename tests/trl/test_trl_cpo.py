@@ -13,6 +13,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, set_seed
 from trl_models import DEFAULTS, SETUPS, bart, llama, mixtral, pairs, t5, tokenizer
+from trl_runs import UNTIMED, assert_same_run
 
 from benchmarks.measure import peak_bytes
 from fused_pref.trl import CPOConfig, CPOTrainer
@@ -20,7 +21,6 @@ from fused_pref.trl.stock import StockCPOConfig, StockCPOTrainer
 
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")
-UNTIMED = ("runtime", "per_second")
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
@@ -67,22 +67,6 @@ def trained(
     trainer.start = copy.deepcopy(trainer.model)
     trainer.train()
     return trainer
-
-
-def assert_same_run(ours: Any, stock: Any, tolerance: float = 2e-3) -> None:
-    """All logged numbers, and the parameters after the run."""
-    assert len(ours.state.log_history) == len(stock.state.log_history) > 4
-    for mine, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in theirs:
-            if not name.endswith(UNTIMED):
-                assert mine[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance / 2), name
-    start, mine, theirs = (_flat(model) for model in (stock.start, ours.model, stock.model))
-    assert (mine - theirs).norm() <= tolerance * (theirs - start).norm()
-
-
-def _flat(model: Any) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from trl_models import TRAINING, llama, llava_processor, pairs, t5, tokenizer, unpaired
 
 import fused_pref.trl
-from fused_pref.trl import BCOConfig, BCOTrainer, CPOTrainer, rows
+from fused_pref.trl import BCOConfig, BCOTrainer, CPOTrainer, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, rows
 from fused_pref.trl.stock import StockCPOConfig
 
 # Libraries warn of what is not ours to change.
@@ -26,11 +26,14 @@ class Kind:
 
     def __init__(self, trainer: type, config: type, data: Dataset) -> None:
         self.trainer, self.config, self.rows = trainer, config, data
+        self.column = "completion" if "completion" in data.column_names else "chosen"
 
 
 KINDS = {
     "cpo": Kind(CPOTrainer, StockCPOConfig, pairs(4)),
     "bco": Kind(BCOTrainer, BCOConfig, unpaired(4)),
+    "kto": Kind(KTOTrainer, KTOConfig, unpaired(4)),
+    "dpo": Kind(DPOTrainer, DPOConfig, pairs(4)),
 }
 
 
@@ -46,6 +49,8 @@ def make(kind: Kind, folder: Path, options: dict[str, Any] | None = None, **chan
             "args": kind.config(str(folder / "out"), **{**OPTIONS, **(options or {})}),
             "train_dataset": kind.rows,
             "processing_class": tokenizer(),
+            # Without one, TRL's DPO loads it by the name of the model.
+            **({"ref_model": llama(seed=3)} if kind.trainer is DPOTrainer else {}),
             **changes,
         }
     )
@@ -101,7 +106,7 @@ def test_malformed_rows_of_a_large_dataset_are_found_without_reading_it(
     kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of 200,000; also behind a selection that has others left out."""
-    column = "chosen" if kind.trainer is CPOTrainer else "completion"
+    column = kind.column
     texts = {name: kind.rows[name][:1] * 200_000 for name in kind.rows.column_names}
     for bad, value in ((column, None), ("label", 3)):
         if bad not in texts:
@@ -151,7 +156,7 @@ def test_the_first_scored_row_is_found_by_a_sample(tmp_path: Path) -> None:
 def test_texts_and_messages_together(kind: Kind, tmp_path: Path) -> None:
     talk = [{"role": "assistant", "content": "w2"}]
     match = r"train_dataset\[0\] must have texts throughout or messages throughout; got both"
-    if kind.trainer is CPOTrainer:
+    if kind.column == "chosen":
         row = {"prompt": "w1", "chosen": talk, "rejected": "w2"}
     else:
         row = {"prompt": "w1", "completion": talk, "label": True}
@@ -190,8 +195,9 @@ def test_no_output_embeddings(kind: Kind, tmp_path: Path) -> None:
     assert_refused("LlamaModel has none", kind, tmp_path, model=llama().model)
 
 
-def test_an_encoder_decoder_in_bco(tmp_path: Path) -> None:
-    assert_refused("T5ForConditionalGeneration is an encoder-decoder", KINDS["bco"], tmp_path, model=t5())
+@pytest.mark.parametrize("name", ["bco", "kto", "dpo"])
+def test_an_encoder_decoder(tmp_path: Path, name: str) -> None:
+    assert_refused("T5ForConditionalGeneration is an encoder-decoder", KINDS[name], tmp_path, model=t5())
 
 
 def test_datasets_of_another_kind(kind: Kind, tmp_path: Path) -> None:
@@ -207,8 +213,8 @@ def test_datasets_of_another_kind(kind: Kind, tmp_path: Path) -> None:
         match = r"eval_dataset\['b'\]\[2\]\['chosen'\] must be a text"
         assert_refused(match, kind, tmp_path, eval_dataset=parts)
     else:
-        stream = changed(kind, "completion", None).select([2]).to_iterable_dataset()
-        assert_refused(r"train_dataset\[0\]\['completion'\] must be", kind, tmp_path, train_dataset=stream)
+        stream = changed(kind, kind.column, None).select([2]).to_iterable_dataset()
+        assert_refused(rf"train_dataset\[0\]\['{kind.column}'\] must be", kind, tmp_path, train_dataset=stream)
         parts = {"a": kind.rows, "b": kind.rows.select([])}
         assert_refused(r"eval_dataset\['b'\] must have at least one row", kind, tmp_path, eval_dataset=parts)
 
@@ -252,7 +258,11 @@ def test_data_parallel(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_liger(kind: Kind, tmp_path: Path) -> None:
-    assert_refused("use_liger_kernel=True replaces", kind, tmp_path, options={"use_liger_kernel": True})
+    """TRL's KTO and DPO leave Liger's cross-entropy out of their own accord; its CPO does not."""
+    if kind.trainer is CPOTrainer:
+        assert_refused("use_liger_kernel=True replaces", kind, tmp_path, options={"use_liger_kernel": True})
+    else:
+        make(kind, tmp_path, options={"use_liger_kernel": True})
 
 
 def test_an_adapter_on_the_head(kind: Kind, tmp_path: Path) -> None:
@@ -278,8 +288,8 @@ def test_the_version_of_trl(monkeypatch: pytest.MonkeyPatch, installed: str | No
     monkeypatch.setattr("importlib.metadata.version", version)
     with pytest.raises(ImportError, match=rf"fused_pref\.trl needs TRL 1\.15 or newer.*{found}"):
         fused_pref.trl._require_trl()
-    with pytest.raises(AttributeError, match="no attribute 'DPOTrainer'"):
-        fused_pref.trl.DPOTrainer  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'ORPOTrainer'"):
+        fused_pref.trl.ORPOTrainer  # noqa: B018
 
 
 @pytest.mark.slow

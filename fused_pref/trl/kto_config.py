@@ -1,0 +1,23 @@
+"""Configuration of the KTO trainer: TRL's, and what the linear head adds."""
+
+from dataclasses import dataclass
+
+from trl.trainer.kto_config import KTOConfig as StockKTOConfig
+
+from fused_pref.trl.options import HeadOptions
+
+
+@dataclass
+class KTOConfig(HeadOptions, StockKTOConfig):
+    """TRL's ``KTOConfig`` with two more fields; the trainer takes TRL's own as well.
+
+    Args:
+        exact_accumulation: take all microbatches and ranks of an optimiser step as one big batch: its sequences
+            normalise the loss, KL completions are exchanged among its rows, and the KL term is the mean over all of
+            them; by default TRL's means of microbatches and ranks.
+        memory_budget: bytes of workspace of the linear head; None: 1/16 of the GPU's memory, on a CPU 256 MiB or
+            the bytes of the head's gradient, whichever is more; where that is too little, the least that is enough.
+
+    Raises:
+        ValueError, TypeError: a malformed value of these two; the trainer checks the others.
+    """

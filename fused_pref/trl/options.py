@@ -1,0 +1,77 @@
+"""Options that the configurations here have beside TRL's: of the linear head, and of the reward shift."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fused_pref import validate
+from fused_pref.losses.reward_shift import KINDS, UPDATES, RewardShift
+from fused_pref.trl.checkpointing import use_new_names
+
+
+@dataclass
+class HeadOptions:
+    """Comes before a configuration of TRL's in the order of classes.
+
+    Args:
+        exact_accumulation: normalise over all microbatches and ranks of an optimiser step.
+        memory_budget: bytes of workspace of the linear head.
+
+    Raises:
+        ValueError, TypeError: a malformed value.
+    """
+
+    exact_accumulation: bool = field(
+        default=False,
+        metadata={"help": "Normalise over all microbatches and ranks of a step, as one big batch."},
+    )
+    memory_budget: int | None = field(
+        default=None,
+        metadata={"help": "Bytes of workspace of the linear head."},
+    )
+
+    def __post_init__(self) -> None:
+        validate.flag("exact_accumulation", self.exact_accumulation)
+        validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
+        use_new_names(self)
+        configuration: Any = super()
+        configuration.__post_init__()
+
+
+@dataclass
+class ShiftOptions:
+    """How the reward shift δ is estimated; see :class:`fused_pref.RewardShift`.
+
+    Raises:
+        ValueError, TypeError: a malformed value.
+    """
+
+    delta_kind: str = field(
+        default="fixed",
+        metadata={"help": "How the reward shift is estimated.", "choices": list(KINDS)},
+    )
+    delta_decay: float = field(default=0.9, metadata={"help": "Decay of the moving averages of delta_kind='ema'."})
+    delta_value: float = field(default=0.0, metadata={"help": "The reward shift of delta_kind='fixed'."})
+    delta_update: str = field(
+        default="step",
+        metadata={
+            "help": "When the reward shift moves: once per optimiser step, or with every microbatch (TRL 1.13).",
+            "choices": list(UPDATES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        validate.choice("delta_kind", self.delta_kind, KINDS)
+        validate.within("delta_decay", self.delta_decay, 0.0, 1.0)
+        validate.finite("delta_value", self.delta_value)
+        validate.choice("delta_update", self.delta_update, UPDATES)
+        configuration: Any = super()
+        configuration.__post_init__()
+
+    def shift(self) -> RewardShift:
+        """The reward shift that these arguments describe."""
+        return RewardShift(
+            self.delta_kind,  # type: ignore[arg-type]
+            decay=self.delta_decay,
+            value=self.delta_value,
+            update=self.delta_update,  # type: ignore[arg-type]
+        )

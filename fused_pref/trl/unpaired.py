@@ -1,0 +1,171 @@
+"""What KTO and BCO share: TRL's KTO trainer on checked rows, the head in its forwards, references without noise."""
+
+import copy
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from trl.data_utils import is_conversational
+from trl.trainer.kto_config import KTOConfig as StockKTOConfig
+from trl.trainer.kto_trainer import KTOTrainer as StockKTOTrainer
+
+from fused_pref.functional import linear_sequence_logps
+from fused_pref.models import attach
+from fused_pref.trl.base import HeadTrainer, of_first
+from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
+from fused_pref.trl.columns import RowCollator
+from fused_pref.trl.rows import check_rows, plain_rows
+
+FORMS = (("prompt", "completion", "label"), ("chosen", "rejected"))
+SIDES = ("chosen", "rejected")
+# Metric of a side → what it is a mean over.
+MEANS = {"rewards": "count", "logps": "count", "logits": "tokens"}
+# What a batch holds beside the model's inputs, KL completions, and the columns that a trainer wants.
+TRAINER_INPUTS = ("completion_mask", "label", "ref_logps", "ref_KL_logps")
+KL = "KL_"
+
+
+class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
+    """A trainer on TRL's data pipeline of single sequences. Its subclasses say what the loss is.
+
+    Its arguments are those of TRL's ``KTOTrainer``; a subclass has them :meth:`checked` before.
+
+    Attributes:
+        configs: the configuration that is made where none is given, and the class of those that are taken.
+        columns: of the rows that a batch has beside TRL's, as tensors.
+    """
+
+    model: Any
+    model_wrapped: Any
+    _tp_size: Any
+    configs: tuple[type[StockKTOConfig], type[StockKTOConfig]]
+    columns: tuple[str, ...] = ()
+
+    def __init__(
+        self, model: Any, ref_model: Any = None, args: Any = None, *, peft_config: Any = None, **others: Any
+    ) -> None:
+        adapted = peft_config is not None or is_peft_model(model)
+        if ref_model is None and not (isinstance(model, str) or adapted or args.precompute_ref_log_probs):
+            ref_model = copy.deepcopy(model)
+        if ref_model is not None:
+            attach(ref_model)
+        super().__init__(model, ref_model, args, peft_config=peft_config, **others)
+        self.data_collator = RowCollator(self.data_collator, self.columns)
+
+    def checked(
+        self, model: Any, ref_model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any
+    ) -> Any:
+        """The configuration: the one that is given, or the default one with an output folder named after the model.
+
+        Raises:
+            ValueError, TypeError: an argument is of no use.
+        """
+        made, taken = self.configs
+        check_model(model)
+        check_reference(ref_model)
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+            args = made(f"{name.split('/')[-1]}-{self._name}")
+        check_args(args, taken, liger=True)
+        check_tokenizer(processing_class)
+        check_rows("train_dataset", train_dataset, FORMS)
+        check_rows("eval_dataset", eval_dataset, FORMS, parts=dict)
+        check_causal(f"{self._name}Trainer", model)
+        return args
+
+    def scored(self, row: dict[str, Any]) -> bool:
+        """Whether a tokenised row has a token to score; rows with images are tokenised later, and taken as they are."""
+        if "completion_ids" not in row:
+            return True
+        return len(row["completion_ids"]) > 0 and len(row["prompt_ids"]) + len(row["completion_ids"]) > 1
+
+    def units(self, batch: dict[str, Any]) -> int:
+        """Sequences."""
+        return len(batch["label"])
+
+    def counts(self, batch: dict[str, Any], units: int) -> dict[str, Tensor]:
+        """Sequences."""
+        return {"sequence_normalizer": torch.tensor(units)}
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """TRL's tokenised rows."""
+        dataset = plain_rows(dataset)
+        if not is_conversational(next(iter(dataset))):
+            check_eos(self._tokenizer)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (S,) under the reference: of the completions of a batch, and of its KL completions if there are."""
+        with self.as_reference(model):
+            return self._logps(model, inputs), self._compute_kl_logps(model, inputs)
+
+    def _compute_kl_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+        """Log-probs (S,) of the KL completions of a batch, without a gradient; None where the loss has none."""
+        if not self.calculate_KL:
+            return None
+        completions = {name.removeprefix(KL): value for name, value in batch.items() if name.startswith(KL)}
+        with torch.no_grad():
+            return self._logps(model, {**batch, **completions})
+
+    def _logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        logps, _ = self._preference(linear_sequence_logps, model, batch).run(model, self._model_inputs(batch))
+        return logps.to(self.accelerator.device)
+
+    def _ref_log_probs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`compute_ref_log_probs`, unless the batch has them."""
+        if "ref_logps" in batch:
+            return batch["ref_logps"], batch.get("ref_KL_logps")
+        return self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, batch)
+
+    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """All that a collator gives for the model: ids and mask, positions, token types, pictures, ..."""
+        others = (*TRAINER_INPUTS, *self.columns)
+        return {name: value for name, value in batch.items() if name not in others and not name.startswith(KL)}
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def _scores(self, loss: Any, model: nn.Module, batch: dict[str, Any], *tensors: Tensor, **given: Any) -> Any:
+        """The output of a loss of the batch's own rows, with the router loss in it, and that loss or None."""
+        inputs = self._model_inputs(batch)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        loss = of_first(loss, self._rows(batch), self.units(batch))
+        keywords = {"logits_mean": "completion", **given, **(self.normalizers if self.model.training else {})}
+        output, aux_loss = self._preference(loss, model, batch, *tensors, **keywords).run(model, inputs)
+        loss = output.loss.to(self.accelerator.device)
+        if not self.aux_loss_enabled or aux_loss is None:
+            return output._replace(loss=loss), None
+        aux_loss = aux_loss.to(loss.device)
+        return output._replace(loss=loss + self.router_aux_loss_coef * aux_loss), aux_loss.detach()
+
+    def _rows(self, batch: dict[str, Any]) -> int:
+        """The first rows of a batch that count: repeats, with which the last batches of ranks are filled, do or not."""
+        return self.own(self.units(batch)) if self.exact_accumulation else self.units(batch)
+
+    def _sums(self, output: Any, rewards: Tensor, logits_mean: Tensor, desirable: Tensor) -> dict[str, Tensor]:
+        """Sums over the desirable and the undesirable sequences of a rank: of each metric, and what it is a mean over.
+
+        Args:
+            output: of a loss.
+            rewards, logits_mean: (S,), the latter over the scored tokens of a sequence, or of all those of its side.
+            desirable: (S,) bool.
+        """
+        sums: dict[str, Tensor] = {}
+        columns = {
+            "count": torch.ones_like(rewards),
+            "tokens": output.lengths,
+            "rewards": rewards,
+            "logps": output.logps,
+            "logits": logits_mean * output.lengths,
+        }
+        for side, members in zip(SIDES, (desirable, ~desirable), strict=True):
+            for name, column in columns.items():
+                sums[f"{name}/{side}"] = column.double().where(members, 0).sum()
+        return sums
