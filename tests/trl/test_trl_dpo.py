@@ -215,6 +215,23 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     assert ours.state.log_history[0]["aux_loss"] > 1
 
 
+def test_no_logits_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step with its reference, and in evaluation."""
+    linear = torch.nn.functional.linear
+
+    def checked(*args: Any) -> torch.Tensor:
+        result = linear(*args)
+        assert result.shape[-1] != 66 or result.dim() < 3, "logits"
+        return result
+
+    trainer = trained(DPOTrainer, tmp_path, max_steps=1, options={"eval_dataset": pairs(4)})
+    monkeypatch.setattr(torch.nn.functional, "linear", checked)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(AssertionError, match="logits"):
+        trainer.model(torch.tensor([[1, 2, 3]]))
+
+
 # TRL rounds logits to bfloat16 under autocast, we do not; as in the tests of CPO, margins are differences of log-probs.
 def test_defaults_in_bf16(tmp_path: Path) -> None:
     options: dict[str, Any] = {"setup": "defaults", "optim": "adamw_torch", "learning_rate": 1e-5}

@@ -103,12 +103,11 @@ def test_tensors_are_columns_of_the_dataset(tmp_path: Path, stream: bool) -> Non
     trainer = trained(tmp_path, options=options, precompute_ref_log_probs=not stream)
     batch = next(iter(trainer.get_eval_dataloader("a")))
     loss = trainer.compute_loss(trainer.model.eval(), batch)
-    margins = torch.cat([margin for margin, _ in seen[-1:]])
+    margins, numbers = seen[-1]
     assert torch.equal(margins, torch.arange(8.0) / 4)
-    assert torch.equal(seen[-1][1], torch.stack([torch.arange(8), torch.ones(8, dtype=torch.long)], 1))
-    plain = made(tmp_path, options={"model": trainer.model, "ref_model": trainer.ref_model or llama()})
-    if trainer.ref_model is not None:
-        assert loss > 1.2 * plain.compute_loss(plain.model.eval(), batch)
+    assert torch.equal(numbers, torch.stack([torch.arange(8), torch.ones(8, dtype=torch.long)], 1))
+    plain = made(tmp_path, options={"model": trainer.model, "ref_model": trainer.ref_model})
+    assert loss > 1.2 * plain.compute_loss(plain.model.eval(), batch)
 
 
 def test_objectives_that_are_refused(tmp_path: Path) -> None:
@@ -178,6 +177,24 @@ def test_exact_accumulation_is_one_big_batch(tmp_path: Path, options: Any, chang
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
     assert norms[2] != pytest.approx(norms[0], rel=1e-3)
     assert logged(exact)[0] == pytest.approx(logged(big)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_sft_beside_weighting_has_the_mean_factor_of_the_batch(tmp_path: Path, ld_alpha: float | None) -> None:
+    """Where TRL 1.16 fails; by its formula, of logits."""
+    names = {"loss_type": ["hinge", "sft"], "loss_weights": [0.5, 2.0], "use_weighting": True, "ld_alpha": ld_alpha}
+    both = made(tmp_path, **names)
+    batch = next(iter(both.get_train_dataloader()))
+    got = both.compute_loss(both.model, batch)
+    with torch.no_grad():
+        logp = both.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    mask = batch["completion_mask"][:, 1:]
+    token = logp.gather(2, batch["input_ids"][:, 1:, None])[..., 0] * mask
+    aligned = token - torch.logsumexp(2 * logp, -1) * mask
+    chosen, rejected = (aligned.sum(1) / mask.sum(1)).exp().chunk(2)
+    sft = -token[:4].sum() / mask[:4].sum() * (chosen * rejected).mean()
+    hinge = made(tmp_path, **{**names, "loss_type": ["hinge"], "loss_weights": [0.5]})
+    torch.testing.assert_close(got, hinge.compute_loss(hinge.model, batch) + 2 * sft)
 
 
 # The reward shift.
