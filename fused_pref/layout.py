@@ -54,8 +54,8 @@ def weights_of(token_weight: Tensor, cu_seqlens: Tensor | None, spec: Spec, dtyp
 
 
 def weighted(logp: Tensor, weights: Tensor) -> Tensor:
-    """Log-probs times their weights; 0 where a weight is 0, whatever the log-prob."""
-    return torch.where(weights == 0, 0, logp * weights)
+    """Log-probs times their weights; 0 where a weight is 0, also of −inf. NaN, whose gradient is NaN, stays."""
+    return torch.where((weights == 0) & ~logp.isnan(), 0, logp * weights)
 
 
 def sequence_sums(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:

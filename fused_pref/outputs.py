@@ -214,7 +214,10 @@ class PreferenceOutput(OutputAttributes, _PreferenceFields):
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d means over sequences, on the device of the loss; nothing is synchronised."""
         number = max(self.logps.numel(), 1)
-        means = {"logps": self.logps.sum() / number, "lengths": self.lengths.double().sum() / number}
+        means = {
+            "logps": self.logps.sum() / number,
+            "lengths": (self.lengths.double().sum() / number).to(self.logps.dtype),
+        }
         if self.logits_mean is not None:
             means["logits"] = self.logits_mean.sum() / number
         paired = self.losses.dim() == 1 and 2 * self.losses.numel() == self.logps.numel()

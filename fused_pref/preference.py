@@ -1,6 +1,7 @@
 """An objective of the user's in one pass: its gradient is formed where the log-probs are."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,7 @@ class PreferenceLoss(ObjectiveModule):
     @accepts(PreferenceLogitsKeywords)
     def __init__(self, objective: Objective, **keywords: Unpack[PreferenceLogitsKeywords]) -> None:
         super().__init__(keywords, logits_spec, constants)
-        self.objective: Any = _callable(objective)
+        self.objective: Any = _without_parameters(objective)
 
     def call(self, *tensors: Tensor, **given: Any) -> PreferenceOutput:
         """See :class:`ObjectiveModule`."""
@@ -119,7 +120,7 @@ class LinearPreferenceLoss(ObjectiveModule):
     @accepts(PreferenceLinearKeywords)
     def __init__(self, objective: Objective, **keywords: Unpack[PreferenceLinearKeywords]) -> None:
         super().__init__(keywords, linear_spec, constants)
-        self.objective: Any = _callable(objective)
+        self.objective: Any = _without_parameters(objective)
 
     def call(self, *tensors: Tensor, **given: Any) -> PreferenceOutput:
         """See :class:`ObjectiveModule`."""
@@ -129,9 +130,16 @@ class LinearPreferenceLoss(ObjectiveModule):
     def tensor_names(self) -> tuple[str, ...]:
         """What the objective calls its tensors, those without a default: so a batch names them."""
         function = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
-        parameters = list(inspect.signature(function).parameters.values())[2 if self.keywords["unit"] == 2 else 1 :]
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return tuple(p.name for p in parameters if p.kind in kinds and p.default is p.empty)
+        try:
+            parameters = list(inspect.signature(function).parameters.values())[2 if self.keywords["unit"] == 2 else 1 :]
+        except ValueError:  # of a builtin
+            return ()
+        needed = [p for p in parameters if p.default is p.empty]
+        for p in needed:
+            if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+                expected = "a function that takes its tensors by position and has a name for each"
+                raise validate.fail("objective", expected, str(p), TypeError)
+        return tuple(p.name for p in needed)
 
     def forward(
         self,
@@ -154,7 +162,9 @@ def constants(keywords: Mapping[str, Any]) -> tuple[int, float | Tensor | None]:
     """``unit``, 0 for None, and ``normalizer``; ``ref_logps`` is a tensor or None."""
     unit, normalizer = keywords["unit"], keywords["normalizer"]
     validate.tensor_or_none("ref_logps", keywords["ref_logps"], "(S,)")
-    if unit is not None and (isinstance(unit, bool) or unit not in choices(PreferenceKeywords, "unit")):
+    if unit is not None and (
+        not isinstance(unit, int) or unit is True or unit not in choices(PreferenceKeywords, "unit")
+    ):
         raise validate.fail("unit", "2 (pairs), 1 (sequences) or None (the batch)", unit)
     if normalizer is None:
         return unit or 0, None
@@ -194,6 +204,13 @@ def _callable(objective: Any) -> Any:
     if not callable(objective):
         raise validate.fail("objective", "a function of Sequences", objective, TypeError)
     return objective
+
+
+def _without_parameters(objective: Any) -> Any:
+    """A function; a module with parameters is warned of, because they get no gradient."""
+    if isinstance(objective, nn.Module) and any(parameter.requires_grad for parameter in objective.parameters()):
+        warnings.warn("the parameters of objective get no gradient: gradients go to the head alone", stacklevel=4)
+    return _callable(objective)
 
 
 def _per_unit(name: str, value: Any, units: int | None, inputs: Inputs) -> Tensor:

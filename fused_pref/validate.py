@@ -229,7 +229,7 @@ def tensor(
 
 def _kind_of(symbol: str, dtypes: tuple[torch.dtype, ...]) -> str:
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{_article(kinds)} tensor {symbol}"
+    return f"{_article(kinds)} tensor {symbol}" if kinds else f"a tensor {symbol}"
 
 
 def tensor_or_none(name: str, value: Any, symbol: str) -> None:

@@ -90,17 +90,21 @@ class Inputs(ABC):
         validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
 
-    def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
-        """The objective's output for the tokens, scored by :meth:`tokens` if they are not given."""
-        tokens = tokens or self.tokens()
-        logp = tokens.logp if self.weights is None else weighted(tokens.logp, self.weights)
-        scores = self.scores(logp.detach(), tokens.means)
-        output, slope = objective.evaluate(scores, self.spec.backend, self.dtype)
-        loss = KnownSlopeFunction.apply(logp, self.cu_seqlens, output.loss, slope, self.spec.backend)
-        return self.output(output, loss, scores.counts, tokens)
+    def evaluate(
+        self, objective: Objective, tokens: Tokens | None = None, known: tuple[Any, Tensor, Tensor] | None = None
+    ) -> Any:
+        """The objective's output for the tokens, scored by :meth:`tokens` if they are not given.
 
-    def output(self, output: Any, loss: Tensor, lengths: Tensor, tokens: Tokens) -> Any:
-        """An objective's output with its differentiable ``loss``, and what is reported beside its items."""
+        ``known`` is an output that is there already, its differentiable loss, and the lengths of the sequences.
+        """
+        tokens = tokens or self.tokens()
+        if known is None:
+            logp = tokens.logp if self.weights is None else weighted(tokens.logp, self.weights)
+            scores = self.scores(logp.detach(), tokens.means)
+            output, slope = objective.evaluate(scores, self.spec.backend, self.dtype)
+            loss = KnownSlopeFunction.apply(logp, self.cu_seqlens, output.loss, slope, self.spec.backend)
+            known = output, loss, scores.counts  # type: ignore[assignment]
+        output, loss, lengths = known
         kind: Any = type(output)
         output = kind(loss, *output[1:])
         output.dropped_mass = tokens.dropped
@@ -249,7 +253,9 @@ class LinearInputs(Inputs):
             return Tokens(*found)
         return Tokens(*LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch)))  # type: ignore[misc]
 
-    def evaluate(self, objective: Objective, tokens: Tokens | None = None) -> Any:
+    def evaluate(
+        self, objective: Objective, tokens: Tokens | None = None, known: tuple[Any, Tensor, Tensor] | None = None
+    ) -> Any:
         """See :class:`Inputs`; where a unit's slopes do not wait for others, the head may form gradients at once."""
         # Where sequences are spread over ranks, their slopes are known once all of them have been summed.
         unit = objective.unit if self.cp_group is None else 0
@@ -265,21 +271,21 @@ class LinearInputs(Inputs):
             logp, means, metrics, *parts = custom_ops.linear_known_gradients(
                 *detached, self.weights, tensors, constants
             )
-            known = Tokens(logp, means, metrics)
+            found = Tokens(logp, means, metrics)
             scores = self.scores(logp if self.weights is None else weighted(logp, self.weights), means)
             output, _ = objective.evaluate(scores, self.spec.backend, self.dtype)
             lengths, gradients = scores.counts, custom_ops.wanted_only(tuple(parts))
         else:
             head, rows, plan = begin(call, *batch, self.weights)
             if not isinstance(plan, Grouped):
-                found: Any = LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan)
-                return super().evaluate(objective, Tokens(*found))
-            known, gradients, output = evaluate_groups(head, rows, plan, self.targets, self.cu_seqlens, objective)
+                scored: Any = LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan)
+                return super().evaluate(objective, Tokens(*scored))
+            found, gradients, output = evaluate_groups(head, rows, plan, self.targets, self.cu_seqlens, objective)
             lengths = rows.counts
         if call.spec.skip_mass is not None:
-            known = known._replace(dropped=torch.zeros_like(known.means))
+            found = found._replace(dropped=torch.zeros_like(found.means))
         loss = KnownGradientsFunction.apply(*batch[:3], output.loss, self.spec.backend, call.shard, *gradients)
-        return self.output(output, loss, lengths, known)
+        return super().evaluate(objective, found, (output, loss, lengths))
 
 
 def on_all_ranks(function: Function) -> Function:

@@ -77,7 +77,7 @@ class OpenObjective:
         units = number // self.unit if self.unit else 1
         divisor = max(units, 1) if self.normalizer is None else self.normalizer
         loss, slope = ratio(total, divisor), saturate(ratio(slope, divisor), dtype)
-        fields: list[Any] = [narrow(losses, dtype), narrow(sums, dtype), counts, _means(scores, dtype)]
+        fields: list[Any] = [narrow(losses.double(), dtype), narrow(sums, dtype), counts, _means(scores, dtype)]
         return PreferenceOutput(narrow(loss, dtype), *fields), slope
 
     def joined(self, parts: list[PreferenceOutput], scores: Scores, dtype: torch.dtype) -> PreferenceOutput:
@@ -122,7 +122,8 @@ class OpenObjective:
         if not isinstance(losses, Tensor) or not losses.is_floating_point():
             raise validate.fail("the losses of objective", f"a floating tensor {symbol}", losses, TypeError)
         if losses.shape != shape or losses.device != sums.device:
-            raise validate.fail("the losses of objective", f"{symbol} = {shape} on {sums.device}", losses)
+            symbol = f"{symbol} = {shape}" if shape else symbol
+            raise validate.fail("the losses of objective", f"{symbol} on {sums.device}", losses)
         return losses
 
     def _check(self, leaf: Tensor, counts: Tensor, losses: Tensor) -> None:
@@ -135,15 +136,32 @@ class OpenObjective:
         units = losses.shape[0] if self.unit else 0
         if units < 2:
             return
-        half = units // 2
-        members = (slice(0, half),) if self.unit == 1 else (slice(0, half), slice(units, units + half))
-        alone = self.part(members)._call(gather(leaf.detach(), members), gather(counts, members))
-        if not torch.allclose(alone.double(), losses[:half].double(), rtol=1e-6, atol=1e-9, equal_nan=True):
-            unit = "pair" if self.unit == 2 else "sequence"
-            raise ValueError(
-                f"objective must give each {unit} a loss that depends on it alone (unit={self.unit}); got other losses "
-                "for the first half of the batch by itself. unit=None couples the batch"
+        weights = torch.linspace(1, 2, units, dtype=leaf.dtype, device=leaf.device)
+        slope = self._slope(losses, leaf, weights)
+        for name, half in (("first", slice(0, units // 2)), ("second", slice(units // 2, units))):
+            runs = range(0, self.unit * units, units)
+            members = tuple(slice(start + half.start, start + half.stop) for start in runs)
+            own = gather(leaf.detach(), members).requires_grad_()
+            alone = self.part(members)._call(own, gather(counts, members))
+            same = _close(alone, losses[half]) and _close(
+                self._slope(alone, own, weights[half]), gather(slope, members)
             )
+            if not same:
+                unit = "pair" if self.unit == 2 else "sequence"
+                raise ValueError(
+                    f"objective must give each {unit} a loss that depends on it alone (unit={self.unit}), and always "
+                    f"the same one; got other losses or slopes for the {name} half of the batch by itself. unit=None "
+                    "couples the batch"
+                )
+
+    @staticmethod
+    def _slope(losses: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
+        """Slope of the losses' sum by ``weights``, which differ, so that what one gives another does not cancel."""
+        total = (losses.double() * weights).sum()
+        if not total.requires_grad:
+            return torch.zeros_like(leaf)
+        (slope,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(leaf) if slope is None else slope
 
 
 def _means(scores: Scores, dtype: torch.dtype) -> Tensor | None:
@@ -151,6 +169,10 @@ def _means(scores: Scores, dtype: torch.dtype) -> Tensor | None:
     if scores.totals is None or scores.positions is None:
         return None
     return narrow(scores.totals / scores.positions.clamp(min=1), dtype)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.detach().double(), b.detach().double(), rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 def _nodes(root: Any) -> Iterator[Any]:

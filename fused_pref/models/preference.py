@@ -190,8 +190,11 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     for name in required:
         if not isinstance(batch[name], Tensor):
             raise validate.fail(f"batch[{name!r}]", "a tensor", batch[name], TypeError)
-    inputs = {name: value for name, value in batch.items() if name not in parameters and name not in required}
-    keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
+    # What an objective of one's own calls its tensors may be an input of the model, or a keyword of the loss, too.
+    taken = {*parameters, *required} - ({*inspect.signature(base.forward).parameters} - {*parameters})
+    inputs = {name: value for name, value in batch.items() if name not in taken}
+    named = required[: len(required) - len(loss.tensor_names)] if isinstance(loss, ObjectiveModule) else required
+    keywords = {name: batch[name] for name in parameters if name in batch and name not in named}
     if keywords.get("cu_seqlens") is not None:
         if virtual_tokens(model):
             raise ValueError("cu_seqlens cannot be used with prompt learning, whose tokens come before the packed ones")

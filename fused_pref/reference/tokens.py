@@ -35,7 +35,7 @@ def score(logits: Tensor, labels: Tensor, keywords: TokenKeywords) -> Tokens:
     if keywords.get("token_weight") is not None:
         weight = keywords["token_weight"].detach().to(logp.dtype).flatten()  # type: ignore[typeddict-item]
         weight = torch.cat((weight[1:], weight[:1])) if keywords["shift"] else weight
-        logp = torch.where(weight == 0, 0, logp * weight)
+        logp = torch.where((weight == 0) & ~logp.isnan(), 0, logp * weight)
     sums = torch.zeros(sequences, dtype=torch.float64, device=rows.device)
     sums = sums.index_add(0, sequence, cast(logp, torch.float64))
     counts = torch.bincount(sequence[scored], minlength=sequences)

@@ -45,8 +45,10 @@ class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
     def __init__(
         self, model: Any, ref_model: Any = None, args: Any = None, *, peft_config: Any = None, **others: Any
     ) -> None:
-        adapted = peft_config is not None or is_peft_model(model)
-        if ref_model is None and not (isinstance(model, str) or adapted or args.precompute_ref_log_probs):
+        loaded = isinstance(model, str)
+        if ref_model is None and not (
+            loaded or peft_config is not None or is_peft_model(model) or args.precompute_ref_log_probs
+        ):
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
             attach(ref_model)

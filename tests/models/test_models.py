@@ -155,6 +155,18 @@ def test_tensors_of_an_own_objective_are_found_by_their_names() -> None:
     expected = fp.preference_loss(logits, given["labels"], Margin(), margin)
     torch.testing.assert_close(output.losses, expected.losses)
     assert output.loss.requires_grad
+    # An input of the model stays one, and a keyword of the loss too.
+    given["attention_mask"][0, :2] = 0
+    masked = fp.LinearPreferenceLoss(
+        lambda sequences, attention_mask: sequences.average * attention_mask.sum(1), unit=1
+    )
+    plain = fp.LinearPreferenceLoss(lambda sequences: sequences.average, unit=1)
+    losses = models.preference_forward(model, given, plain).losses * given["attention_mask"].sum(1)
+    torch.testing.assert_close(models.preference_forward(model, given, masked).losses, losses)
+    referred = fp.LinearPreferenceLoss(lambda sequences, ref_logps: sequences.ref_logps - ref_logps, unit=1)
+    given["ref_logps"] = torch.arange(len(given["labels"])).float()
+    with torch.no_grad():
+        assert not models.preference_forward(model, given, referred).losses.any()
 
 
 def test_packed_sequences() -> None:

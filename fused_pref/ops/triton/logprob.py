@@ -39,7 +39,7 @@ def _finish(
         one_minus_p, p = sum_exp / (sum_exp + ey), ey / (sum_exp + ey)
         found = one_minus_p * entropy + entr(one_minus_p) - tl.where(p > 0, p * value, -p)
         tl.store(metrics + row, tl.where(scored, found, 0.0))
-        correct = tl.where(valid, tl.where(z >= row_max, 1.0, 0.0), float("nan"))
+        correct = tl.where(value == value, tl.where(z >= row_max, 1.0, 0.0), float("nan"))
         tl.store(metrics + (row + rows), tl.where(scored, correct, 0.0))
         found = tl.log(one_minus_p * one_minus_p * sum_sq + p * p)
         tl.store(metrics + (row + rows + rows), tl.where(scored, found, 0.0))
