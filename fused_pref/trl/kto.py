@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from trl.trainer.kto_trainer import KTOTrainer as StockKTOTrainer
 
 from fused_pref import validate
 from fused_pref.functional import linear_kto_loss
+from fused_pref.losses.unpaired import KTO_LOSS_TYPES
 from fused_pref.modules import LinearKTOLoss
 from fused_pref.preference import LinearPreferenceLoss
 from fused_pref.trl.columns import check_columns
@@ -28,7 +30,8 @@ GIVEN = ("desirable", "label", "kl")
 class KTOTrainer(UnpairedTrainer):
     """``trl.KTOTrainer`` that never makes logits: same arguments, data, metrics and names.
 
-    The objective is :func:`fused_pref.linear_kto_loss`, computed inside of the model's forward.
+    The objective is :func:`fused_pref.linear_kto_loss`, computed inside of the model's forward, its gradient formed
+    there. Hyperparameters that it does not take, such as a ``beta`` of 0, take TRL's own path, with a warning.
 
     Args:
         *args, **kwargs: those of TRL's trainer; ``args`` is its ``KTOConfig`` or :class:`fused_pref.trl.KTOConfig`. The
@@ -65,8 +68,12 @@ class KTOTrainer(UnpairedTrainer):
         for name, value in options.items():
             setattr(self, name, getattr(config, name, getattr(type(self), name)) if value is None else value)
         validate.flag("exact_accumulation", self.exact_accumulation)
-        # Constructed for what it refuses.
-        LinearKTOLoss(memory_budget=self.memory_budget, **{name: getattr(config, name) for name in HYPERPARAMETERS})
+        validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
+        validate.choice("loss_type", config.loss_type, KTO_LOSS_TYPES)
+        reason = None if objective is not None else _refusal(config)
+        self.head = reason is None
+        if reason is not None and self.exact_accumulation:
+            raise ValueError(f"exact_accumulation needs this trainer's own loss; TRL's is used: {reason}")
         if objective is not None:
             self.own_loss = LinearPreferenceLoss(objective, unit=1, logits_mean="completion", token_metrics=True)
             self.columns = tuple(name for name in self.own_loss.tensor_names if name not in GIVEN)
@@ -80,6 +87,8 @@ class KTOTrainer(UnpairedTrainer):
         self.step_kl: Any = None
         given["args"] = config
         super().__init__(**given)
+        if reason is not None:
+            warnings.warn(f"TRL's own loss is used: {reason}", stacklevel=2)
 
     def counts(self, batch: dict[str, Any], units: int) -> dict[str, Tensor]:
         """Sequences."""
@@ -122,6 +131,8 @@ class KTOTrainer(UnpairedTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """KTO loss of a batch (0-d, differentiable); its metrics are kept for :meth:`log`."""
+        if not self.head:
+            return super()._compute_loss(model, inputs, return_outputs)
         batch = self._on_device(inputs)
         desirable = batch["label"].bool()
         kl: Any = batch["completion_mask"].new_zeros((), dtype=torch.float32)
@@ -183,3 +194,12 @@ class KTOTrainer(UnpairedTrainer):
         if all(numbers[f"count/{side}"] for side in SIDES):
             chosen, rejected = (metrics[f"rewards/{side}"][-1] for side in SIDES)
             metrics["rewards/margins"].append(chosen - rejected)
+
+
+def _refusal(config: Any) -> str | None:
+    """Why a configuration of TRL's does not go with the loss."""
+    try:
+        LinearKTOLoss(**{name: getattr(config, name) for name in HYPERPARAMETERS})
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None

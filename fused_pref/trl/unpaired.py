@@ -50,7 +50,7 @@ class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
             loaded or peft_config is not None or is_peft_model(model) or args.precompute_ref_log_probs
         ):
             ref_model = copy.deepcopy(model)
-        if ref_model is not None:
+        if ref_model is not None and self.head:
             attach(ref_model)
         super().__init__(model, ref_model, args, peft_config=peft_config, **others)
         self.data_collator = RowCollator(self.data_collator, self.columns)
@@ -103,13 +103,15 @@ class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Log-probs (S,) under the reference: of the completions of a batch, and of its KL completions if there are."""
+        if not self.head:
+            return super().compute_ref_log_probs(model, inputs)
         with self.as_reference(model):
             return self._logps(model, inputs), self._compute_kl_logps(model, inputs)
 
     def _compute_kl_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
         """Log-probs (S,) of the KL completions of a batch, without a gradient; None where the loss has none."""
-        if not self.calculate_KL:
-            return None
+        if not self.calculate_KL or not self.head:
+            return super()._compute_kl_logps(model, batch)
         completions = {name.removeprefix(KL): value for name, value in batch.items() if name.startswith(KL)}
         with torch.no_grad():
             return self._logps(model, {**batch, **completions})

@@ -79,6 +79,20 @@ def test_run_is_that_of_trl(tmp_path: Path, name: str) -> None:
     assert (max(logged(ours, "kl")) > 0.1) == (RUNS[name].get("loss_type") is None)
 
 
+@pytest.mark.parametrize("changes", [{"beta": 0.0}, {"desirable_weight": -1.0}], ids=str)
+def test_what_the_loss_refuses_takes_trl_s_path(tmp_path: Path, changes: dict[str, Any]) -> None:
+    name = next(iter(changes))
+    with pytest.warns(UserWarning, match=f"TRL's own loss is used: {name} must be"):
+        ours = trained(KTOTrainer, tmp_path, **changes)
+    stock = trained(StockKTOTrainer, tmp_path, **changes)
+    for mine, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
+        assert {key: value for key, value in mine.items() if not key.endswith(UNTIMED)} == {
+            key: value for key, value in theirs.items() if not key.endswith(UNTIMED)
+        }
+    with pytest.raises(ValueError, match=f"exact_accumulation needs this trainer's own loss; .* {name} must be"):
+        made(KTOTrainer, tmp_path, options={"exact_accumulation": True}, **changes)
+
+
 def test_pairs(tmp_path: Path) -> None:
     ours, stock = (trained(kind, tmp_path, options={"train_dataset": pairs()}) for kind in BOTH)
     assert_same_run(ours, stock, tolerance=1e-4)
