@@ -164,7 +164,7 @@ def test_objectives_that_are_refused(tmp_path: Path) -> None:
         ({}, {"loss_type": ["hinge", "sft"], "ld_alpha": 0.5}),
         ({"objective": apo_zero, "unit": 1}, {}),
     ],
-    ids=str,
+    ids=["mixture", "weighting", "ld_alpha", "objective"],
 )
 def test_exact_accumulation_is_one_big_batch(tmp_path: Path, options: Any, changes: Any) -> None:
     """The last of the microbatches is smaller than the others."""
@@ -205,7 +205,7 @@ def test_sft_beside_weighting_has_the_mean_factor_of_the_batch(tmp_path: Path, l
     [{"delta_kind": "ema"}, {"delta_kind": "running_mean", "delta_update": "forward"}, {"use_weighting": True}],
     ids=str,
 )
-def test_resuming_goes_on_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_resuming_goes_on_bitwise(tmp_path: Path, changes: dict[str, Any]) -> None:
     changes = {"delta_kind": "ema", **changes, "loss_type": ["bco_pair", "sigmoid"], "max_steps": 4}
     changes |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     whole = trained(tmp_path / "whole", save_strategy="steps", save_steps=2, **changes)
