@@ -137,7 +137,7 @@ class LinearPreferenceLoss(ObjectiveModule):
         needed = [p for p in parameters if p.default is p.empty]
         for p in needed:
             if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
-                expected = "a function that takes its tensors by position and has a name for each"
+                expected = "a function that takes its tensors by position, none by keyword alone, with a name for each"
                 raise validate.fail("objective", expected, str(p), TypeError)
         return tuple(p.name for p in needed)
 

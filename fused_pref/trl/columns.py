@@ -34,7 +34,7 @@ class ColumnCollator:
                 continue
             try:
                 batch[name] = torch.tensor(entries)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RuntimeError) as error:
                 raise ValueError(
                     f"the column {name}, which objective takes, must have a number in every row, or as many numbers; "
                     f"got {str(entries)[:80]}"
@@ -57,7 +57,7 @@ class RowCollator(ColumnCollator):
 
 
 def check_columns(name: str, dataset: Any, columns: Sequence[str]) -> None:
-    """A dataset, or each of a dictionary of them, must have these columns; of a stream, the first row.
+    """A dataset, or each of a dictionary of them, must have these columns, without nulls; of a stream, the first row.
 
     Raises:
         ValueError: it has not.
@@ -70,3 +70,11 @@ def check_columns(name: str, dataset: Any, columns: Sequence[str]) -> None:
         missing = [column for column in columns if column not in there]
         if missing:
             raise ValueError(f"{name} must have {', '.join(missing)}, which objective takes; got {', '.join(there)}")
+        for column in columns:
+            # The stored column may have more rows than the dataset.
+            if isinstance(dataset, Dataset) and dataset.data.column(column).null_count:
+                nulls = [row for row, value in enumerate(dataset[column]) if value is None]
+                if nulls:
+                    raise ValueError(
+                        f"{name}[{nulls[0]}][{column!r}] must be a number, which objective takes; got None"
+                    )

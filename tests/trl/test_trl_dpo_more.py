@@ -151,6 +151,11 @@ def test_objectives_that_are_refused(tmp_path: Path) -> None:
     trainer = made(tmp_path, options={"objective": needs, "train_dataset": text})
     with pytest.raises(ValueError, match="the column margin, which objective takes, must have a number in every row"):
         next(iter(trainer.get_train_dataloader()))
+    nulls = pairs(8).add_column("margin", [0.5, None, *[0.5] * 6])
+    with pytest.raises(
+        ValueError, match=r"train_dataset\[1\]\['margin'\] must be a number, which objective takes; got None"
+    ):
+        made(tmp_path, options={"objective": needs, "train_dataset": nulls})
 
 
 # Exact accumulation.
