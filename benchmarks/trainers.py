@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--trainers", nargs="+", choices=KINDS, default=KINDS, help="default: all")
     parser.add_argument("--vocabulary", type=int, default=131_072, metavar="V", help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, default=64, metavar="D", help="of 2 layers; default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=256, metavar="D", help="of 2 layers; default: %(default)s")
     parser.add_argument("--sequences", type=int, default=8, metavar="S", help="two a pair; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=64, metavar="T", help="half are scored; default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
