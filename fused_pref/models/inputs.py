@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_pref import validate
@@ -100,6 +101,32 @@ def with_positions(model: Any, inputs: Mapping[str, Any], labels: Tensor, cu_seq
     elif isinstance(positions, Tensor) and tuple(positions.shape) == (1, total) and validate.readable(positions):
         _check_positions(positions[0], cu_seqlens)
     return inputs
+
+
+def without_padding(
+    model: Any, inputs: Mapping[str, Any], *padded: Tensor
+) -> tuple[dict[str, Any], Tensor, list[Tensor]]:
+    """Inputs of a padded batch as one row of its tokens, the boundaries of the sequences, and more tensors as the row.
+
+    The host waits for the number of tokens.
+
+    Args:
+        model: a transformers model that keeps packed sequences apart.
+        inputs: of its forward, among them ``attention_mask`` (S, T).
+        padded: (S, T, ...), labels first.
+
+    Raises:
+        ValueError, TypeError: as :func:`with_positions`.
+    """
+    mask = inputs["attention_mask"].bool()
+    lengths = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    row = {
+        name: value[mask][None] if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
+        for name, value in inputs.items()
+        if name not in ("attention_mask", "position_ids")
+    }
+    parts = [tensor.to(mask.device)[mask] for tensor in padded]
+    return with_positions(model, row, parts[0], lengths), lengths, parts
 
 
 def _check_positions(positions: Tensor, cu_seqlens: Tensor) -> None:

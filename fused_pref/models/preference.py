@@ -26,7 +26,7 @@ from fused_pref.models.head import (
     sharded,
     unwrap,
 )
-from fused_pref.models.inputs import with_decoder_inputs, with_positions
+from fused_pref.models.inputs import with_decoder_inputs, with_positions, without_padding
 from fused_pref.models.probe import check_logits
 from fused_pref.modules import ObjectiveModule
 
@@ -44,6 +44,8 @@ class Preference:
         tensors: what the loss takes after hidden and weight, labels first.
         keywords: what it takes by name.
         virtual_tokens: positions that a prompt-learning adapter may put before those of the labels.
+        padding_free: whether the model gets a padded batch as one row without padding; all tensors but those of one
+            entry a sequence are then (S, T).
     """
 
     # A plain class: wrappers copy dataclasses and tuples among a forward's arguments, and the output would be lost.
@@ -53,6 +55,8 @@ class Preference:
         tensors: tuple[Tensor, ...],
         keywords: Mapping[str, Any],
         virtual_tokens: int = 0,
+        *,
+        padding_free: bool = False,
     ) -> None:
         if not callable(loss):
             raise validate.fail("loss", LOSS, loss, TypeError)
@@ -67,6 +71,7 @@ class Preference:
         self.tensors = tensors
         self.keywords = dict(keywords)
         self.virtual_tokens = validate.at_least("virtual_tokens", virtual_tokens, 0)
+        self.padding_free = validate.flag("padding_free", padding_free)
         self.output: Any = None
 
     def __call__(self, hidden: Tensor, head: OutputHead) -> Tensor:
@@ -91,6 +96,12 @@ class Preference:
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
         """Forward of an attached model: the loss's output, and the model's router loss where it gives one."""
+        if self.padding_free:
+            weight = self.keywords.get("token_weight")
+            padded = (self.tensors[0],) if weight is None else (self.tensors[0], weight)
+            inputs, cu_seqlens, (labels, *weights) = without_padding(unwrap(model), inputs, *padded)
+            self.tensors, self.padding_free = (labels, *self.tensors[1:]), False
+            self.keywords |= {"cu_seqlens": cu_seqlens, **dict(zip(("token_weight",), weights, strict=False))}
         scored = model(**inputs, preference=self)
         output, self.output = self.output, None
         if output is None:

@@ -16,7 +16,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import use_adapter
 
 from fused_pref.models import Preference, attach, virtual_tokens
-from fused_pref.trl.checks import check_devices, check_scored, check_tokenizer
+from fused_pref.trl.checks import check_devices, check_padding_free, check_scored, check_tokenizer
 from fused_pref.trl.rows import spread
 
 SHIFT_FILE = "reward_shift.safetensors"
@@ -32,12 +32,14 @@ class HeadTrainer(_BaseTrainer):
         head: whether the head is attached; else TRL's own loss is used.
         exact_accumulation: whether microbatches and ranks are normalised as one batch.
         memory_budget: bytes of workspace of the head, or None.
+        packs: whether the model gets batches without padding.
         reward_shift: δ, moved with the optimiser's steps and kept in checkpoints; None where there is none to keep.
     """
 
     head: bool = True
     exact_accumulation: bool = False
     memory_budget: int | None = None
+    packs: bool = False
     reward_shift: Any = None
     # Set by `get_batch_samples` for the microbatches of one optimiser step: what normalises their losses, and how many
     # of them are still to come.
@@ -61,6 +63,9 @@ class HeadTrainer(_BaseTrainer):
             collator.pad_token_id = processing_class.pad_token_id
         if self.head:
             attach(model)
+        self.packs = self.head and (self.packs or getattr(args, "padding_free", False))
+        if self.packs:
+            check_padding_free(model, vision=getattr(self, "_is_vision_dataset", False))
         self.normalizers, self.unlogged = {}, {}
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **others
@@ -97,9 +102,14 @@ class HeadTrainer(_BaseTrainer):
     ) -> Preference:
         """A loss of a batch of TRL's collators, by what it takes after the labels, and by name."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        return Preference(
-            loss, (labels, *tensors), {"memory_budget": self.memory_budget, **given}, virtual_tokens(model)
-        )
+        keywords = {"memory_budget": self.memory_budget, **given}
+        packs = self.packs and self.whole(batch)
+        return Preference(loss, (labels, *tensors), keywords, virtual_tokens(model), padding_free=packs)
+
+    def whole(self, batch: dict[str, Any]) -> bool:
+        """Whether all units of a batch count: a batch with repeats that do not is left padded."""
+        units = self.units(batch)
+        return not self.exact_accumulation or self.own(units) == units
 
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a tokenised row has a token to score."""

@@ -1,12 +1,15 @@
 """What is checked before a trainer writes anything: the arguments, the model, the tokenizer, what truncation leaves."""
 
+import inspect
 from typing import Any
 
 from torch import nn
 from transformers import ProcessorMixin
 
 from fused_pref import validate
+from fused_pref.models import unwrap, virtual_tokens
 from fused_pref.models.head import find_head
+from fused_pref.models.probe import check_packing
 
 
 def check_model(model: Any) -> None:
@@ -79,6 +82,28 @@ def check_devices(args: Any, model: nn.Module) -> None:
             f"nn.DataParallel over {args.n_gpu} GPUs is not supported; start one process for each GPU (accelerate "
             "launch, torchrun) or show this one a single GPU (CUDA_VISIBLE_DEVICES)"
         )
+
+
+def check_padding_free(model: nn.Module, *, vision: bool) -> None:
+    """A model must keep the sequences of one row apart, which a small forward shows.
+
+    Raises:
+        ValueError: it does not; pictures, a prompt-learning adapter, or an encoder-decoder.
+    """
+    base = unwrap(model)
+    why = None
+    if vision:
+        why = "rows of text: pictures belong to padded rows"
+    elif base.config.is_encoder_decoder or virtual_tokens(model):
+        why = "a causal language model without virtual tokens"
+    elif "position_ids" not in inspect.signature(type(base).forward).parameters:
+        why = f"a model that takes position_ids, which {type(base).__name__} does not"
+    if why is not None:
+        raise ValueError(f"padding_free=True needs {why}; leave it out")
+    try:
+        check_packing(base)
+    except ValueError as error:
+        raise ValueError(f"padding_free=True cannot be used: {error}") from error
 
 
 def check_tokenizer(processing_class: Any, *, text_only: bool = False) -> None:

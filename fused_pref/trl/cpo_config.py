@@ -8,14 +8,16 @@ from fused_pref.trl.stock import StockCPOConfig
 
 @dataclass
 class CPOConfig(HeadOptions, StockCPOConfig):
-    """TRL's ``CPOConfig`` with two more fields; the trainer takes TRL's own as well.
+    """TRL's ``CPOConfig`` with three more fields; the trainer takes TRL's own as well.
 
     Args:
         exact_accumulation: normalise by the pairs and chosen tokens of all microbatches and ranks of an optimiser step,
             so that accumulation gives the gradient of one big batch; by default TRL's mean of microbatch means.
         memory_budget: bytes of workspace of the linear head; None: 1/16 of the GPU's memory, on a CPU 256 MiB or
             the bytes of the head's gradient, whichever is more; where that is too little, the least that is enough.
+        padding_free: give the model a batch as one row of its tokens, without padding, where its attention keeps
+            sequences apart by their positions, which is tried before training.
 
     Raises:
-        ValueError, TypeError: a malformed value of these two; the trainer checks the others.
+        ValueError, TypeError: a malformed value of these three; the trainer checks the others.
     """

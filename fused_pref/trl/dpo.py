@@ -85,7 +85,13 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         self.head = reason is None
         if self.exact_accumulation:
             _check_additive(self.loss, config, reason)
-        super().__init__(**given)
+        # TRL's trainer says of the option that it is not there.
+        config.padding_free, packs = False, config.padding_free
+        self.packs = packs
+        try:
+            super().__init__(**given)
+        finally:
+            config.padding_free = packs
         if reason is not None:
             warnings.warn(f"TRL's own loss is used: {reason}", stacklevel=2)
         if self.columns:

@@ -22,6 +22,8 @@ class DPOConfig(ShiftOptions, HeadOptions, StockDPOConfig):
             so that accumulation gives the gradient of one big batch; by default TRL's mean of microbatch means.
         memory_budget: bytes of workspace of the linear head; None: 1/16 of the GPU's memory, on a CPU 256 MiB or
             the bytes of the head's gradient, whichever is more; where that is too little, the least that is enough.
+        padding_free: give the model a batch as one row of its tokens, without padding, where its attention keeps
+            sequences apart by their positions, which is tried before training.
 
     Raises:
         ValueError, TypeError: a malformed value of these, or a δ without ``bco_pair``; TRL and the trainer check the

@@ -82,9 +82,17 @@ def refusal(keywords: Mapping[str, Any]) -> str | None:
 
 def weighted_logps(hidden: Tensor, weight: Tensor, labels: Tensor, *, token_weight: Tensor, **head: Any) -> Tensor:
     """(S,) log-probs of the completions, each token's times its weight, which is shaped like the labels."""
-    none = torch.zeros(labels.shape[0], device=labels.device)
+    cu_seqlens = head.get("cu_seqlens")
+    none = torch.zeros(len(labels) if cu_seqlens is None else len(cu_seqlens) - 1, device=labels.device)
     output = linear_dpo_loss(hidden, weight, labels, none, token_weight=token_weight, **head)
     return torch.cat((output.chosen_logps, output.rejected_logps))
+
+
+def of_chosen(labels: Tensor, pairs: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Labels of pairs, in which nothing of the rejected completions is scored."""
+    if cu_seqlens is None:
+        return torch.cat((labels[:pairs], torch.full_like(labels[pairs:], -100)))
+    return labels.masked_fill(torch.arange(len(labels), device=labels.device) >= cu_seqlens[pairs], -100)
 
 
 @dataclass(frozen=True)
@@ -132,12 +140,11 @@ class NamedLoss:
         weights = tuple([0.0 if name == "sft" else each for name, each in zip(names, weights, strict=True)])
         others = NamedLoss({**self.keywords, "loss_weights": weights}, self.weighting)
         output, factor = others._of_pairs(tensors, ref_logps, token_weight, None, **given)
-        pairs = labels.shape[0] // 2
+        pairs = len(ref_logps) // 2
         tokens = output.lengths[:pairs].sum() if token_normalizer is None else token_normalizer
         head = {name: value for name, value in given.items() if name not in ("pair_normalizer", "delta")}
-        sft = linear_preference_loss(
-            hidden[:pairs], weight, labels[:pairs], nll, unit=1, normalizer=tokens.clamp(min=1), **head
-        )
+        chosen = of_chosen(labels, pairs, head.get("cu_seqlens"))
+        sft = linear_preference_loss(hidden, weight, chosen, nll, unit=1, normalizer=tokens.clamp(min=1), **head)
         return output._replace(loss=output.loss + nll_weight * factor * sft.loss, nll=sft.loss.detach())
 
     def _of_pairs(

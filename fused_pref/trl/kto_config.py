@@ -9,7 +9,7 @@ from fused_pref.trl.options import HeadOptions
 
 @dataclass
 class KTOConfig(HeadOptions, StockKTOConfig):
-    """TRL's ``KTOConfig`` with two more fields; the trainer takes TRL's own as well.
+    """TRL's ``KTOConfig`` with three more fields; the trainer takes TRL's own as well.
 
     Args:
         exact_accumulation: take all microbatches and ranks of an optimiser step as one big batch: its sequences
@@ -17,7 +17,9 @@ class KTOConfig(HeadOptions, StockKTOConfig):
             them; by default TRL's means of microbatches and ranks.
         memory_budget: bytes of workspace of the linear head; None: 1/16 of the GPU's memory, on a CPU 256 MiB or
             the bytes of the head's gradient, whichever is more; where that is too little, the least that is enough.
+        padding_free: give the model a batch as one row of its tokens, without padding, where its attention keeps
+            sequences apart by their positions, which is tried before training.
 
     Raises:
-        ValueError, TypeError: a malformed value of these two; the trainer checks the others.
+        ValueError, TypeError: a malformed value of these three; the trainer checks the others.
     """

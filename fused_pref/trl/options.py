@@ -15,6 +15,7 @@ class HeadOptions:
     Args:
         exact_accumulation: normalise over all microbatches and ranks of an optimiser step.
         memory_budget: bytes of workspace of the linear head.
+        padding_free: give the model a batch as one row without padding.
 
     Raises:
         ValueError, TypeError: a malformed value.
@@ -28,10 +29,15 @@ class HeadOptions:
         default=None,
         metadata={"help": "Bytes of workspace of the linear head."},
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Give the model a batch as one row without padding, sequences kept apart by position."},
+    )
 
     def __post_init__(self) -> None:
         validate.flag("exact_accumulation", self.exact_accumulation)
         validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
+        validate.flag("padding_free", self.padding_free)
         use_new_names(self)
         configuration: Any = super()
         configuration.__post_init__()

@@ -149,6 +149,10 @@ class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
         aux_loss = aux_loss.to(loss.device)
         return output._replace(loss=loss + self.router_aux_loss_coef * aux_loss), aux_loss.detach()
 
+    def whole(self, batch: dict[str, Any]) -> bool:
+        """See :class:`HeadTrainer`."""
+        return self._rows(batch) == self.units(batch)
+
     def _rows(self, batch: dict[str, Any]) -> int:
         """The first rows of a batch that count: repeats, with which the last batches of ranks are filled, do or not."""
         return self.own(self.units(batch)) if self.exact_accumulation else self.units(batch)

@@ -37,6 +37,7 @@ Rows = list[tuple[dict[str, Any], type[Exception], str]]
 BOTH: Rows = [
     ({"memory_budget": 0}, ValueError, "memory_budget must be an integer >= 1, or None; got 0"),
     ({"exact_accumulation": 1}, TypeError, "exact_accumulation must be True or False; got 1"),
+    ({"padding_free": 1}, TypeError, "padding_free must be True or False; got 1"),
     ({"betta": 0.1}, TypeError, "unexpected keyword argument 'betta'"),
 ]
 OF_SHIFT: Rows = [
