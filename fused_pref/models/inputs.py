@@ -70,7 +70,7 @@ def with_positions(model: Any, inputs: Mapping[str, Any], labels: Tensor, cu_seq
     Raises:
         ValueError, TypeError: a malformed entry; a mask; a model that does not keep packed sequences apart.
     """
-    total, name = labels.numel(), type(model).__name__
+    total = labels.numel()
     if isinstance(cu_seqlens, Tensor):
         validate.boundaries("cu_seqlens", cu_seqlens, total, cu_seqlens.device)
     else:
@@ -87,14 +87,7 @@ def with_positions(model: Any, inputs: Mapping[str, Any], labels: Tensor, cu_seq
         expected = "left out with cu_seqlens, all ones, or a mask of 4 dimensions: packed sequences have no padding"
         raise validate.fail("attention_mask", expected, mask)
     inputs.pop("attention_mask", None)
-    if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(type(model).forward).parameters:
-        raise ValueError(
-            f"cu_seqlens needs a model that keeps packed sequences apart by position_ids, which {name} does not take; "
-            "pad the sequences instead"
-        )
-    if getattr(model, "_packs", None) != model.config._attn_implementation:
-        check_packing(model)
-        model._packs = model.config._attn_implementation
+    check_packs(model)
     positions = inputs.get("position_ids")
     if positions is None:
         inputs["position_ids"] = _positions(cu_seqlens, total)
@@ -103,9 +96,25 @@ def with_positions(model: Any, inputs: Mapping[str, Any], labels: Tensor, cu_seq
     return inputs
 
 
+def check_packs(model: Any) -> None:
+    """See once that a model keeps packed sequences apart, with the attention that it has.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            "cu_seqlens needs a model that keeps packed sequences apart by position_ids, which "
+            f"{type(model).__name__} does not take; pad the sequences instead"
+        )
+    if getattr(model, "_packs", None) != model.config._attn_implementation:
+        check_packing(model)
+        model._packs = model.config._attn_implementation
+
+
 def without_padding(
-    model: Any, inputs: Mapping[str, Any], *padded: Tensor
-) -> tuple[dict[str, Any], Tensor, list[Tensor]]:
+    model: Any, inputs: Mapping[str, Any], padded: Mapping[str, Tensor | None]
+) -> tuple[dict[str, Any], Tensor, dict[str, Tensor]]:
     """Inputs of a padded batch as one row of its tokens, the boundaries of the sequences, and more tensors as the row.
 
     The host waits for the number of tokens.
@@ -113,7 +122,7 @@ def without_padding(
     Args:
         model: a transformers model that keeps packed sequences apart.
         inputs: of its forward, among them ``attention_mask`` (S, T).
-        padded: (S, T, ...), labels first.
+        padded: (S, T) each, ``labels`` among them; None is left out.
 
     Raises:
         ValueError, TypeError: as :func:`with_positions`.
@@ -125,8 +134,8 @@ def without_padding(
         for name, value in inputs.items()
         if name not in ("attention_mask", "position_ids")
     }
-    parts = [tensor.to(mask.device)[mask] for tensor in padded]
-    return with_positions(model, row, parts[0], lengths), lengths, parts
+    parts = {name: tensor.to(mask.device)[mask] for name, tensor in padded.items() if tensor is not None}
+    return with_positions(model, row, parts["labels"], lengths), lengths, parts
 
 
 def _check_positions(positions: Tensor, cu_seqlens: Tensor) -> None:

@@ -97,11 +97,11 @@ class Preference:
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
         """Forward of an attached model: the loss's output, and the model's router loss where it gives one."""
         if self.padding_free:
-            weight = self.keywords.get("token_weight")
-            padded = (self.tensors[0],) if weight is None else (self.tensors[0], weight)
-            inputs, cu_seqlens, (labels, *weights) = without_padding(unwrap(model), inputs, *padded)
-            self.tensors, self.padding_free = (labels, *self.tensors[1:]), False
-            self.keywords |= {"cu_seqlens": cu_seqlens, **dict(zip(("token_weight",), weights, strict=False))}
+            labels, *others = self.tensors
+            padded = {"labels": labels, "token_weight": self.keywords.get("token_weight")}
+            inputs, cu_seqlens, row = without_padding(unwrap(model), inputs, padded)
+            keywords = {**self.keywords, **row, "cu_seqlens": cu_seqlens}
+            return Preference(self.loss, (keywords.pop("labels"), *others), keywords).run(model, inputs)
         scored = model(**inputs, preference=self)
         output, self.output = self.output, None
         if output is None:
@@ -192,8 +192,12 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     if list(parameters)[:2] != ["hidden", "weight"]:
         raise validate.fail("loss", LOSS, loss, TypeError)
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]
-    if isinstance(loss, ObjectiveModule):
-        required += loss.tensor_names
+    own = loss.tensor_names if isinstance(loss, ObjectiveModule) else ()
+    keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
+    # What an objective of one's own calls its tensors may be an input of the model, or a keyword of the loss, too.
+    inputs_too = inspect.signature(base.forward).parameters if own else {}
+    taken = {*parameters, *(name for name in own if name not in inputs_too)}
+    required += own
     missing = [name for name in required if name not in batch]
     if missing:
         got = ", ".join(map(str, batch)) or "nothing"
@@ -201,11 +205,7 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     for name in required:
         if not isinstance(batch[name], Tensor):
             raise validate.fail(f"batch[{name!r}]", "a tensor", batch[name], TypeError)
-    # What an objective of one's own calls its tensors may be an input of the model, or a keyword of the loss, too.
-    taken = {*parameters, *required} - ({*inspect.signature(base.forward).parameters} - {*parameters})
     inputs = {name: value for name, value in batch.items() if name not in taken}
-    named = required[: len(required) - len(loss.tensor_names)] if isinstance(loss, ObjectiveModule) else required
-    keywords = {name: batch[name] for name in parameters if name in batch and name not in named}
     if keywords.get("cu_seqlens") is not None:
         if virtual_tokens(model):
             raise ValueError("cu_seqlens cannot be used with prompt learning, whose tokens come before the packed ones")

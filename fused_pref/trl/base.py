@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import use_adapter
 
+from fused_pref import validate
 from fused_pref.models import Preference, attach, virtual_tokens
 from fused_pref.trl.checks import check_devices, check_padding_free, check_scored, check_tokenizer
 from fused_pref.trl.rows import spread
@@ -63,7 +64,7 @@ class HeadTrainer(_BaseTrainer):
             collator.pad_token_id = processing_class.pad_token_id
         if self.head:
             attach(model)
-        self.packs = self.head and (self.packs or getattr(args, "padding_free", False))
+        self.packs = self.packs and self.head
         if self.packs:
             check_padding_free(model, vision=getattr(self, "_is_vision_dataset", False))
         self.normalizers, self.unlogged = {}, {}
@@ -73,6 +74,19 @@ class HeadTrainer(_BaseTrainer):
         if self.reward_shift is not None:
             self.reward_shift.to(self.accelerator.device)
             self.add_callback(ShiftCallback(self.reward_shift))
+
+    def take_options(self, config: Any, **given: Any) -> None:
+        """Take the options of the head as they are given, else as the configuration says, else the defaults.
+
+        Raises:
+            ValueError, TypeError: a malformed value.
+        """
+        for name in ("exact_accumulation", "memory_budget"):
+            value = given.get(name)
+            setattr(self, name, getattr(config, name, getattr(type(self), name)) if value is None else value)
+        validate.flag("exact_accumulation", self.exact_accumulation)
+        validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
+        self.packs = getattr(config, "padding_free", False)
 
     @property
     def ref_model(self) -> Any:

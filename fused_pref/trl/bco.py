@@ -77,7 +77,7 @@ class BCOTrainer(UnpairedTrainer):
     ) -> None:
         config: Any = self.checked(model, ref_model, args, train_dataset, eval_dataset, processing_class)
         self.reward_shift = config.shift()
-        self.exact_accumulation, self.memory_budget = config.exact_accumulation, config.memory_budget
+        self.take_options(config)
         self.density_ratio: DensityRatio | None = None
         self.prompt_weights: PromptWeights | None = None
         if embedding_func is None and embedding_tokenizer is not None:

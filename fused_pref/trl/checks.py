@@ -1,6 +1,5 @@
 """What is checked before a trainer writes anything: the arguments, the model, the tokenizer, what truncation leaves."""
 
-import inspect
 from typing import Any
 
 from torch import nn
@@ -9,7 +8,7 @@ from transformers import ProcessorMixin
 from fused_pref import validate
 from fused_pref.models import unwrap, virtual_tokens
 from fused_pref.models.head import find_head
-from fused_pref.models.probe import check_packing
+from fused_pref.models.inputs import check_packs
 
 
 def check_model(model: Any) -> None:
@@ -90,18 +89,10 @@ def check_padding_free(model: nn.Module, *, vision: bool) -> None:
     Raises:
         ValueError: it does not; pictures, a prompt-learning adapter, or an encoder-decoder.
     """
-    base = unwrap(model)
-    why = None
-    if vision:
-        why = "rows of text: pictures belong to padded rows"
-    elif base.config.is_encoder_decoder or virtual_tokens(model):
-        why = "a causal language model without virtual tokens"
-    elif "position_ids" not in inspect.signature(type(base).forward).parameters:
-        why = f"a model that takes position_ids, which {type(base).__name__} does not"
-    if why is not None:
-        raise ValueError(f"padding_free=True needs {why}; leave it out")
+    if vision or virtual_tokens(model):
+        raise ValueError("padding_free=True needs rows of text without virtual tokens; leave it out")
     try:
-        check_packing(base)
+        check_packs(unwrap(model))
     except ValueError as error:
         raise ValueError(f"padding_free=True cannot be used: {error}") from error
 

@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
-from fused_pref import validate
 from fused_pref.functional import linear_cpo_loss
 from fused_pref.models import Preference, virtual_tokens
 from fused_pref.modules import LinearCPOLoss
@@ -68,12 +67,9 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
             )
         else:
             check_model(given.get("model"))
-        options = {"exact_accumulation": exact_accumulation, "memory_budget": memory_budget}
-        for name, value in options.items():
-            setattr(self, name, getattr(config, name, getattr(type(self), name)) if value is None else value)
-        validate.flag("exact_accumulation", self.exact_accumulation)
+        self.take_options(config, exact_accumulation=exact_accumulation, memory_budget=memory_budget)
         # Constructed for what it refuses.
-        LinearCPOLoss(memory_budget=self.memory_budget, **{name: getattr(config, name) for name in HYPERPARAMETERS})
+        LinearCPOLoss(**{name: getattr(config, name) for name in HYPERPARAMETERS})
         if self.exact_accumulation and changed:
             raise ValueError(f"exact_accumulation needs this trainer's own loss; {', '.join(changed)} is overridden")
         super().__init__(*args, **kwargs)

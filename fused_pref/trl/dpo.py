@@ -7,20 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.data_utils import is_conversational
 from trl.trainer.dpo_config import DPOConfig as StockDPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as StockDPOTrainer
 
 from fused_pref.functional import linear_sequence_logps
 from fused_pref.trl.base import HeadTrainer, first_units, of_first
-from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
 from fused_pref.trl.columns import ColumnCollator, check_columns
 from fused_pref.trl.dpo_config import DPOConfig
 from fused_pref.trl.dpo_losses import NamedLoss, OwnLoss, StepOutput, named_keywords, refusal, weighted_logps
-from fused_pref.trl.rows import check_rows, plain_rows
+from fused_pref.trl.row_trainer import CHECKED, RowTrainer
 
-# What a batch holds beside the model's inputs.
-TRAINER_INPUTS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 # Options that an objective of one's own stands for, at their defaults.
 REPLACED: dict[str, Any] = {
     "loss_type": ["sigmoid"],
@@ -31,7 +27,7 @@ REPLACED: dict[str, Any] = {
 }
 
 
-class DPOTrainer(StockDPOTrainer, HeadTrainer):
+class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
     """TRL's ``DPOTrainer`` that never makes logits: same arguments, data, metrics, callbacks and checkpoints.
 
     The objective is :func:`fused_pref.linear_dpo_loss`, computed inside of the model's forward, its gradient formed
@@ -54,30 +50,22 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
 
     model: Any
     _tp_size: Any
+    configs = (DPOConfig, StockDPOConfig)
+    forms = (("chosen", "rejected"),)
+    trainer_inputs = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(
         self, *args: Any, objective: Callable[..., Tensor] | None = None, unit: int | None = 2, **kwargs: Any
     ) -> None:
         given = inspect.signature(StockDPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         given.pop("self")
-        model = given["model"]
-        check_model(model)
-        check_reference(given.get("ref_model"))
-        if given.get("args") is None:
-            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-            given["args"] = DPOConfig(f"{name.split('/')[-1]}-DPO")
-        config = given["args"]
-        check_args(config, StockDPOConfig, liger=True)
-        check_causal("DPOTrainer", model)
-        check_tokenizer(given.get("processing_class"))
-        check_rows("train_dataset", given.get("train_dataset"), [("chosen", "rejected")])
-        check_rows("eval_dataset", given.get("eval_dataset"), [("chosen", "rejected")], parts=dict)
-        for option in ("exact_accumulation", "memory_budget"):
-            setattr(self, option, getattr(config, option, getattr(type(self), option)))
+        config = given["args"] = self.checked(**{name: given.get(name) for name in CHECKED})
+        self.take_options(config)
         self.delta = getattr(config, "delta_value", 0.0)
         if isinstance(config, DPOConfig) and config.delta_moves:
             self.delta = self.reward_shift = config.shift()
         self.loss: NamedLoss | OwnLoss = _loss(config, objective, unit)
+        self.columns = self.loss.columns if isinstance(self.loss, OwnLoss) else ()
         for name in ("train_dataset", "eval_dataset"):
             if self.columns and given.get("data_collator") is None:
                 check_columns(name, given.get(name), self.columns)
@@ -86,8 +74,7 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         if self.exact_accumulation:
             _check_additive(self.loss, config, reason)
         # TRL's trainer says of the option that it is not there.
-        config.padding_free, packs = False, config.padding_free
-        self.packs = packs
+        packs, config.padding_free = config.padding_free, False
         try:
             super().__init__(**given)
         finally:
@@ -96,11 +83,6 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
             warnings.warn(f"TRL's own loss is used: {reason}", stacklevel=2)
         if self.columns:
             self.data_collator = ColumnCollator(self.data_collator, self.columns)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Of the dataset, that an objective of one's own takes."""
-        return self.loss.columns if isinstance(self.loss, OwnLoss) else ()
 
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a tokenised row has a token to score; rows with images are tokenised later, and taken as they are."""
@@ -119,17 +101,6 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
             return {"normalizer": torch.tensor(units if self.loss.unit == 2 else 2 * units)}
         scored = batch["completion_mask"][:units, 1:].sum()
         return {"pair_normalizer": torch.tensor(units), "token_normalizer": scored}
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """TRL's tokenised rows."""
-        dataset = plain_rows(dataset)
-        if not is_conversational(next(iter(dataset))):
-            check_eos(self._tokenizer)
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Log-probs (B,) under the reference, of the chosen and of the rejected completions of a batch."""
@@ -152,11 +123,6 @@ class DPOTrainer(StockDPOTrainer, HeadTrainer):
         shared = torch.minimum(chosen, rejected).repeat(2)
         weight = torch.where(mask.cumsum(1) > shared[:, None], self.ld_alpha, 1.0)
         return nn.functional.pad(weight, (1, 0), value=1.0)
-
-    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """All that a collator gives for the model: ids and mask, positions, token types, pictures, ..."""
-        others = (*TRAINER_INPUTS, *self.columns)
-        return {name: value for name, value in batch.items() if name not in others}
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """Loss of a batch (0-d, differentiable); its metrics are kept for :meth:`log`."""

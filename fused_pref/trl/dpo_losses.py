@@ -84,7 +84,7 @@ def weighted_logps(hidden: Tensor, weight: Tensor, labels: Tensor, *, token_weig
     """(S,) log-probs of the completions, each token's times its weight, which is shaped like the labels."""
     cu_seqlens = head.get("cu_seqlens")
     none = torch.zeros(len(labels) if cu_seqlens is None else len(cu_seqlens) - 1, device=labels.device)
-    output = linear_dpo_loss(hidden, weight, labels, none, token_weight=token_weight, **head)
+    output = linear_dpo_loss(hidden, weight, labels, none, token_weight=token_weight, logits_mean=None, **head)
     return torch.cat((output.chosen_logps, output.rejected_logps))
 
 
@@ -112,7 +112,7 @@ class NamedLoss:
         """Of the losses."""
         return self.keywords["loss_type"]
 
-    @property
+    @functools.cached_property
     def spec(self) -> PairSpec:
         """The losses, validated."""
         return dpo_spec({**defaults(DPOKeywords), **self.keywords})
@@ -144,7 +144,8 @@ class NamedLoss:
         tokens = output.lengths[:pairs].sum() if token_normalizer is None else token_normalizer
         head = {name: value for name, value in given.items() if name not in ("pair_normalizer", "delta")}
         chosen = of_chosen(labels, pairs, head.get("cu_seqlens"))
-        sft = linear_preference_loss(hidden, weight, chosen, nll, unit=1, normalizer=tokens.clamp(min=1), **head)
+        head |= {"unit": 1, "normalizer": tokens.clamp(min=1), "logits_mean": None}
+        sft = linear_preference_loss(hidden, weight, chosen, nll, **head)
         return output._replace(loss=output.loss + nll_weight * factor * sft.loss, nll=sft.loss.detach())
 
     def _of_pairs(
@@ -195,6 +196,7 @@ class NamedLoss:
             ref_logps=ref_logps,
             token_weight=token_weight,
             normalizer=pair_normalizer,
+            logits_mean=None,
             **head,
         )
         if isinstance(delta, RewardShift):
@@ -222,12 +224,12 @@ class OwnLoss:
     def __post_init__(self) -> None:
         self.module  # noqa: B018 - constructed for what it refuses
 
-    @property
+    @functools.cached_property
     def module(self) -> LinearPreferenceLoss:
         """The objective as a module."""
         return LinearPreferenceLoss(self.objective, unit=self.unit)  # type: ignore[arg-type]
 
-    @property
+    @functools.cached_property
     def columns(self) -> tuple[str, ...]:
         """Of the dataset: what the objective calls its tensors, but for the one that is made here."""
         return tuple(name for name in self.module.tensor_names if name != DESIRABLE or self.unit == 2)

@@ -18,6 +18,7 @@ from fused_pref.modules import LinearKTOLoss
 from fused_pref.preference import LinearPreferenceLoss
 from fused_pref.trl.columns import check_columns
 from fused_pref.trl.kto_config import KTOConfig
+from fused_pref.trl.row_trainer import CHECKED
 from fused_pref.trl.unpaired import MEANS, SIDES, UnpairedTrainer
 
 HYPERPARAMETERS = ("beta", "loss_type", "desirable_weight", "undesirable_weight")
@@ -62,13 +63,8 @@ class KTOTrainer(UnpairedTrainer):
     ) -> None:
         given = inspect.signature(StockKTOTrainer.__init__).bind(self, *args, **kwargs).arguments
         del given["self"]
-        names = ("model", "ref_model", "args", "train_dataset", "eval_dataset", "processing_class")
-        config = self.checked(*(given.get(name) for name in names))
-        options = {"exact_accumulation": exact_accumulation, "memory_budget": memory_budget}
-        for name, value in options.items():
-            setattr(self, name, getattr(config, name, getattr(type(self), name)) if value is None else value)
-        validate.flag("exact_accumulation", self.exact_accumulation)
-        validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
+        config = self.checked(**{name: given.get(name) for name in CHECKED})
+        self.take_options(config, exact_accumulation=exact_accumulation, memory_budget=memory_budget)
         validate.choice("loss_type", config.loss_type, KTO_LOSS_TYPES)
         reason = None if objective is not None else _refusal(config)
         self.head = reason is None

@@ -6,41 +6,32 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from trl.data_utils import is_conversational
-from trl.trainer.kto_config import KTOConfig as StockKTOConfig
 from trl.trainer.kto_trainer import KTOTrainer as StockKTOTrainer
 
 from fused_pref.functional import linear_sequence_logps
 from fused_pref.models import attach
 from fused_pref.trl.base import HeadTrainer, of_first
-from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
 from fused_pref.trl.columns import RowCollator
-from fused_pref.trl.rows import check_rows, plain_rows
+from fused_pref.trl.row_trainer import RowTrainer
 
-FORMS = (("prompt", "completion", "label"), ("chosen", "rejected"))
 SIDES = ("chosen", "rejected")
 # Metric of a side → what it is a mean over.
 MEANS = {"rewards": "count", "logps": "count", "logits": "tokens"}
-# What a batch holds beside the model's inputs, KL completions, and the columns that a trainer wants.
-TRAINER_INPUTS = ("completion_mask", "label", "ref_logps", "ref_KL_logps")
+# Of the KL completions in a batch.
 KL = "KL_"
 
 
-class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
+class UnpairedTrainer(RowTrainer, StockKTOTrainer, HeadTrainer):
     """A trainer on TRL's data pipeline of single sequences. Its subclasses say what the loss is.
 
     Its arguments are those of TRL's ``KTOTrainer``; a subclass has them :meth:`checked` before.
-
-    Attributes:
-        configs: the configuration that is made where none is given, and the class of those that are taken.
-        columns: of the rows that a batch has beside TRL's, as tensors.
     """
 
     model: Any
     model_wrapped: Any
     _tp_size: Any
-    configs: tuple[type[StockKTOConfig], type[StockKTOConfig]]
-    columns: tuple[str, ...] = ()
+    forms = (("prompt", "completion", "label"), ("chosen", "rejected"))
+    trainer_inputs = ("completion_mask", "label", "ref_logps", "ref_KL_logps")
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: Any = None, *, peft_config: Any = None, **others: Any
@@ -55,27 +46,6 @@ class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
         super().__init__(model, ref_model, args, peft_config=peft_config, **others)
         self.data_collator = RowCollator(self.data_collator, self.columns)
 
-    def checked(
-        self, model: Any, ref_model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any
-    ) -> Any:
-        """The configuration: the one that is given, or the default one with an output folder named after the model.
-
-        Raises:
-            ValueError, TypeError: an argument is of no use.
-        """
-        made, taken = self.configs
-        check_model(model)
-        check_reference(ref_model)
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-            args = made(f"{name.split('/')[-1]}-{self._name}")
-        check_args(args, taken, liger=True)
-        check_tokenizer(processing_class)
-        check_rows("train_dataset", train_dataset, FORMS)
-        check_rows("eval_dataset", eval_dataset, FORMS, parts=dict)
-        check_causal(f"{self._name}Trainer", model)
-        return args
-
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a tokenised row has a token to score; rows with images are tokenised later, and taken as they are."""
         if "completion_ids" not in row:
@@ -89,17 +59,6 @@ class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
     def counts(self, batch: dict[str, Any], units: int) -> dict[str, Tensor]:
         """Sequences."""
         return {"sequence_normalizer": torch.tensor(units)}
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """TRL's tokenised rows."""
-        dataset = plain_rows(dataset)
-        if not is_conversational(next(iter(dataset))):
-            check_eos(self._tokenizer)
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Log-probs (S,) under the reference: of the completions of a batch, and of its KL completions if there are."""
@@ -127,9 +86,8 @@ class UnpairedTrainer(StockKTOTrainer, HeadTrainer):
         return self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, batch)
 
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """All that a collator gives for the model: ids and mask, positions, token types, pictures, ..."""
-        others = (*TRAINER_INPUTS, *self.columns)
-        return {name: value for name, value in batch.items() if name not in others and not name.startswith(KL)}
+        """Without the KL completions."""
+        return {name: value for name, value in super()._model_inputs(batch).items() if not name.startswith(KL)}
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device

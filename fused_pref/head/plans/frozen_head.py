@@ -52,7 +52,7 @@ class FrozenHead(Plan):
 
     def forward(self, head: Head, rows: ValidRows) -> Forward:
         """Saves U (N, D): ∂logp/∂h of each row, in the dtype of the token math."""
-        statistics = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator, metrics=head.metrics)
+        statistics = head.new_statistics(len(rows.targets))
         u = torch.empty((len(rows.targets), head.weight.shape[1]), dtype=head.accumulator, device=head.hidden.device)
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for group in ranges(len(rows.targets), self.rows):

@@ -99,9 +99,7 @@ class Grouped(Plan):
             members = None if (u0, u1) == (0, units) else members
             group = rows if members is None else rows.part(members)
             h = head.take(group)
-            statistics = torch_chunk.new_statistics(
-                len(group.targets), head.hidden, head.accumulator, metrics=head.metrics
-            )
+            statistics = head.new_statistics(len(group.targets))
             q, multiple = head.statistics_and_q(statistics, memory, h, group.targets, fused=self.fused)
             values, one_minus_p = head.finish(statistics, group.targets)
             if head.metrics:

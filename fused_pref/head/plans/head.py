@@ -118,6 +118,10 @@ class Head:
             entries = GPU.allocation(entries * dtype.itemsize) // dtype.itemsize
         return torch.empty(entries, dtype=dtype, device=device)
 
+    def new_statistics(self, rows: int) -> Tensor:
+        """Statistics of rows of which nothing was seen yet, (4, n), or (8, n) with metrics."""
+        return torch_chunk.new_statistics(rows, self.hidden, self.accumulator, metrics=self.metrics)
+
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_chunk`."""
         w = self.w[columns]

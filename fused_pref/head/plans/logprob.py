@@ -9,7 +9,6 @@ from typing_extensions import Self
 from fused_pref.head.plans.head import Head
 from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, cuts, number, rounds
 from fused_pref.layout import ValidRows
-from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import ranges
 
 
@@ -61,7 +60,7 @@ class Logprob(Plan):
     def forward(self, head: Head, rows: ValidRows) -> Forward:
         """A slice of the vocabulary at a time."""
         targets = rows.targets
-        statistics = torch_chunk.new_statistics(len(targets), head.hidden, head.accumulator, metrics=head.metrics)
+        statistics = head.new_statistics(len(targets))
         if self.fused:
             operands = head.operands_of(rows)
             head.fused.update_statistics(statistics, operands, targets, 0, head.transform, logit_sum=head.logit_sum)

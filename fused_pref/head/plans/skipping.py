@@ -81,9 +81,7 @@ class Skipping(Plan):
     def forward(self, head: Head, rows: ValidRows) -> Forward:
         """Saves the statistics (4, N) and which of the K tiles each row needs, (K, N) bool."""
         if self.fused and len(rows.targets):
-            statistics = torch_chunk.new_statistics(
-                len(rows.targets), head.hidden, head.accumulator, metrics=head.metrics
-            )
+            statistics = head.new_statistics(len(rows.targets))
             # Not read in place: padding has to be 0 here, as it is in the backward.
             operands, width = head.operands(head.take(rows)), self.columns
             parts = head.fused.update_statistics(
@@ -176,9 +174,7 @@ def can_skip(head: Head) -> bool:
 def tile_statistics(head: Head, rows: ValidRows, tile_columns: int) -> Tensor:
     """Statistics (K, 4, N) of each of the K tiles by itself."""
     tiles = list(ranges(head.columns, tile_columns))
-    parts = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator, metrics=head.metrics).repeat(
-        len(tiles), 1, 1
-    )
+    parts = head.new_statistics(len(rows.targets)).repeat(len(tiles), 1, 1)
     h, memory = head.take(rows), head.new_chunk(len(rows.targets), tile_columns)
     for part, columns in zip(parts, tiles, strict=True):
         z = head.project(memory, h, columns)

@@ -83,7 +83,7 @@ class VocabMajor(Plan):
 
     def forward(self, head: Head, rows: ValidRows) -> Forward:
         """Saves the statistics (4, N) and the raw logits of the first ``saved`` slices, (N, v) each."""
-        statistics = torch_chunk.new_statistics(len(rows.targets), head.hidden, head.accumulator, metrics=head.metrics)
+        statistics = head.new_statistics(len(rows.targets))
         h, saved = head.take(rows), []
         slices = list(ranges(head.columns, self.columns))
         if self.fused:

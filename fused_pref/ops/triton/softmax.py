@@ -45,11 +45,7 @@ def row_softmax(
         risen = tl.maximum(row_max, tl.max(z, 1))
         shift = tl.where(risen == float("-inf"), 0.0, risen)
         if WITH_METRICS:
-            sum_exp_z, sum_exp_sq = moved_moments(sum_exp, sum_exp_z, sum_exp_sq, row_max - shift)
-            d = z - shift[:, None]
-            e = exp(d)
-            sum_exp_z += first_moment(d, e)
-            sum_exp_sq += tl.sum(e * e, 1)
+            sum_exp_z, sum_exp_sq = updated_moments(z, shift, row_max, sum_exp, sum_exp_z, sum_exp_sq)
         sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
         row_max = risen
     highest, remainder = joined(row_max, sum_exp)
@@ -66,6 +62,15 @@ def row_softmax(
 def first_moment(d, e):
     """Σ e·d along rows of d and e = exp(d), which is 0 far above −128."""
     return tl.sum(e * tl.maximum(d, -128.0), 1)
+
+
+@triton.jit
+def updated_moments(z, shift, row_max, sum_exp, sum_exp_z, sum_exp_sq):
+    """Σ exp(x) x and Σ exp(2x), x = z − shift, of rows of z and of entries before, whose sums are by ``row_max``."""
+    sum_exp_z, sum_exp_sq = moved_moments(sum_exp, sum_exp_z, sum_exp_sq, row_max - shift)
+    d = z - shift[:, None]
+    e = exp(d)
+    return sum_exp_z + first_moment(d, e), sum_exp_sq + tl.sum(e * e, 1)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from fused_pref.ops.triton import configs, gemm
 from fused_pref.ops.triton.helpers import exp, transform
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import factors
-from fused_pref.ops.triton.softmax import first_moment, moved_moments, normalised
+from fused_pref.ops.triton.softmax import normalised, updated_moments
 
 
 @triton.jit
@@ -51,11 +51,7 @@ def _linear_statistics_kernel(
             risen = tl.maximum(row_max, tl.max(z, 1))
             shift = tl.where(risen == float("-inf"), 0.0, risen)
             if WITH_METRICS:
-                sum_exp_z, sum_exp_sq = moved_moments(sum_exp, sum_exp_z, sum_exp_sq, row_max - shift)
-                d = z - shift[:, None]
-                e = exp(d)
-                sum_exp_z += first_moment(d, e)
-                sum_exp_sq += tl.sum(e * e, 1)
+                sum_exp_z, sum_exp_sq = updated_moments(z, shift, row_max, sum_exp, sum_exp_z, sum_exp_sq)
                 target_seen = tl.maximum(target_seen, seen_targets(part, own, inner, outer, TRANSFORM))
             sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
             row_max = risen
