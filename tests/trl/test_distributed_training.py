@@ -63,7 +63,6 @@ def _train(kind: str, folder: str, **changes: Any) -> dict[str, Any]:
     evaluation = trainer.evaluate()
     parameters = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     shift = trainer.reward_shift.state_dict() if kind == "bco" else {}
-    [m.pop(p + "entropy", 0) for m in trainer.state.log_history for p in ("", "eval_")]
     return {"log": trainer.state.log_history, "eval": evaluation, "parameters": parameters, "shift": shift}
 
 
