@@ -273,7 +273,7 @@ def test_grids_hold_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     These go through columns, in blocks of 1,024 and more, and never through rows or sequences.
     """
-    larger = {8: 2**20, 4096: 2**20, 8192: 2**21, 16384: 2**22, 9: 2**20}
+    larger = {cases.SEQUENCES: 2**20, cases.SEQUENCES + 1: 2**20, 4096: 2**20, 8192: 2**21, 16384: 2**22}
     grids: dict[str, tuple[int, ...]] = {}
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

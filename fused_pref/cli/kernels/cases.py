@@ -21,7 +21,7 @@ from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objecti
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)
-VOCABULARY = 128256
+VOCABULARY, SEQUENCES = 128256, 10
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def batch(
 
 
 def ends(packed: bool) -> Tensor | None:
-    """Boundaries of eight packed sequences."""
-    return meta(9, dtype=torch.int32) if packed else None
+    """Boundaries of packed sequences."""
+    return meta(SEQUENCES + 1, dtype=torch.int32) if packed else None
 
 
 def forward(
@@ -205,7 +205,7 @@ def targets(dtype: torch.dtype, packed: bool) -> Tensor:
 
 def expand(dtype: torch.dtype) -> Tensor:
     """Launch the way back from sequences to tokens."""
-    return sequences.expand(meta(8, dtype=dtype), meta(), meta(9, dtype=torch.int32), 8192)
+    return sequences.expand(meta(SEQUENCES, dtype=dtype), meta(), meta(SEQUENCES + 1, dtype=torch.int32), 8192)
 
 
 def pair(
@@ -217,13 +217,13 @@ def pair(
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
     """Launch CPO, or with ``reference`` DPO."""
-    sums, counts = meta(8, dtype=dtype), meta(8, dtype=torch.int64)
+    sums, counts = meta(SEQUENCES, dtype=dtype), meta(SEQUENCES, dtype=torch.int64)
     totals, positions = (sums, counts) if mean else (None, None)
     given = {"loss_type": loss_type, "cpo_alpha": 0.0, "alpha": 0.0, "label_smoothing": 0.1, **keywords}
     spec = dpo_spec({**defaults(DPOKeywords), **given}) if reference else cpo_spec({**defaults(CPOKeywords), **given})
     matched = [term for term in spec.terms if term.matched]
-    partners = meta(len(matched), 8, dtype=dtype) if matched else None
-    ref_logps = meta(8) if reference else None
+    partners = meta(len(matched), SEQUENCES, dtype=dtype) if matched else None
+    ref_logps = meta(SEQUENCES) if reference else None
     return pairs.pair_objective(
         (sums, counts, totals, positions), ref_logps, partners, normalizer, normalizer, normalizer, spec
     )
@@ -241,14 +241,15 @@ def unpaired(
     factors: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Tensor, ...]:
     """Launch BCO or KTO; ``number`` stands for the shift and every normalizer, ``factors`` for the class weights."""
-    sums, counts, flags = meta(8, dtype=dtype), meta(8, dtype=torch.int64), meta(8, dtype=torch.bool)
+    sums, counts = meta(SEQUENCES, dtype=dtype), meta(SEQUENCES, dtype=torch.int64)
+    flags, ref_logps = meta(SEQUENCES, dtype=torch.bool), meta(SEQUENCES)
     means, numbers = meta(2, dtype=torch.float64), meta(2, dtype=torch.int64)
     delta = 0.0 if number is None else number
     shift = delta if kind == "fixed" else ShiftMemory(means, numbers, means, numbers, kind, update, 0.9)
     totals = (sums, counts) if mean else (None, None)
     classes = None if number is None or reduction == "mean" else (number, number)
     spec = UnpairedSpec(loss_type, 0.1, reduction, *factors)
-    return objective.unpaired_objective(sums, *totals, flags, meta(8), weight, shift, number, classes, spec)
+    return objective.unpaired_objective(sums, *totals, flags, ref_logps, weight, shift, number, classes, spec)
 
 
 SOFTCAP, SCALE, NUMBER = Transform("tanh", 1 / 30, 30.0), Transform("linear", 1 / 0.7), meta()
@@ -338,7 +339,11 @@ CASES = [
     *[Case(f"DPO {', '.join(names)}", partial(pair, loss_type=names, reference=True), SUMS) for names in THREES],
     *[Case(f"DPO {kind}", partial(pair, **MIXTURE, f_divergence_type=kind), SUMS) for kind in TRANSFORMED],
     Case("fixed", unpaired, SUMS),
-    Case("fixed, weights, normalizers", partial(unpaired, reduction="class_mean", weight=meta(8), number=NUMBER), SUMS),
+    Case(
+        "fixed, weights, normalizers",
+        partial(unpaired, reduction="class_mean", weight=meta(SEQUENCES), number=NUMBER),
+        SUMS,
+    ),
     Case("running mean, means", partial(unpaired, kind="running_mean", update="forward", mean="all"), SUMS),
     Case("ema, class mean", partial(unpaired, kind="ema", update="forward", reduction="class_mean"), SUMS),
     Case("ema, step", partial(unpaired, kind="ema", update="step"), SUMS),
