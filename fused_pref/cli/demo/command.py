@@ -29,7 +29,7 @@ MAX_HELDOUT = 96
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--objective", choices=("cpo", "bco", "both"), default="both", help="default: both")
+    parser.add_argument("--objective", choices=("cpo", "dpo", "bco", "all"), default="all", help="default: all")
     parser.add_argument("--steps", type=_steps, default=STEPS, help=f"of each objective; default: {STEPS}")
     parser.add_argument("--seed", type=_seed, default=0, help="of the weights, the order and the split; default: 0")
     parser.add_argument("--cap", type=_cap, default=CAP_S, metavar="SECONDS", help=f"of training; default: {CAP_S:g}")
@@ -102,7 +102,7 @@ def train_objectives(
     from fused_pref.cli.demo.texts import make_batch
     from fused_pref.cli.demo.train import Watcher, train
 
-    names = tuple(OBJECTIVES) if args.objective == "both" else (args.objective,)
+    names = tuple(OBJECTIVES) if args.objective == "all" else (args.objective,)
     batch = make_batch(heldout, tokenizer)
     deadline = time.monotonic() + args.cap
     histories: list[History] = []
