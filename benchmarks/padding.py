@@ -127,17 +127,17 @@ def llama(args: argparse.Namespace) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 64),
-        num_key_value_heads=max(1, args.hidden // 64),
-        max_position_embeddings=args.longest,
-        attn_implementation=args.attention,
-    )
-    return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
+    sizes: dict[str, Any] = {
+        "vocab_size": args.vocabulary,
+        "hidden_size": args.hidden,
+        "intermediate_size": 4 * args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": max(1, args.hidden // 64),
+        "num_key_value_heads": max(1, args.hidden // 64),
+        "max_position_embeddings": args.longest,
+        "attn_implementation": args.attention,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes)).to(args.device, getattr(torch, args.dtype))
 
 
 def _to(value: Any, device: str) -> Any:
