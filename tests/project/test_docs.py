@@ -117,5 +117,11 @@ def test_messages_are_those_of_the_code() -> None:
             assert any(part.strip() in text for text in texts), (message, part)
 
 
+@pytest.mark.parametrize(("page", "words"), [("README.md", 1100), ("CONTRIBUTING.md", 900)])
+def test_first_pages_are_short(page: str, words: int) -> None:
+    """Counted as ``wc -w`` does, code and tables included."""
+    assert len(pages.read(pages.ROOT / page).split()) <= words
+
+
 def test_the_manual_is_found() -> None:
     assert {"README.md", "docs/index.md", "docs/trl.md", "docs/api/testing.md"} <= {pages.name(page) for page in PYTHON}

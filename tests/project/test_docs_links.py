@@ -61,7 +61,7 @@ def test_wrong_links_are_seen(tmp_path: Path) -> None:
     assert broken(page, "docs/plans.md#grouped") is None
     assert broken(page, "docs/api/functions.md#fused_pref.cpo_loss") is None
     assert broken(page, "docs/api/reference.md#fused_pref.reference.cpo_loss") is None
-    assert broken(page, "#what-it-computes") is None
+    assert broken(page, "#which-function-for-which-loss") is None
     for link in ("docs/nothing.md", "docs/plans.md#nothing", "../README.md", "http://a.org", "https://nowhere"):
         assert broken(page, link)
     assert broken(page, "docs/api/functions.md#fused_pref.epo_loss")
