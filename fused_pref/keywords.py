@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fused_pref.losses.reward_shift import RewardShift
 
 Number = int | float
-DPOLoss = Literal[
+DPOLossType = Literal[
     "sigmoid",
     "hinge",
     "ipo",
@@ -207,7 +207,7 @@ class DPOKeywords(PairKeywords, total=False):
     """Keywords of the DPO objective."""
 
     loss_type: Annotated[
-        DPOLoss | Sequence[DPOLoss],
+        DPOLossType | Sequence[DPOLossType],
         Keyword("sigmoid", "the preference term, or a sequence of terms that are added up in one pass"),
     ]
     loss_weights: Annotated[
