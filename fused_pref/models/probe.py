@@ -176,7 +176,10 @@ def check_packing(model: Any) -> None:
             return
     if crosses or shifted:
         fault = "lets a sequence see those before it" if crosses else "counts positions from another start than 0"
-        raise ValueError(f"cu_seqlens needs a model that keeps packed sequences apart: {name} {fault}; pad instead")
+        raise ValueError(
+            f"cu_seqlens needs a model that keeps packed sequences apart: {name} {fault}; pad instead "
+            "(see docs/packed.md)"
+        )
 
 
 def _packing(model: Any) -> tuple[bool, bool]:
