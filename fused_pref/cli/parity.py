@@ -48,14 +48,15 @@ See docs/numerics.md for the bounds, and benchmarks/parity.md for a full table.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), help="losses (default: all)")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of the inputs (default: all)"
-    )
-    parser.add_argument(
-        "--logits", nargs="+", choices=LOGITS, default=list(LOGITS), help="kinds of logits (default: all)"
-    )
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="implementations (default: those available)")
+    lists = {
+        "--works": ("LOSS", WORKS, list(WORKS)),
+        "--dtypes": ("DTYPE", DTYPES, list(DTYPES)),
+        "--logits": ("KIND", LOGITS, list(LOGITS)),
+        "--backends": ("BACKEND", BACKENDS, None),
+    }
+    for option, (name, choices, default) in lists.items():
+        text = f"of {', '.join(choices)} (default: {'all' if default else 'those that are available'})"
+        parser.add_argument(option, nargs="+", metavar=name, choices=choices, default=default, help=text)
     parser.add_argument(
         "--shape",
         default="4x12x64x1031",
