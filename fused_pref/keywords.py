@@ -2,7 +2,8 @@
 
 A keyword table is a ``TypedDict`` whose values are annotated with :class:`Keyword`. Functions, their references,
 their linear twins and their modules name the table they take (``**keywords: Unpack[CPOKeywords]`` for the type
-checker, ``@accepts(CPOKeywords)`` for the runtime), so that a default cannot differ between them.
+checker, ``@accepts(CPOKeywords)`` for the runtime), so that a default cannot differ between them. For editors
+``python3 dev.py stubs`` writes the keywords out, into ``.pyi`` files beside the modules.
 See :mod:`fused_pref.keyword_tables`.
 """
 
