@@ -144,7 +144,7 @@ def check_packs(model: Any, rows: int = 1) -> None:
     if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(
             "cu_seqlens needs a model that keeps packed sequences apart by position_ids, which "
-            f"{type(model).__name__} does not take; pad the sequences instead"
+            f"{type(model).__name__} does not take; pad the sequences instead (see docs/packed.md)"
         )
     tried = (model.config._attn_implementation, rows > 1)
     if tried not in getattr(model, "_packs", ()):

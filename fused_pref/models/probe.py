@@ -177,7 +177,10 @@ def check_packing(model: Any, rows: int = 1) -> None:
             return
     if crosses or shifted:
         fault = "lets a sequence see those before it" if crosses else "counts positions from another start than 0"
-        raise ValueError(f"cu_seqlens needs a model that keeps packed sequences apart: {name} {fault}; pad instead")
+        raise ValueError(
+            f"cu_seqlens needs a model that keeps packed sequences apart: {name} {fault}; pad instead "
+            "(see docs/packed.md)"
+        )
 
 
 def _packing(model: Any, rows: int) -> tuple[bool, bool]:

@@ -275,4 +275,6 @@ def _check_additive(loss: NamedLoss | OwnLoss, config: Any, reason: str | None) 
     elif config.delta_moves and config.delta_update == "forward":
         why = "delta_update='forward' moves delta between the microbatches"
     if why is not None:
-        raise ValueError(f"exact_accumulation needs a loss that is a sum over pairs and tokens; {why}")
+        raise ValueError(
+            f"exact_accumulation needs a loss that is a sum over pairs and tokens; {why}; see docs/accumulation.md"
+        )
