@@ -1,6 +1,6 @@
 """What the linear head costs on 8, 64 and 512 GPUs, from the planner's model and counted bytes: nothing is measured.
 
-``python -m benchmarks.scale_out`` prints the tables of ``docs/distributed.md``.
+``python -m benchmarks.scale_out`` prints the numbers of ``docs/distributed.md``.
 """
 
 from collections.abc import Iterator
