@@ -125,9 +125,12 @@ class HeadTrainer(_BaseTrainer):
 
     def packing(self, batch: dict[str, Any]) -> dict[str, Any]:
         """How the model gets a batch; one with repeats that do not count is left padded."""
+        return {"padding_free": self.packs and self.whole(batch), "row_tokens": self.row_tokens}
+
+    def whole(self, batch: dict[str, Any]) -> bool:
+        """Whether all units of a batch count."""
         units = self.units(batch)
-        whole = not self.exact_accumulation or self.own(units) == units
-        return {"padding_free": self.packs and whole, "row_tokens": self.row_tokens}
+        return not self.exact_accumulation or self.own(units) == units
 
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a tokenised row has a token to score."""

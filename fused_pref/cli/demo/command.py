@@ -27,8 +27,8 @@ STEPS, CAP_S = 40, 240.0
 MAX_HELDOUT = 96
 
 EPILOG = """\
-Trains the same random weights with CPO, with DPO and with BCO on real translations, and prints held-out accuracy
-before and after. Takes minutes on two cores. Needs the extra demo: pip install ".[demo]" in a clone.
+Trains the same random weights with CPO, with DPO and with BCO on real translations, and prints
+held-out accuracy before and after. Takes minutes on two cores. Needs the extra demo: pip install ".[demo]" in a clone.
 
 examples:
   %(prog)s --objective cpo --steps 10
