@@ -1,5 +1,5 @@
 # Each target is the command of dev.py; arguments go there: python3 dev.py test -k cpo
-COMMANDS := lint format types docs test demo
+COMMANDS := lint format types docs stubs test demo
 
 .PHONY: $(COMMANDS) ci
 $(COMMANDS):

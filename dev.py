@@ -4,13 +4,19 @@
 Works with nothing but Python 3.10 or newer and pip: installs what the command needs into the active virtual
 environment, or into ``.venv`` beside this file, which it makes, and then runs the command there. Arguments after the
 command are passed on. PyTorch is installed only where there is none yet, at the version the tests run with.
+
+Nothing is installed where nothing has changed: a file in the environment, ``fused-pref-dev.json``, remembers what has
+been installed for which ``pyproject.toml``. Delete it to install again.
 """
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
@@ -22,6 +28,7 @@ COMMANDS = {
     "format": ("dev", ["-m", "ruff", "format", "--check", "."]),
     "types": ("dev", ["-m", "pyright"]),
     "docs": ("docs", ["-m", "mkdocs", "build", "--strict"]),
+    "stubs": ("dev", ["tests/helpers/stubs.py"]),
 }
 
 
@@ -38,15 +45,43 @@ def environment() -> Path:
     return python
 
 
+PROBE = """
+import importlib.util, json, sys
+found = [importlib.util.find_spec(name) is not None for name in ("torch", "fused_pref")]
+print(json.dumps([sys.prefix, sys.version, *found]))
+"""
+
+
+def remembered(stamp: Path) -> dict[str, Any]:
+    """What a stamp says; nothing where it is missing or damaged."""
+    try:
+        found = json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def install(python: Path, extra: str) -> None:
-    """Install PyTorch, if missing, and this project with an extra."""
+    """Install PyTorch, if missing, and this project with an extra, unless that has been done already."""
+    # Not from here, where the package is found whether it is installed or not.
+    probe = subprocess.run([str(python), "-c", PROBE], cwd=python.parent, check=True, stdout=subprocess.PIPE, text=True)
+    prefix, version, torch, project = json.loads(probe.stdout)
+    stamp = Path(prefix) / "fused-pref-dev.json"
+    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    state = {"root": str(ROOT), "pyproject": digest, "python": version, "torch": TORCH}
+    extras = remembered(stamp)
+    extras = extras.get("extras", []) if state.items() <= extras.items() else []
+    if torch and project and extra in extras:
+        return
+    # Until the installation is done there is nothing to remember.
+    stamp.unlink(missing_ok=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    probe = "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"
-    if subprocess.run([str(python), "-c", probe], check=False).returncode:
+    if not torch:
         print(f"installing {TORCH}", flush=True)
         subprocess.run([*pip, TORCH], check=True)
     print(f"installing fused-pref[{extra}]", flush=True)
     subprocess.run([*pip, "--editable", f"{ROOT}[{extra}]"], check=True)
+    stamp.write_text(json.dumps({**state, "extras": sorted({*extras, extra})}), encoding="utf-8")
 
 
 def main() -> int:

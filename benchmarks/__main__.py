@@ -10,6 +10,7 @@ COMMANDS = {
     "skipping": ("benchmarks.skipping", "what skip_mass saves on peaked logits: products, time, and the mass dropped"),
     "memory": ("benchmarks.memory", "workspace against tokens, of the linear head and its peers"),
     "trainers": ("benchmarks.trainers", "time and peak memory of a training step, against TRL's own trainers"),
+    "padding": ("benchmarks.padding", "tokens a second of a training step, padded and padding-free"),
     "static": (
         "benchmarks.static.command",
         "what compiled code and the plans predict, for GPUs that need not be there",

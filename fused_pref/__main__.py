@@ -2,20 +2,36 @@
 
 import sys
 
+from fused_pref import __version__
 from fused_pref.cli.usage import run_command
 
 COMMANDS = {
-    "demo": ("fused_pref.cli.demo.command", "preference-train a small language model with a vocabulary of 131,072"),
-    "doctor": ("fused_pref.cli.doctor", "say which backend is used on this machine and check it against the reference"),
-    "explain": ("fused_pref.cli.explain", "print the plan that a call of the linear head would take, and its cost"),
-    "parity": ("fused_pref.cli.parity", "compare every loss with float64 and with other libraries, by every plan"),
-    "kernels": ("fused_pref.cli.kernels.report", "compile every kernel, without a GPU, and report what the code uses"),
+    "doctor": (
+        "fused_pref.cli.doctor",
+        "check this machine: which backend it uses, and whether results are right",
+    ),
+    "explain": ("fused_pref.cli.explain", "show the plan, memory and predicted time of a call, without running it"),
+    "parity": ("fused_pref.cli.parity", "measure the error of every loss against float64, beside other libraries"),
+    "kernels": (
+        "fused_pref.cli.kernels.report",
+        "compile all Triton kernels, without a GPU, and report registers",
+    ),
+    "demo": ("fused_pref.cli.demo.command", "train a small language model with a vocabulary of 131,072 tokens"),
 }
+EPILOG = """\
+examples:
+  %(prog)s doctor
+  %(prog)s explain --model llama-3-8b --tokens 8192 --device sm_90
+
+%(prog)s COMMAND --help lists the options of a command.
+Documentation: docs/index.md in the repository; commands: docs/api/commands.md
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status of a command line, ``sys.argv`` by default."""
-    return run_command("fused_pref", "Memory-efficient CPO, BCO, DPO and KTO losses.", COMMANDS, argv)
+    description = "CPO, BCO, DPO and KTO losses for language models with large vocabularies."
+    return run_command("fused_pref", description, COMMANDS, argv, epilog=EPILOG, version=f"fused_pref {__version__}")
 
 
 if __name__ == "__main__":

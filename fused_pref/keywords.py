@@ -2,7 +2,8 @@
 
 A keyword table is a ``TypedDict`` whose values are annotated with :class:`Keyword`. Functions, their references,
 their linear twins and their modules name the table they take (``**keywords: Unpack[CPOKeywords]`` for the type
-checker, ``@accepts(CPOKeywords)`` for the runtime), so that a default cannot differ between them.
+checker, ``@accepts(CPOKeywords)`` for the runtime), so that a default cannot differ between them. For editors
+``python3 dev.py stubs`` writes the keywords out, into ``.pyi`` files beside the modules.
 See :mod:`fused_pref.keyword_tables`.
 """
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fused_pref.losses.reward_shift import RewardShift
 
 Number = int | float
-DPOLoss = Literal[
+DPOLossType = Literal[
     "sigmoid",
     "hinge",
     "ipo",
@@ -170,7 +171,7 @@ class ObjectiveKeywords(TypedDict, total=False):
     ]
 
 
-class PairKeywords(ObjectiveKeywords, total=False):
+class PairKeywords(TypedDict, total=False):
     """Keywords of the pairwise objectives."""
 
     beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob differences; for ipo the regularisation strength")]
@@ -207,7 +208,7 @@ class DPOKeywords(PairKeywords, total=False):
     """Keywords of the DPO objective."""
 
     loss_type: Annotated[
-        DPOLoss | Sequence[DPOLoss],
+        DPOLossType | Sequence[DPOLossType],
         Keyword("sigmoid", "the preference term, or a sequence of terms that are added up in one pass"),
     ]
     loss_weights: Annotated[
@@ -240,7 +241,7 @@ class DPOKeywords(PairKeywords, total=False):
     ]
 
 
-class BCOKeywords(ObjectiveKeywords, total=False):
+class BCOKeywords(TypedDict, total=False):
     """Keywords of the BCO objective."""
 
     beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob ratios: rewards are beta (logps - ref_logps)")]
@@ -264,7 +265,7 @@ class BCOKeywords(ObjectiveKeywords, total=False):
     ]
 
 
-class KTOKeywords(ObjectiveKeywords, total=False):
+class KTOKeywords(TypedDict, total=False):
     """Keywords of the KTO objective."""
 
     kl: Annotated[
@@ -287,7 +288,7 @@ class KTOKeywords(ObjectiveKeywords, total=False):
     ]
 
 
-class PreferenceKeywords(ObjectiveKeywords, total=False):
+class PreferenceKeywords(TypedDict, total=False):
     """Keywords of an objective of the user's."""
 
     unit: Annotated[
@@ -317,27 +318,27 @@ class SequenceLogitsKeywords(SequenceKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.sequence_logps`."""
 
 
-class CPOLogitsKeywords(CPOKeywords, LogitsKeywords, total=False):
+class CPOLogitsKeywords(CPOKeywords, ObjectiveKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.cpo_loss`."""
 
 
-class DPOLogitsKeywords(DPOKeywords, LogitsKeywords, total=False):
+class DPOLogitsKeywords(DPOKeywords, ObjectiveKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.dpo_loss`."""
 
 
-class BCOLogitsKeywords(BCOKeywords, LogitsKeywords, total=False):
+class BCOLogitsKeywords(BCOKeywords, ObjectiveKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.bco_loss`."""
 
 
-class KTOLogitsKeywords(KTOKeywords, LogitsKeywords, total=False):
+class KTOLogitsKeywords(KTOKeywords, ObjectiveKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.kto_loss`."""
 
 
-class PreferenceLogitsKeywords(PreferenceKeywords, LogitsKeywords, total=False):
+class PreferenceLogitsKeywords(PreferenceKeywords, ObjectiveKeywords, LogitsKeywords, total=False):
     """Keywords of :func:`fused_pref.preference_loss`."""
 
 
-class PreferenceLinearKeywords(PreferenceKeywords, LinearKeywords, total=False):
+class PreferenceLinearKeywords(PreferenceKeywords, ObjectiveKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_preference_loss`."""
 
 
@@ -345,17 +346,17 @@ class SequenceLinearKeywords(SequenceKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_sequence_logps`."""
 
 
-class CPOLinearKeywords(CPOKeywords, LinearKeywords, total=False):
+class CPOLinearKeywords(CPOKeywords, ObjectiveKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_cpo_loss`."""
 
 
-class DPOLinearKeywords(DPOKeywords, LinearKeywords, total=False):
+class DPOLinearKeywords(DPOKeywords, ObjectiveKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_dpo_loss`."""
 
 
-class BCOLinearKeywords(BCOKeywords, LinearKeywords, total=False):
+class BCOLinearKeywords(BCOKeywords, ObjectiveKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_bco_loss`."""
 
 
-class KTOLinearKeywords(KTOKeywords, LinearKeywords, total=False):
+class KTOLinearKeywords(KTOKeywords, ObjectiveKeywords, LinearKeywords, total=False):
     """Keywords of :func:`fused_pref.linear_kto_loss`."""

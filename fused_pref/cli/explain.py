@@ -24,26 +24,37 @@ from fused_pref.head.plans.problem import Plan
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(explain).parameters.items()}
 
 
+EPILOG = """\
+Nothing is computed and no GPU is needed. Times and bytes are predictions.
+
+examples:
+  %(prog)s --model llama-3-8b --tokens 8192 --device sm_90 --all
+  %(prog)s --hidden 896 --vocab 151936 --gradients hidden --plot plan.svg
+
+See docs/plans.md for the plans, and docs/budget.md for how to choose a budget.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of :func:`explain`, with its defaults."""
-    parser.add_argument("--model", choices=sorted(MODELS), help="a model whose shapes are known")
-    parser.add_argument("--tokens", type=int, help="N, scored tokens (default: %(default)s)")
-    parser.add_argument("--objective", choices=OBJECTIVES, help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, help="D")
-    parser.add_argument("--vocab", type=int, help="V")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
-    parser.add_argument("--device", choices=DEVICES, help="default: an accelerator if there is one")
-    parser.add_argument(
-        "--sequences", type=int, help="S (default: 16, or more, so that each has at most about 2048 tokens)"
-    )
-    parser.add_argument("--positions", type=int, help="S·T, scored or not (default: the tokens)")
-    parser.add_argument("--gradients", nargs="*", choices=GRADIENTS, help="default: hidden weight")
-    parser.add_argument("--delta", choices=DELTAS, help="of BCO alone: who moves δ (default: %(default)s)")
-    parser.add_argument("--memory-budget", type=int, help="bytes of workspace")
-    parser.add_argument("--device-memory", type=int, help="bytes of the device, of which the default budget is 1/16")
-    parser.add_argument("--skip-mass", type=float, help="probability that a token's gradient may lose")
-    parser.add_argument("--plot", metavar="FILE", help=f"also draw it, as {' or '.join(figures.SUFFIXES)}")
-    parser.add_argument("--all", action="store_true", help="also list what other budgets would buy")
+    add = parser.add_argument
+    models = sorted(MODELS)
+    add("--model", choices=models, metavar="NAME", help=f"take D and V from a known model: {', '.join(models)}")
+    add("--hidden", type=int, metavar="D", help="hidden size, without --model")
+    add("--vocab", type=int, metavar="V", help="vocabulary size, without --model")
+    add("--tokens", type=int, metavar="N", help="scored tokens (default: %(default)s)")
+    add("--sequences", type=int, metavar="S", help="(default: 16, more where that makes each longer than 2048 tokens)")
+    add("--positions", type=int, metavar="ST", help="all positions, scored or not (default: as many as tokens)")
+    add("--objective", choices=OBJECTIVES, help="batch: any that couples the whole batch (default: %(default)s)")
+    add("--delta", choices=DELTAS, help="BCO only: δ follows from the batch, or is known (default: %(default)s)")
+    add("--gradients", nargs="*", choices=GRADIENTS, help="what needs a gradient (default: hidden weight)")
+    add("--dtype", choices=DTYPES, help="dtype of hidden states and weight (default: bfloat16)")
+    add("--device", choices=DEVICES, help="device or GPU architecture (default: an accelerator if there is one)")
+    add("--device-memory", type=int, metavar="BYTES", help="memory of the GPU; the default budget is 1/16 of it")
+    add("--memory-budget", type=int, metavar="BYTES", help="most workspace that the call may use")
+    add("--skip-mass", type=float, metavar="P", help="probability that a token's gradient may lose")
+    add("--all", action="store_true", help="also list the plans of other budgets")
+    add("--plot", metavar="FILE", help=f"also draw the plan, as {' or '.join(figures.SUFFIXES)}")
     parser.set_defaults(**DEFAULTS)
 
 

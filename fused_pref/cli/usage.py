@@ -4,7 +4,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 
 class UsageError(Exception):
@@ -12,7 +13,10 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad option as one line."""
+    """Reports a bad option as one line, and keeps the lines of what follows the options in a help text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Hand the message to :func:`run_command`."""
@@ -20,28 +24,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(
-    package: str, description: str, commands: Mapping[str, tuple[str, str]], argv: list[str] | None = None
+    package: str,
+    description: str,
+    commands: Mapping[str, tuple[str, str]],
+    argv: list[str] | None = None,
+    *,
+    epilog: str | None = None,
+    version: str | None = None,
 ) -> int:
     """Run a command line, ``sys.argv`` by default.
 
     Args:
         package: name of the package, as it stands in messages.
         description: what the package is, in a line.
-        commands: by name, a module with ``add_arguments(parser)`` and ``run(args) -> exit status``, and what it does;
-            only the chosen module is imported.
+        commands: by name, a module with ``add_arguments(parser)``, ``run(args) -> exit status`` and perhaps ``EPILOG``,
+            which ends its help text, and what it does; only the chosen module is imported.
         argv: arguments after the package.
+        epilog: end of the help text.
+        version: what ``--version`` prints; None: no such option.
 
     Returns:
         Exit status: that of the command, 2 for an error of the user's, 130 when interrupted.
     """
+    script = package.replace("_", "-")
+    # As it was called: by the script that is installed with the package, or as a module.
+    prog = script if argv is None and Path(sys.argv[0]).stem == script else f"python -m {package}"
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(prog=f"python -m {package}", description=description)
+    parser = Parser(prog=prog, description=description, epilog=epilog)
+    if version is not None:
+        parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (module, summary) in commands.items():
         command = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if argv[:1] == [name]:
             chosen = importlib.import_module(module)
             chosen.add_arguments(command)
+            command.epilog = getattr(chosen, "EPILOG", None)
             command.set_defaults(run=chosen.run)
     if not argv:
         parser.print_help(sys.stderr)

@@ -41,7 +41,10 @@ class TokenLogpsFunction(torch.autograd.Function):
         if grads[0] is None:
             return None, None, None
         if ctx.overwritten:
-            raise RuntimeError("inplace_backward=True: the logits were overwritten by their gradient; backward once")
+            raise RuntimeError(
+                "inplace_backward=True: the logits were overwritten by their gradient; backward once, or leave "
+                "inplace_backward out (see docs/faq.md#errors)"
+            )
         logits, *batch = ctx.saved_tensors
         inplace = ctx.inplace and not torch.compiler.is_compiling()
         with torch.no_grad():

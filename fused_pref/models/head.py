@@ -52,12 +52,16 @@ def find_head(model: nn.Module) -> OutputHead:
     base = unwrap(model)
     head = base.get_output_embeddings()
     if head is None:
-        raise ValueError(f"model must have output embeddings (a language-model head); {type(base).__name__} has none")
+        raise ValueError(
+            f"model must have output embeddings (a language-model head); {type(base).__name__} has none; "
+            "see docs/loop.md"
+        )
     module = _active(head)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
-            f"the output head of {type(base).__name__} must be a linear layer; got {type(module).__name__}"
+            f"the output head of {type(base).__name__} must be a linear layer; got {type(module).__name__}; see "
+            "docs/loop.md"
         )
     if not weight.is_floating_point():
         raise ValueError(
@@ -96,7 +100,7 @@ def head_layers(head: nn.Module) -> list[nn.Module]:
         raise ValueError(
             f"an adapter on the output head ({type(head).__name__}) is not supported: the head is used through its "
             "weight; leave it out of target_modules (with tied embeddings also out of trainable_token_indices), or "
-            "train it whole with modules_to_save"
+            "train it whole with modules_to_save; see docs/lora.md"
         )
     return [head]
 

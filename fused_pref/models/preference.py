@@ -44,8 +44,10 @@ class Preference:
         tensors: what the loss takes after hidden and weight, labels first.
         keywords: what it takes by name.
         virtual_tokens: positions that a prompt-learning adapter may put before those of the labels.
-        padding_free: whether the model gets a padded batch as one row without padding; all tensors but those of one
-            entry a sequence are then (S, T).
+        padding_free: whether the model gets a padded batch without padding; all tensors but those of one entry a
+            sequence are then (S, T).
+        row_tokens: the most tokens of a row without padding; None: one row.
+        token_index: (N_total,) int64, the place of each packed token among the model's (R, L); None: in their order.
     """
 
     # A plain class: wrappers copy dataclasses and tuples among a forward's arguments, and the output would be lost.
@@ -57,6 +59,8 @@ class Preference:
         virtual_tokens: int = 0,
         *,
         padding_free: bool = False,
+        row_tokens: int | None = None,
+        token_index: Tensor | None = None,
     ) -> None:
         if not callable(loss):
             raise validate.fail("loss", LOSS, loss, TypeError)
@@ -72,6 +76,8 @@ class Preference:
         self.keywords = dict(keywords)
         self.virtual_tokens = validate.at_least("virtual_tokens", virtual_tokens, 0)
         self.padding_free = validate.flag("padding_free", padding_free)
+        self.row_tokens = validate.at_least("row_tokens", row_tokens, 1, optional=True)
+        self.token_index = token_index
         self.output: Any = None
 
     def __call__(self, hidden: Tensor, head: OutputHead) -> Tensor:
@@ -80,6 +86,8 @@ class Preference:
         keywords = {name: _to(value, hidden.device) for name, value in self.keywords.items()}
         if keywords.get("cu_seqlens") is not None:
             hidden, labels = hidden.flatten(0, -2), labels.flatten()
+            if self.token_index is not None:
+                hidden = hidden.index_select(0, self.token_index.to(hidden.device))
         elif labels.dim() > 1 and hidden.shape[1] == labels.shape[1] + self.virtual_tokens:
             hidden = hidden[:, self.virtual_tokens :]
         self.output = self.loss(
@@ -99,9 +107,10 @@ class Preference:
         if self.padding_free:
             labels, *others = self.tensors
             padded = {"labels": labels, "token_weight": self.keywords.get("token_weight")}
-            inputs, cu_seqlens, row = without_padding(unwrap(model), inputs, padded)
-            keywords = {**self.keywords, **row, "cu_seqlens": cu_seqlens}
-            return Preference(self.loss, (keywords.pop("labels"), *others), keywords).run(model, inputs)
+            inputs, cu_seqlens, index, parts = without_padding(unwrap(model), inputs, padded, self.row_tokens)
+            keywords = {**self.keywords, **parts, "cu_seqlens": cu_seqlens}
+            tensors = (keywords.pop("labels"), *others)
+            return Preference(self.loss, tensors, keywords, token_index=index).run(model, inputs)
         scored = model(**inputs, preference=self)
         output, self.output = self.output, None
         if output is None:
@@ -167,7 +176,8 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
             (S, T), ``attention_mask``, ... Of a ``LinearPreferenceLoss`` that is the tensors of its objective, by the
             names of its parameters. Pairs come as chosen sequences first, then rejected. With ``cu_seqlens``,
             ``input_ids`` is (1, N_total), ``position_ids`` are made where they are missing, and there is no mask but
-            one of ones or of 4 dimensions. An encoder-decoder model takes the prompts as ``input_ids``; its
+            one of ones or of 4 dimensions; with ``token_index`` beside it, as :class:`PackingCollator` makes it, it is
+            (R, L). An encoder-decoder model takes the prompts as ``input_ids``; its
             ``decoder_input_ids`` are made from the labels where they are missing, and the labels are not shifted.
         loss: a linear module such as ``fp.LinearCPOLoss(beta=0.1)``, or a linear function, such as
             ``functools.partial(fp.linear_cpo_loss, beta=0.1)``. Softcap, logit scale and bias are the model's.
@@ -196,7 +206,7 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
     # What an objective of one's own calls its tensors may be an input of the model, or a keyword of the loss, too.
     inputs_too = inspect.signature(base.forward).parameters if own else {}
-    taken = {*parameters, *(name for name in own if name not in inputs_too)}
+    taken = {*parameters, "token_index", *(name for name in own if name not in inputs_too)}
     required += own
     missing = [name for name in required if name not in batch]
     if missing:
@@ -209,12 +219,15 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     if keywords.get("cu_seqlens") is not None:
         if virtual_tokens(model):
             raise ValueError("cu_seqlens cannot be used with prompt learning, whose tokens come before the packed ones")
-        inputs = with_positions(base, inputs, batch["labels"], keywords["cu_seqlens"])
+        inputs = with_positions(base, inputs, batch["labels"], keywords["cu_seqlens"], batch.get("token_index"))
+    elif "token_index" in batch:
+        raise ValueError(f"token_index needs cu_seqlens; got {', '.join(map(str, batch))}")
     elif base.config.is_encoder_decoder:
         keywords["shift"] = False
         inputs = with_decoder_inputs(base, inputs, batch["labels"])
     tensors = tuple(batch[name] for name in required)
-    output, aux_loss = Preference(loss, tensors, keywords, virtual_tokens(model)).run(model, inputs)
+    index = batch.get("token_index")
+    output, aux_loss = Preference(loss, tensors, keywords, virtual_tokens(model), token_index=index).run(model, inputs)
     if aux_loss is None or isinstance(output, Tensor):
         return output
     router_loss = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss

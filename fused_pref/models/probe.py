@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_pref.models.head import OutputHead, sharded
+from fused_pref.models.packing import flash_attn_kwargs, is_flash_attention
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class _LeftOut(nn.Module):
         return self.output
 
 
-def check_packing(model: Any) -> None:
+def check_packing(model: Any, rows: int = 1) -> None:
     """See that the model keeps packed sequences apart, if its weights are whole; a small forward in evaluation mode.
 
     Raises:
@@ -170,24 +171,32 @@ def check_packing(model: Any) -> None:
         return
     with _untouched(list(model.modules()), model.get_output_embeddings().weight.device), torch.enable_grad():
         try:
-            crosses, shifted = _packing(model.eval())
+            crosses, shifted = _packing(model.eval(), rows)
         except Exception as error:
             logger.warning("could not check that %s keeps packed sequences apart: %s", name, error)
             return
     if crosses or shifted:
         fault = "lets a sequence see those before it" if crosses else "counts positions from another start than 0"
-        raise ValueError(f"cu_seqlens needs a model that keeps packed sequences apart: {name} {fault}; pad instead")
+        raise ValueError(
+            f"cu_seqlens needs a model that keeps packed sequences apart: {name} {fault}; pad instead "
+            "(see docs/packed.md)"
+        )
 
 
-def _packing(model: Any) -> tuple[bool, bool]:
-    """Whether the second of two packed sequences depends on the first, and whether positions from 0 are not its own."""
+def _packing(model: Any, rows: int) -> tuple[bool, bool]:
+    """Whether the second of two packed sequences depends on the first, and whether positions from 0 are not its own.
+
+    They lie in a row, and there are some rows of the same tokens.
+    """
     first, second = LENGTHS
     embeddings, seen = model.get_input_embeddings(), []
     device = embeddings.weight.device
-    ids = torch.arange(first + second, device=device)[None] % embeddings.weight.shape[0]
-    positions = torch.cat([torch.arange(length, device=device) for length in LENGTHS])[None]
+    ids = torch.arange(first + second, device=device).expand(rows, -1) % embeddings.weight.shape[0]
+    positions = torch.cat([torch.arange(length, device=device) for length in LENGTHS]).expand(rows, -1)
+    lengths = torch.tensor([0, *LENGTHS * rows], device=device).cumsum(0).to(torch.int32)
+    given = flash_attn_kwargs(lengths, max(LENGTHS)) if is_flash_attention(model) else {}
 
-    def run(**inputs: Tensor) -> Tensor:
+    def run(**inputs: Any) -> Tensor:
         return model.forward(**inputs, use_cache=False, return_dict=True).logits
 
     def start(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -196,7 +205,7 @@ def _packing(model: Any) -> tuple[bool, bool]:
 
     with contextlib.ExitStack() as stack:
         stack.callback(embeddings.register_forward_hook(start).remove)
-        logits = run(input_ids=ids, position_ids=positions)[:, first:].float()
+        logits = run(input_ids=ids, position_ids=positions, **given)[:, first:].float()
     # Exactly 0 where attention is masked, in any dtype.
     weights = torch.arange(float(logits.numel()), device=logits.device).sin_().view(logits.shape)
     (slope,) = torch.autograd.grad((logits * weights).sum(), seen[:1])

@@ -34,6 +34,7 @@ class HeadTrainer(_BaseTrainer):
         exact_accumulation: whether microbatches and ranks are normalised as one batch.
         memory_budget: bytes of workspace of the head, or None.
         packs: whether the model gets batches without padding.
+        row_tokens: the most tokens of a row of such a batch; None: one row.
         reward_shift: δ, moved with the optimiser's steps and kept in checkpoints; None where there is none to keep.
     """
 
@@ -41,6 +42,7 @@ class HeadTrainer(_BaseTrainer):
     exact_accumulation: bool = False
     memory_budget: int | None = None
     packs: bool = False
+    row_tokens: int | None = None
     reward_shift: Any = None
     # Set by `get_batch_samples` for the microbatches of one optimiser step: what normalises their losses, and how many
     # of them are still to come.
@@ -66,7 +68,8 @@ class HeadTrainer(_BaseTrainer):
             attach(model)
         self.packs = self.packs and self.head
         if self.packs:
-            check_padding_free(model, vision=getattr(self, "_is_vision_dataset", False))
+            vision = getattr(self, "_is_vision_dataset", False)
+            check_padding_free(model, vision=vision, several_rows=self.row_tokens is not None)
         self.normalizers, self.unlogged = {}, {}
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **others
@@ -87,6 +90,7 @@ class HeadTrainer(_BaseTrainer):
         validate.flag("exact_accumulation", self.exact_accumulation)
         validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
         self.packs = getattr(config, "padding_free", False)
+        self.row_tokens = getattr(config, "padding_free_tokens", None)
 
     @property
     def ref_model(self) -> Any:
@@ -117,13 +121,13 @@ class HeadTrainer(_BaseTrainer):
         """A loss of a batch of TRL's collators, by what it takes after the labels, and by name."""
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         keywords = {"memory_budget": self.memory_budget, **given}
-        packs = self.packs and self.whole(batch)
-        return Preference(loss, (labels, *tensors), keywords, virtual_tokens(model), padding_free=packs)
+        return Preference(loss, (labels, *tensors), keywords, virtual_tokens(model), **self.packing(batch))
 
-    def whole(self, batch: dict[str, Any]) -> bool:
-        """Whether all units of a batch count: a batch with repeats that do not is left padded."""
+    def packing(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """How the model gets a batch; one with repeats that do not count is left padded."""
         units = self.units(batch)
-        return not self.exact_accumulation or self.own(units) == units
+        whole = not self.exact_accumulation or self.own(units) == units
+        return {"padding_free": self.packs and whole, "row_tokens": self.row_tokens}
 
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a tokenised row has a token to score."""

@@ -83,8 +83,8 @@ def check_devices(args: Any, model: nn.Module) -> None:
         )
 
 
-def check_padding_free(model: nn.Module, *, vision: bool) -> None:
-    """A model must keep the sequences of one row apart, which a small forward shows.
+def check_padding_free(model: nn.Module, *, vision: bool, several_rows: bool) -> None:
+    """A model must keep the sequences of a row apart, which a small forward shows.
 
     Raises:
         ValueError: it does not; pictures, a prompt-learning adapter, or an encoder-decoder.
@@ -92,7 +92,7 @@ def check_padding_free(model: nn.Module, *, vision: bool) -> None:
     if vision or virtual_tokens(model):
         raise ValueError("padding_free=True needs rows of text without virtual tokens; leave it out")
     try:
-        check_packs(unwrap(model))
+        check_packs(unwrap(model), 2 if several_rows else 1)
     except ValueError as error:
         raise ValueError(f"padding_free=True cannot be used: {error}") from error
 

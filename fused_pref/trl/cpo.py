@@ -124,8 +124,7 @@ class CPOTrainer(StockCPOTrainer, HeadTrainer):
         elif self.exact_accumulation:
             keywords |= self._evaluation_normalizers(batch, own)
         loss = of_first(linear_cpo_loss, own, pairs)
-        packs = self.packs and self.whole(batch)
-        preference = Preference(loss, (labels,), keywords, virtual_tokens(model), padding_free=packs)
+        preference = Preference(loss, (labels,), keywords, virtual_tokens(model), **self.packing(batch))
         output, aux_loss = preference.run(model, inputs)
         loss = output.loss.to(device)
         if self.aux_loss_enabled and aux_loss is not None:

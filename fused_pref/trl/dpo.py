@@ -1,16 +1,19 @@
 """A DPO trainer that takes the place of TRL's."""
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl.trainer.dpo_config import DPOConfig as StockDPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as StockDPOTrainer
 
 from fused_pref.functional import linear_sequence_logps
+from fused_pref.models import unwrap
 from fused_pref.trl.base import HeadTrainer, first_units, of_first
 from fused_pref.trl.columns import ColumnCollator, check_columns
 from fused_pref.trl.dpo_config import DPOConfig
@@ -35,7 +38,8 @@ class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
 
     Args:
         *args, **kwargs: those of TRL's trainer; ``args`` is its ``DPOConfig`` or :class:`fused_pref.trl.DPOConfig`;
-            None: ours, with an output folder named after the model.
+            None: ours, with an output folder named after the model. TRL loads the reference of a model that is given
+            by the model's name; one without a name, made from a configuration, gets a deep copy of itself.
         objective: a function of one's own in place of ``loss_type``, as :func:`fused_pref.linear_preference_loss` takes
             it. Its tensors are columns of the dataset, by the names of its parameters: a number, or a list of numbers,
             a pair.
@@ -61,6 +65,9 @@ class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
         given.pop("self")
         config = given["args"] = self.checked(**{name: given.get(name) for name in CHECKED})
         self.take_options(config)
+        if given.get("ref_model") is None and _nameless(given["model"]) and given.get("peft_config") is None:
+            # TRL loads the reference by the model's name.
+            given["ref_model"] = None if config.precompute_ref_log_probs else copy.deepcopy(given["model"])
         self.delta = getattr(config, "delta_value", 0.0)
         if isinstance(config, DPOConfig) and config.delta_moves:
             self.delta = self.reward_shift = config.shift()
@@ -224,6 +231,11 @@ class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
         }
 
 
+def _nameless(model: Any) -> bool:
+    """Whether a model is neither a name nor loaded by one, and has no adapters that could be switched off."""
+    return isinstance(model, nn.Module) and not is_peft_model(model) and not unwrap(model).config._name_or_path
+
+
 def _loss(config: Any, objective: Callable[..., Tensor] | None, unit: int | None) -> NamedLoss | OwnLoss:
     """The loss that the arguments describe.
 
@@ -263,4 +275,6 @@ def _check_additive(loss: NamedLoss | OwnLoss, config: Any, reason: str | None) 
     elif config.delta_moves and config.delta_update == "forward":
         why = "delta_update='forward' moves delta between the microbatches"
     if why is not None:
-        raise ValueError(f"exact_accumulation needs a loss that is a sum over pairs and tokens; {why}")
+        raise ValueError(
+            f"exact_accumulation needs a loss that is a sum over pairs and tokens; {why}; see docs/accumulation.md"
+        )

@@ -24,6 +24,9 @@ class DPOConfig(ShiftOptions, HeadOptions, StockDPOConfig):
             the bytes of the head's gradient, whichever is more; where that is too little, the least that is enough.
         padding_free: give the model a batch as one row of its tokens, without padding, where its attention keeps
             sequences apart by their positions, which is tried before training.
+        padding_free_tokens: with ``padding_free``, the most tokens of a row: sequences are put into rows wherever they
+            fit, and a longer one makes all rows as long as it is. Attention other than flash-attention takes memory and
+            time by the square of a row. None: one row.
 
     Raises:
         ValueError, TypeError: a malformed value of these, or a δ without ``bco_pair``; TRL and the trainer check the

@@ -16,6 +16,7 @@ class HeadOptions:
         exact_accumulation: normalise over all microbatches and ranks of an optimiser step.
         memory_budget: bytes of workspace of the linear head.
         padding_free: give the model a batch as one row without padding.
+        padding_free_tokens: put it into rows of at most so many tokens instead.
 
     Raises:
         ValueError, TypeError: a malformed value.
@@ -33,11 +34,18 @@ class HeadOptions:
         default=False,
         metadata={"help": "Give the model a batch as one row without padding, sequences kept apart by position."},
     )
+    padding_free_tokens: int | None = field(
+        default=None,
+        metadata={"help": "With padding_free, the most tokens of a row; longer sequences make longer rows."},
+    )
 
     def __post_init__(self) -> None:
         validate.flag("exact_accumulation", self.exact_accumulation)
         validate.at_least("memory_budget", self.memory_budget, 1, optional=True)
         validate.flag("padding_free", self.padding_free)
+        validate.at_least("padding_free_tokens", self.padding_free_tokens, 1, optional=True)
+        if self.padding_free_tokens is not None and not self.padding_free:
+            raise ValueError(f"padding_free_tokens needs padding_free=True; got {self.padding_free_tokens}")
         use_new_names(self)
         configuration: Any = super()
         configuration.__post_init__()

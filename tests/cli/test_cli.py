@@ -1,17 +1,22 @@
 """The command line: help, errors, laziness and the doctor."""
 
 import argparse
+import importlib
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from pages import ROOT, broken
 
 import fused_pref as fp
 from fused_pref import __main__ as command_line
 from fused_pref.__main__ import COMMANDS, main
 from fused_pref.cli import doctor
+from fused_pref.cli.usage import Parser
 
 
 def python(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -37,6 +42,44 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("usage: python -m fused_pref")
     assert all(name in out for name in (COMMANDS if len(arguments) == 1 else arguments[:1]))
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_has_an_example_and_a_page(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example is a command line that is understood; the page is there."""
+    with pytest.raises(SystemExit):
+        main(["--help"] if command is None else [command, "--help"])
+    out = capsys.readouterr().out
+    assert all(len(line) <= 110 for line in out.splitlines())
+    examples = re.findall(r"^  python -m fused_pref (.*)$", out.partition("example")[2], re.MULTILINE)
+    assert examples
+    for example in examples:
+        name, *options = shlex.split(example.partition(" > ")[0])
+        assert command in (None, name)
+        parser = Parser()
+        importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+        parser.parse_args(options)
+    found = re.findall(r"\b(?:docs|benchmarks)/[\w/-]+\.md(?:#[\w-]+)?", out)
+    assert found
+    assert not [page for page in found if broken(ROOT / "README.md", page)]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"fused_pref {fp.__version__}\n"
+
+
+def test_help_is_of_the_script_that_was_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/fused-pref", "doctor", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert out.startswith("usage: fused-pref doctor")
+    assert "\n  fused-pref doctor\n" in out
 
 
 def test_help_of_the_demo_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ def test_training_learns_the_preference(name: str) -> None:
     assert history.check.holds
     assert history.check.dtype == torch.bfloat16
     batch = make_batch(HELDOUT, small_tokenizer())
-    rewards = BETA * (_logps(model, batch) - (_logps(start, batch) if name == "bco" else 0))
+    rewards = BETA * (_logps(model, batch) - (_logps(start, batch) if name != "cpo" else 0))
     assert last.margin == pytest.approx((rewards[:3] - rewards[3:]).mean().item(), rel=2e-2)
 
 
@@ -130,8 +130,9 @@ def _logps(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_bco_starts_from_ties() -> None:
-    first = run_training("bco", 1).points[0]
+@pytest.mark.parametrize("name", ["dpo", "bco"])
+def test_rewards_of_a_reference_start_from_ties(name: str) -> None:
+    first = run_training(name, 1).points[0]
     assert (first.reward_accuracy, first.margin) == (0.5, 0.0)
 
 

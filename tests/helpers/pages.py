@@ -5,11 +5,17 @@ import itertools
 import re
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
 # What is not the project's own: environments, outputs and caches have names that git ignores.
 OUTSIDE = {"site", "build", "dist", "fused_pref_demo"}
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
+HEADING = re.compile(r"^#+ (.+?)\s*$", re.MULTILINE)
+# What the reference makes headings of.
+DOCUMENTED = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -49,3 +55,33 @@ def blocks(page: Path) -> list[Block]:
 
 def prose(page: Path) -> str:
     return FENCE.sub("", read(page))
+
+
+@functools.cache
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub and the site make them; of the reference also those of what it documents."""
+    text = prose(page)
+    found: set[str] = set()
+    for heading in HEADING.findall(text):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        found.add(next(s for s in (slug, *(f"{slug}-{n}" for n in range(1, 99))) if s not in found))
+    return found | set(DOCUMENTED.findall(text))
+
+
+def links(page: Path) -> list[str]:
+    return [inline or reference for inline, reference in LINK.findall(CODE.sub("", prose(page)))]
+
+
+def broken(page: Path, link: str) -> str | None:
+    """What is wrong with a link; None if it leads somewhere."""
+    url = urlsplit(link)
+    if url.scheme:
+        good = url.scheme == "mailto" or (url.scheme == "https" and "." in url.netloc and " " not in link)
+        return None if good else "not an https URL"
+    target = (page.parent / url.path).resolve() if url.path else page
+    if not target.is_relative_to(ROOT) or not target.exists():
+        return "no such file"
+    if url.fragment and target.suffix == ".md" and url.fragment not in anchors(target):
+        return "no such heading"
+    return None

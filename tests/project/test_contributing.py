@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed literally in a copy: commands pass, and see the flaw."""
+"""The recipes of CONTRIBUTING.md, in a copy of the tree: with the patch the commands pass, with the flaw one fails."""
 
 import os
 import re
@@ -16,8 +16,14 @@ RECIPES = re.findall(
 )
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def commands(text: str) -> list[str]:
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return block.splitlines()
+
+
+def patches(text: str) -> list[Path]:
+    """What a recipe changes, and the flaw that its tests see."""
+    return [ROOT / link for link in re.findall(r"\]\((tests/project/recipes/[^)]*)\)", text)]
 
 
 def run(copy: Path, line: str) -> subprocess.CompletedProcess[str]:
@@ -35,28 +41,42 @@ def test_there_are_three() -> None:
     assert [name for name, _ in RECIPES] == ["Add a loss type", "Add an architecture", "Add an epilogue"]
 
 
+def test_every_patch_belongs_to_a_recipe() -> None:
+    linked = [path for _, text in RECIPES for path in patches(text)]
+    assert sorted(linked) == sorted((ROOT / "tests" / "project" / "recipes").iterdir())
+
+
+@pytest.mark.parametrize(("name", "text"), RECIPES, ids=[name for name, _ in RECIPES])
+def test_the_steps_name_every_file_of_the_patch(name: str, text: str) -> None:
+    steps = re.findall(r"^\d\. (.*(?:\n {3}.*)*)", text, re.MULTILINE)
+    assert len(steps) == 6
+    change, flaw = (path.read_text(encoding="utf-8") for path in patches(text))
+    changed = set(re.findall(r"^\+\+\+ b/(\S+)$", change, re.MULTILINE))
+    assert changed == set(re.findall(r"`((?:fused_pref|tests)/\S+\.py)`", "\n".join(steps[:5])))
+    assert set(re.findall(r"^\+\+\+ b/(\S+)$", flaw, re.MULTILINE)) <= changed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), RECIPES, ids=[name for name, _ in RECIPES])
 def test_recipe(name: str, text: str, tmp_path: Path) -> None:
-    if "kernels" in "".join(blocks(text, "bash")):
+    if any("kernels" in line for line in commands(text)):
         pytest.importorskip("triton")
     copy = tmp_path / "copy"
     for folder in ("fused_pref", "tests", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
-    change, flaw = blocks(text, "diff")
-    (commands,) = blocks(text, "bash")
+    change, flaw = patches(text)
 
-    def apply(patch: str) -> None:
+    def apply(patch: Path) -> None:
         done = subprocess.run(
-            ["git", "apply"], cwd=copy, input=patch, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
+            ["git", "apply", str(patch)], cwd=copy, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
 
     apply(change)
-    for line in commands.splitlines():
+    for line in commands(text):
         done = run(copy, line)
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     apply(flaw)
-    assert any(run(copy, line).returncode == 1 for line in commands.splitlines())
+    assert any(run(copy, line).returncode == 1 for line in commands(text))

@@ -10,7 +10,7 @@ from typing import Any
 import pages
 import pytest
 import torch
-from pages import MANUAL, Block, blocks
+from pages import MANUAL, Block, blocks, broken
 from trl_models import llama, pairs, tokenizer, unpaired
 
 # Libraries warn of what is not ours to change.
@@ -115,6 +115,21 @@ def test_messages_are_those_of_the_code() -> None:
     for message in messages:
         for part in re.split(r"\(?…\)?", message):
             assert any(part.strip() in text for text in texts), (message, part)
+
+
+def test_errors_lead_to_pages() -> None:
+    """A page that a message names exists, and so does the heading."""
+    files = [file.read_text(encoding="utf-8") for file in (pages.ROOT / "fused_pref").rglob("*.py")]
+    named = {link for text in files for link in re.findall(r"\bdocs/[\w/-]+\.md(?:#[\w-]+)?", text)}
+    assert {"docs/budget.md", "docs/packed.md", "docs/loop.md", "docs/accumulation.md", "docs/faq.md#errors"} <= named
+    for link in named:
+        assert broken(pages.ROOT / "README.md", link) is None, link
+
+
+@pytest.mark.parametrize(("page", "words"), [("README.md", 1100), ("CONTRIBUTING.md", 900)])
+def test_first_pages_are_short(page: str, words: int) -> None:
+    """Counted as ``wc -w`` does, code and tables included."""
+    assert len(pages.read(pages.ROOT / page).split()) <= words
 
 
 def test_the_manual_is_found() -> None:

@@ -74,4 +74,4 @@ def test_setup_commands_exist() -> None:
 
 
 def test_outputs_are_found() -> None:
-    assert {page for page, _, output in SHOWN if output is not None} == {"README.md", "docs/budget.md"}
+    assert {page for page, _, output in SHOWN if output is not None} == {"docs/budget.md"}

@@ -1,4 +1,4 @@
-"""The module map of CONTRIBUTING.md: what imports what, what an import costs, how long files and functions are."""
+"""The module map, docs/module-map.md: what imports what, what an import costs, how long files and functions are."""
 
 import ast
 import functools
@@ -22,10 +22,10 @@ LONG = {
 
 @functools.cache
 def layers() -> dict[str, int]:
-    """Module → layer, from the table of the page."""
-    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Module map")[1]
+    """Module → layer, from the tables of the page."""
+    page = (ROOT / "docs" / "module-map.md").read_text(encoding="utf-8")
     found, layer = {}, 0
-    for number, module in re.findall(r"^\| (?:\*\*(\d+) \w+\*\*|`([\w.]+)`) \|", page, re.MULTILINE):
+    for number, module in re.findall(r"^(?:## Layer (\d+): \w+$|\| `([\w.]+)` \|)", page, re.MULTILINE):
         layer = int(number or layer)
         if module:
             assert module not in found, module
@@ -68,6 +68,16 @@ def graph(**options: bool) -> dict[str, set[str]]:
 
 def test_the_map_has_every_module() -> None:
     assert set(layers()) == set(modules())
+    assert set(layers().values()) == {1, 2, 3, 4, 5, 6}
+
+
+def test_contributing_names_every_folder() -> None:
+    """With the files and folders that its rows name."""
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Module map")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(?:fused_pref/)?(\w+(?:\.py)?)`", table))
+    folders = {path.parent.name for path in modules().values() if path.parent.parent == PACKAGE}
+    assert folders <= named
+    assert all((PACKAGE / name).exists() for name in named if name.endswith(".py"))
 
 
 def test_imports_go_down() -> None:

@@ -38,6 +38,12 @@ BOTH: Rows = [
     ({"memory_budget": 0}, ValueError, "memory_budget must be an integer >= 1, or None; got 0"),
     ({"exact_accumulation": 1}, TypeError, "exact_accumulation must be True or False; got 1"),
     ({"padding_free": 1}, TypeError, "padding_free must be True or False; got 1"),
+    ({"padding_free_tokens": 64}, ValueError, "padding_free_tokens needs padding_free=True; got 64"),
+    (
+        {"padding_free": True, "padding_free_tokens": 0},
+        ValueError,
+        "padding_free_tokens must be .* >= 1, or None; got 0",
+    ),
     ({"betta": 0.1}, TypeError, "unexpected keyword argument 'betta'"),
 ]
 OF_SHIFT: Rows = [

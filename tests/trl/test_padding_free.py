@@ -68,8 +68,21 @@ def test_numbers_are_those_of_padded_rows(name: str, attention: str, tmp_path: P
         assert len(inputs["input_ids"]) == 1
 
 
+@pytest.mark.parametrize("name", TRAINERS)
+def test_rows_of_some_tokens(name: str, tmp_path: Path) -> None:
+    """Sequences wherever they fit, in rows that are fewer than they are."""
+    seen: list[Any] = []
+    packed = trained(name, tmp_path, padding_free=True, padding_free_tokens=40, seen=seen)
+    assert_same(packed, trained(name, tmp_path), name)
+    shapes = [inputs["input_ids"].shape for inputs in seen if inputs.get("preference") is not None]
+    assert shapes
+    assert all(width <= 40 for _, width in shapes)
+    assert any(1 < rows <= 5 for rows, _ in shapes)
+
+
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "token weights": ("DPO", {"ld_alpha": 0.5}),
+    "token weights in rows": ("DPO", {"ld_alpha": 0.5, "padding_free_tokens": 30}),
     "weights and sft": ("DPO", {"ld_alpha": 0.5, "use_weighting": True, "loss_type": ["sigmoid", "sft"]}),
     "precomputed references": ("DPO", {"precompute_ref_log_probs": True}),
     "no reference of its own": ("KTO", {"precompute_ref_log_probs": True}),
@@ -82,7 +95,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", MORE)
 def test_options(kind: str, tmp_path: Path) -> None:
     name, changes = MORE[kind]
-    assert_same(trained(name, tmp_path, padding_free=True, **changes), trained(name, tmp_path, **changes), name)
+    padded = {key: value for key, value in changes.items() if key != "padding_free_tokens"}
+    assert_same(trained(name, tmp_path, padding_free=True, **changes), trained(name, tmp_path, **padded), name)
 
 
 def test_defaults(tmp_path: Path) -> None:

@@ -210,6 +210,17 @@ def test_the_reference_is_loaded_by_the_name_of_the_model(tmp_path: Path) -> Non
         assert (runs[0].ref_model is None) == bool(changes)
 
 
+def test_a_model_without_a_name_is_its_own_reference(tmp_path: Path) -> None:
+    """Made from a configuration, not loaded: TRL finds no reference there."""
+    with pytest.raises(OSError, match="Repo id"):
+        trained(StockDPOTrainer, tmp_path, ref_model=None)
+    ours = trained(DPOTrainer, tmp_path, ref_model=None)
+    assert torch.equal(flat(ours.ref_model), flat(llama()))
+    assert not torch.equal(flat(ours.model), flat(llama()))
+    same = trained(DPOTrainer, tmp_path, ref_model=llama)
+    assert ours.state.log_history[-2]["rewards/margins"] == same.state.log_history[-2]["rewards/margins"]
+
+
 def test_mixture_of_experts(tmp_path: Path) -> None:
     ours = assert_same(tmp_path, make=mixtral, ref_model=mixtral, learning_rate=0.1)
     assert ours.state.log_history[0]["aux_loss"] > 1

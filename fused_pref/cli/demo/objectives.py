@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fused_pref.trl import BCOConfig, BCOTrainer, CPOConfig, CPOTrainer
+from fused_pref.trl import BCOConfig, BCOTrainer, CPOConfig, CPOTrainer, DPOConfig, DPOTrainer
 
 PAIRS_PER_STEP = 8
+RELATIVE = "beta x (summed log-prob - that of the frozen copy)"
 
 
 class Objective(NamedTuple):
@@ -40,9 +41,17 @@ OBJECTIVES = {
         config=CPOConfig,
         options={"per_device_train_batch_size": PAIRS_PER_STEP},
     ),
+    "dpo": Objective(
+        name="DPO",
+        reward=RELATIVE,
+        relative=True,
+        trainer=DPOTrainer,
+        config=DPOConfig,
+        options={"per_device_train_batch_size": PAIRS_PER_STEP},
+    ),
     "bco": Objective(
         name="BCO",
-        reward="beta x (summed log-prob - that of the frozen copy)",
+        reward=RELATIVE,
         relative=True,
         trainer=BCOTrainer,
         config=BCOConfig,

@@ -1,6 +1,7 @@
 """Training with the trainers of :mod:`fused_pref.trl`, and what watches it."""
 
 import copy
+import functools
 import math
 import tempfile
 import time
@@ -19,6 +20,7 @@ from fused_pref.cli.demo.objectives import Objective
 from fused_pref.cli.demo.report import check_line, point_line
 from fused_pref.cli.demo.texts import Row
 from fused_pref.models import preference_forward
+from fused_pref.trl.dpo_losses import NamedLoss
 
 BETA, LEARNING_RATE, WARMUP_STEPS = 0.1, 2e-3, 5
 EVALUATIONS = 5
@@ -70,7 +72,7 @@ class Watcher(TrainerCallback):
     """Checks the first step, evaluates at the ends and in between, and stops the training when its time is up.
 
     Args:
-        objective: CPO or BCO.
+        objective: that is trained.
         steps: at least 1; one is always taken.
         heldout: held-out pairs.
         deadline: of ``time.monotonic()``; no step begins that would probably end, with the last evaluation, later.
@@ -142,7 +144,7 @@ def check_step(model: LlamaForCausalLM, inputs: dict[str, Any]) -> Check:
     Args:
         model: about to be called by a trainer.
         inputs: what it will be called with. The float64 logits of all sequences would be the largest tensor of the
-            demo, so the first of either half are taken; of CPO's batch that is a pair.
+            demo, so the first of either half are taken; of a batch of pairs that is a pair.
     """
     preference = inputs["preference"]
     rows = [0, len(inputs["input_ids"]) // 2]
@@ -162,11 +164,18 @@ def check_step(model: LlamaForCausalLM, inputs: dict[str, Any]) -> Check:
     device = model.device.type
     value, gradient = differentiate(preference.loss, torch.float32)
     with torch.autocast(device, enabled=False):
-        truth, true_gradient = differentiate(getattr(fp.reference, preference.loss.__name__), torch.float64)
+        truth, true_gradient = differentiate(reference_of(preference.loss), torch.float64)
     loss_error = (value - truth).abs() / truth.abs().clamp_min(1)
     gradient_error = (gradient - true_gradient).norm() / true_gradient.norm()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     return Check(loss_error.item(), gradient_error.item(), dtype)
+
+
+def reference_of(loss: Any) -> Callable[..., Any]:
+    """The specification of a trainer's loss; that of DPO has its hyperparameters within."""
+    if isinstance(loss, NamedLoss):
+        return functools.partial(fp.reference.linear_dpo_loss, **loss.keywords)
+    return getattr(fp.reference, loss.__name__)
 
 
 def _accuracy(difference: Tensor) -> float:

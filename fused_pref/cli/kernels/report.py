@@ -37,14 +37,27 @@ COLUMNS = {
 }
 DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
+EPILOG = """\
+One row for each kernel, case, dtype and target: registers, bytes on the stack, spills, shared memory,
+matrix instructions, and wide loads and stores. The exit status is 1 if a kernel spills registers.
+
+examples:
+  %(prog)s --targets sm_90 --cases "by index"
+  %(prog)s --json > kernels.json
+
+Without --cases this takes minutes. See benchmarks/static.md for what the results mean.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--targets", default=TARGETS, help=f"comma-separated, of {TARGETS} (the default)")
     parser.add_argument(
-        "--cases", default="", metavar="TEXT", help="only cases whose name contains this (default: all)"
+        "--targets", default=TARGETS, help=f"GPU architectures, separated by commas (default: {TARGETS})"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON array in place of a table")
+    parser.add_argument(
+        "--cases", default="", metavar="TEXT", help="only cases whose name contains TEXT (default: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON array, not a table")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def choose(problem: Problem) -> Plan:
         raise ValueError(
             f"memory_budget must be at least {least_budget(problem)} bytes for N={problem.tokens} tokens, "
             f"D={problem.hidden}, V={problem.vocabulary} ({usable_budget(problem)} for less than twice the time of the "
-            f"fastest plan); got {problem.budget}"
+            f"fastest plan); got {problem.budget}; see docs/budget.md"
         )
     return plan.fit(problem)
 
