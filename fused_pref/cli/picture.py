@@ -92,8 +92,8 @@ def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(explanation, Explanation):
         raise validate.fail("explanation", "an Explanation, as fused_pref.explain gives it", explanation, TypeError)
-    sizes, plan, *steps = str(explanation).splitlines()[: 2 + len(explanation.steps)]
-    title = "\n".join(textwrap.fill(text, 112, subsequent_indent="      ") for text in (plan, sizes, *steps))
+    sizes, plan, *others = str(explanation).splitlines()[: 3 + len(explanation.steps)]
+    title = "\n".join(textwrap.fill(text, 112, subsequent_indent="      ") for text in (plan, sizes, *others))
     with figures.figure(path, WIDTH, HEIGHT) as figure:
         figure.set_layout_engine("none")
         figure.text(0.1 / WIDTH, 1 - 0.1 / HEIGHT, title, va="top", fontsize=SMALL)

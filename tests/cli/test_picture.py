@@ -105,7 +105,8 @@ def test_picture_of_a_plan(name: str, tmp_path: Path, placed: list[tuple[str, An
     eager = bytes_text(held - explanation.held["gradients"] + explanation.eager_bytes)
     amounts = {**explanation.held, "workspace": explanation.peak_bytes, **explanation.eager_parts}
     labels = [f"{part}: {bytes_text(size)}" for part, size in amounts.items()]
-    for part in (sizes, plan, f">= {eager}", ours, "not measured", *labels, *parts):
+    last = f"{len(explanation.steps)}. {explanation.steps[-1]}"[:40]
+    for part in (sizes, plan, last, f">= {eager}", ours, "not measured", *labels, *parts):
         assert part in text
     assert len(placed) > 9
     apart(placed)
