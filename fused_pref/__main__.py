@@ -9,6 +9,7 @@ COMMANDS = {
     "doctor": ("fused_pref.cli.doctor", "say which backend is used on this machine and check it against the reference"),
     "explain": ("fused_pref.cli.explain", "print the plan that a call of the linear head would take, and its cost"),
     "parity": ("fused_pref.cli.parity", "compare every loss with float64 and with other libraries, by every plan"),
+    "ref-logps": ("fused_pref.cli.ref_logps", "compute the log-probs of a reference once, for trainers to read"),
     "kernels": ("fused_pref.cli.kernels.report", "compile every kernel, without a GPU, and report what the code uses"),
 }
 

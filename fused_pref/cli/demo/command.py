@@ -13,7 +13,7 @@ import torch
 
 from fused_pref.cli import files
 from fused_pref.cli.demo.records import SHIPPED, read_records, split_records
-from fused_pref.cli.usage import UsageError
+from fused_pref.cli.usage import UsageError, count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ MAX_HELDOUT = 96
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--objective", choices=("cpo", "bco", "both"), default="both", help="default: both")
-    parser.add_argument("--steps", type=_steps, default=STEPS, help=f"of each objective; default: {STEPS}")
+    parser.add_argument("--steps", type=count, default=STEPS, help=f"of each objective; default: {STEPS}")
     parser.add_argument("--seed", type=_seed, default=0, help="of the weights, the order and the split; default: 0")
     parser.add_argument("--cap", type=_cap, default=CAP_S, metavar="SECONDS", help=f"of training; default: {CAP_S:g}")
     parser.add_argument("--out", type=Path, default=Path("fused_pref_demo"), metavar="FOLDER", help="for the curves")
@@ -135,12 +135,6 @@ def spare_core() -> Iterator[None]:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _steps(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1; got {text!r}")
-    return int(text)
 
 
 def _seed(text: str) -> int:
