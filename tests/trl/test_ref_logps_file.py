@@ -100,14 +100,17 @@ def test_the_reference_is_not_run_and_the_numbers_matter(
     def never(*given: Any) -> None:
         raise AssertionError("the reference is run")
 
+    path = file(trainer)
     monkeypatch.setattr(KINDS[trainer][0], "compute_ref_log_probs", never)
-    taken = make(trainer, tmp_path, model, file(trainer), max_steps=1, train_sampling_strategy="sequential")
+    taken = make(trainer, tmp_path, model, path, max_steps=1, train_sampling_strategy="sequential")
     taken.train()
-    header, *lines = file(trainer).read_text().splitlines(keepends=True)
+    header, *lines = path.read_text().splitlines(keepends=True)
     moved = [json.loads(line) for line in lines]
     name = json.loads(header)["columns"][0]
     changed = tmp_path / "changed.jsonl"
-    changed.write_text(header + "".join(json.dumps({**line, name: line[name] - 3}) + "\n" for line in moved))
+    for line in moved:
+        line[name] -= 3 * (line["row"] % 3 != 1)  # of single sequences, the desirable ones
+    changed.write_text(header + "".join(json.dumps(line) + "\n" for line in moved))
     other = make(trainer, tmp_path, model, changed, max_steps=1, train_sampling_strategy="sequential")
     other.train()
     assert abs(losses(taken)[0] - losses(other)[0]) > 0.05
@@ -203,7 +206,7 @@ MISMATCHES: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {
     "more rows": (
         "bco",
         "must have the 19 rows of train_dataset that have been tokenised; got 17",
-        lambda: {"train_dataset": Dataset.from_list([*rows("bco"), *rows("bco", 2)])},
+        lambda: {"train_dataset": Dataset.from_list([*rows("bco"), *rows("bco")[:2]])},
     ),
     "shuffled rows": (
         "dpo",
