@@ -83,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
         except (ValueError, TypeError, OSError) as error:
             raise UsageError(error) from error
         rows = len(reference.rows)
-        if len(dataset) * (2 if reference.unpaired else 1) > rows:
-            print(f"{args.data}: rows whose prompt fills --max-length are left out, as by the trainer")
+        if reference.dropped:
+            all_rows = rows + reference.dropped
+            print(f"{args.data}: {reference.dropped} of {all_rows} rows, whose prompts fill --max-length, are left out")
         reference.write(args.out, done)
     print(f"{args.out}: {rows} rows with {', '.join(reference.columns)}, for --trainer {trainer}")
     return 0
@@ -98,7 +99,7 @@ def read_rows(path: Path, folder: str) -> "Dataset":
         folder: where they are kept.
 
     Raises:
-        UsageError: another kind of file, one that cannot be read, or one without rows.
+        UsageError: another kind of file, or one that cannot be read.
     """
     from datasets import load_dataset
 
@@ -109,7 +110,8 @@ def read_rows(path: Path, folder: str) -> "Dataset":
     try:
         rows: Any = load_dataset(READERS[path.suffix], data_files=str(path), split="train", cache_dir=folder)
     except Exception as error:  # whatever the readers raise, wrapped
-        raise UsageError(f"argument DATA: cannot read {str(path)!r}: {error.__cause__ or error}") from error
+        reason = str(error.__cause__ or error) or "it has no rows"
+        raise UsageError(f"argument DATA: cannot read {str(path)!r}: {reason}") from error
     return rows
 
 

@@ -79,7 +79,9 @@ class ReferencePass:
         )
         self.rows: Dataset = self.trainer.train_dataset
         self.columns: tuple[str, ...] = self.trainer.ref_columns
-        self.unpaired = trainer != "dpo" and "chosen" in dataset.column_names
+        unpaired = trainer != "dpo" and "chosen" in dataset.column_names
+        # Of rows whose prompts leave nothing of their completions.
+        self.dropped = len(dataset) * (2 if unpaired else 1) - len(self.rows)
         self.batch_size: int = args.batch_size
         self.header = {
             "format": FORMAT,
@@ -123,14 +125,13 @@ class ReferencePass:
         Raises:
             UsageError: a log-prob that is not finite; the rows before stay.
         """
-        numbers = self.rows[NUMBER]
         bar = tqdm(total=len(self.rows), initial=done, desc="reference", unit="row", disable=None)
         with path.open("ab") as file, bar:
             for start in range(done, len(self.rows), self.batch_size):
                 batch = self.rows.select(range(start, min(start + self.batch_size, len(self.rows))))
-                logps = self._logps(list(batch))
+                logps = self._logps(batch)
                 lines = []
-                for row, number, values in zip(tokenised(batch), numbers[start:], logps, strict=False):
+                for row, number, values in zip(tokenised(batch), batch[NUMBER], logps, strict=True):
                     bad = [value for value in values if not math.isfinite(value)]
                     if bad:
                         raise UsageError(f"the log-prob of DATA[{number}] under the model is {bad[0]}, of no use")
@@ -141,9 +142,9 @@ class ReferencePass:
                 file.flush()
                 bar.update(len(batch))
 
-    def _logps(self, rows: list[dict[str, Any]]) -> list[tuple[float, ...]]:
+    def _logps(self, rows: Dataset) -> list[tuple[float, ...]]:
         """Of each row, the log-probs of its columns."""
-        batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator(list(rows)))
         found = self.trainer.compute_ref_log_probs(self.trainer.model, batch)
         return list(zip(*(logps.tolist() for logps in itertools.islice(found, len(self.columns))), strict=True))
 

@@ -151,7 +151,7 @@ def test_control_c(
 ) -> None:
     logps, calls = ReferencePass._logps, []
 
-    def interrupted(self: ReferencePass, batch: list[dict[str, Any]]) -> Any:
+    def interrupted(self: ReferencePass, batch: Dataset) -> Any:
         calls.append(batch)
         if len(calls) > batches:
             raise KeyboardInterrupt
@@ -297,6 +297,7 @@ def test_rows_that_cannot_be_taken(model: str, tmp_path: Path, capsys: pytest.Ca
         ("rows.txt", "argument DATA: must be a file that ends in .jsonl, .json, .parquet, .csv; got 'rows.txt'"),
         ("rows.json", "argument DATA: must be a file; got 'rows.json'"),
         ("broken.jsonl", "argument DATA: cannot read 'broken.jsonl': "),
+        ("empty.jsonl", "argument DATA: cannot read 'empty.jsonl': it has no rows"),
     ],
 )
 def test_data_that_cannot_be_read(
@@ -304,9 +305,10 @@ def test_data_that_cannot_be_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.jsonl").write_text('{"prompt": \n')
+    Path("empty.jsonl").touch()
     assert main(["ref-logps", data, "--model", "nowhere", "--out", "out.jsonl"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"fused_pref: {message}")
-    assert [path.name for path in tmp_path.iterdir()] == ["broken.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "empty.jsonl"]
 
 
 def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
