@@ -145,6 +145,7 @@ def test_interrupted_anywhere_it_gives_the_same_file(
         assert sum(passes) == 17 - done, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 1, 3])
 def test_control_c(
     batches: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -123,6 +123,7 @@ def test_kto_without_a_kl_term_takes_the_files_of_both(model: str, file: Callabl
         assert "ref_KL_logps" not in make("bco", tmp_path, model, file(trainer)).train_dataset.column_names
 
 
+@pytest.mark.slow
 def test_kl_completions_of_a_whole_step(model: str, file: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     taken = make("kto", tmp_path, model, file("kto"), **options, exact_accumulation=True)
@@ -306,6 +307,7 @@ def adapted() -> Any:
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", KINDS)
 def test_adapters(trainer: str, model: str, file: Callable[[str], Path], tmp_path: Path) -> None:
     """The reference is the model without the adapter that is trained, but with one that it came with."""
