@@ -12,6 +12,7 @@ COMMANDS = {
     ),
     "explain": ("fused_pref.cli.explain", "show the plan, memory and predicted time of a call, without running it"),
     "parity": ("fused_pref.cli.parity", "measure the error of every loss against float64, beside other libraries"),
+    "ref-logps": ("fused_pref.cli.ref_logps", "compute the log-probs of a reference once, for trainers to read"),
     "kernels": (
         "fused_pref.cli.kernels.report",
         "compile all Triton kernels, without a GPU, and report registers",

@@ -23,6 +23,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+def count(text: str, least: int = 1, others: str = "") -> int:
+    """The type of an option that is an integer of at least ``least``; ``others`` is what else it may be."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer >= {least}{others}; got {text!r}")
+    return int(text)
+
+
 def run_command(
     package: str,
     description: str,

@@ -64,6 +64,7 @@ class HeadTrainer(_BaseTrainer):
         collator: Any = others.get("data_collator")
         if getattr(collator, "pad_token_id", 0) is None:
             collator.pad_token_id = processing_class.pad_token_id
+        self.check_reference_weights(model)
         if self.head:
             attach(model)
         self.packs = self.packs and self.head
@@ -77,6 +78,9 @@ class HeadTrainer(_BaseTrainer):
         if self.reward_shift is not None:
             self.reward_shift.to(self.accelerator.device)
             self.add_callback(ShiftCallback(self.reward_shift))
+
+    def check_reference_weights(self, model: nn.Module) -> None:
+        """Check what there is of the reference that is not the model's."""
 
     def take_options(self, config: Any, **given: Any) -> None:
         """Take the options of the head as they are given, else as the configuration says, else the defaults.

@@ -7,7 +7,7 @@ from trl.trainer.kto_config import KTOConfig
 from fused_pref import validate
 from fused_pref.losses.reward_shift import KINDS
 from fused_pref.modules import LinearBCOLoss
-from fused_pref.trl.options import HeadOptions, ShiftOptions
+from fused_pref.trl.options import HeadOptions, ReferenceOptions, ShiftOptions
 
 # The loss of TRL's trainer whose data pipeline BCO shares: it asks for no KL completions.
 PIPELINE = "apo_zero_unpaired"
@@ -15,7 +15,7 @@ STRATEGIES = ("random", "sequential")
 
 
 @dataclass
-class BCOConfig(ShiftOptions, HeadOptions, KTOConfig):
+class BCOConfig(ShiftOptions, ReferenceOptions, HeadOptions, KTOConfig):
     """Arguments of :class:`fused_pref.trl.BCOTrainer`: TRL's ``KTOConfig``, with BCO's own.
 
     Different defaults: ``learning_rate`` 5e-7 and ``train_sampling_strategy`` "random". ``desirable_weight`` and
@@ -39,6 +39,10 @@ class BCOConfig(ShiftOptions, HeadOptions, KTOConfig):
         padding_free_tokens: with ``padding_free``, the most tokens of a row: sequences are put into rows wherever they
             fit, and a longer one makes all rows as long as it is. Attention other than flash-attention takes memory and
             time by the square of a row. None: one row.
+        ref_logps_file: the reference's log-probs of the training data, from ``fused-pref ref-logps``; no reference is
+            made or run for them. Those of evaluation data are computed before training, as with TRL's
+            ``precompute_ref_log_probs``, which is set.
+        ref_logps_any_model: take a file of another model than the one that is trained, or ``ref_model``.
 
     Raises:
         ValueError, TypeError: a malformed value, or another ``loss_type`` than the pipeline's own.

@@ -56,7 +56,8 @@ class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
     _tp_size: Any
     configs = (DPOConfig, StockDPOConfig)
     forms = (("chosen", "rejected"),)
-    trainer_inputs = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
+    trainer_inputs = ("completion_mask", *ref_columns)
 
     def __init__(
         self, *args: Any, objective: Callable[..., Tensor] | None = None, unit: int | None = 2, **kwargs: Any

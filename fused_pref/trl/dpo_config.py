@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from trl.trainer.dpo_config import DPOConfig as StockDPOConfig
 
-from fused_pref.trl.options import HeadOptions, ShiftOptions
+from fused_pref.trl.options import HeadOptions, ReferenceOptions, ShiftOptions
 
 
 @dataclass
-class DPOConfig(ShiftOptions, HeadOptions, StockDPOConfig):
+class DPOConfig(ShiftOptions, ReferenceOptions, HeadOptions, StockDPOConfig):
     """TRL's ``DPOConfig`` with a few more fields; the trainer takes TRL's own as well.
 
     Args:
@@ -27,6 +27,10 @@ class DPOConfig(ShiftOptions, HeadOptions, StockDPOConfig):
         padding_free_tokens: with ``padding_free``, the most tokens of a row: sequences are put into rows wherever they
             fit, and a longer one makes all rows as long as it is. Attention other than flash-attention takes memory and
             time by the square of a row. None: one row.
+        ref_logps_file: the reference's log-probs of the training data, from ``fused-pref ref-logps``; no reference is
+            made or run for them. Those of evaluation data are computed before training, as with TRL's
+            ``precompute_ref_log_probs``, which is set.
+        ref_logps_any_model: take a file of another model than the one that is trained, or ``ref_model``.
 
     Raises:
         ValueError, TypeError: a malformed value of these, or a δ without ``bco_pair``; TRL and the trainer check the

@@ -1,5 +1,6 @@
-"""Options that the configurations here have beside TRL's: of the linear head, and of the reward shift."""
+"""Options that the configurations here have beside TRL's: of the linear head, the reference and the reward shift."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,44 @@ class HeadOptions:
         if self.padding_free_tokens is not None and not self.padding_free:
             raise ValueError(f"padding_free_tokens needs padding_free=True; got {self.padding_free_tokens}")
         use_new_names(self)
+        configuration: Any = super()
+        configuration.__post_init__()
+
+
+@dataclass
+class ReferenceOptions:
+    """Log-probs of the reference on the training data from a file of ``fused-pref ref-logps``.
+
+    Comes before a configuration of TRL's in the order of classes.
+
+    Args:
+        ref_logps_file: the file; with it ``precompute_ref_log_probs`` is set, too.
+        ref_logps_any_model: whether a file of another model than the trainer's own reference is taken.
+
+    Raises:
+        ValueError, TypeError: a malformed value, or ``sync_ref_model`` beside the file.
+    """
+
+    ref_logps_file: str | None = field(
+        default=None,
+        metadata={"help": "File of `fused-pref ref-logps` with the reference's log-probs of the training data."},
+    )
+    ref_logps_any_model: bool = field(
+        default=False,
+        metadata={"help": "Whether ref_logps_file may be of another model than the trainer's own reference."},
+    )
+
+    def __post_init__(self) -> None:
+        validate.flag("ref_logps_any_model", self.ref_logps_any_model)
+        if self.ref_logps_file is not None:
+            if not isinstance(self.ref_logps_file, str | os.PathLike):
+                raise validate.fail("ref_logps_file", "the name of a file, or None", self.ref_logps_file, TypeError)
+            self.ref_logps_file = os.fspath(self.ref_logps_file)
+            if getattr(self, "sync_ref_model", False):
+                raise ValueError("ref_logps_file needs a reference that stays as it is; got sync_ref_model=True")
+            self.precompute_ref_log_probs = True
+        elif self.ref_logps_any_model:
+            raise ValueError("ref_logps_any_model needs ref_logps_file; got None")
         configuration: Any = super()
         configuration.__post_init__()
 

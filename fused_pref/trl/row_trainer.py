@@ -3,16 +3,16 @@
 from typing import Any, ClassVar
 
 from trl.data_utils import is_conversational
-from trl.trainer.base_trainer import _BaseTrainer
 
 from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
+from fused_pref.trl.reference_rows import ReferenceRows
 from fused_pref.trl.rows import check_rows, plain_rows
 
 # The arguments of a trainer that :meth:`RowTrainer.checked` looks at.
 CHECKED = ("model", "ref_model", "args", "train_dataset", "eval_dataset", "processing_class")
 
 
-class RowTrainer(_BaseTrainer):
+class RowTrainer(ReferenceRows):
     """Comes before TRL's trainer in the order of classes.
 
     Attributes:
@@ -49,6 +49,7 @@ class RowTrainer(_BaseTrainer):
         check_rows("train_dataset", train_dataset, self.forms)
         check_rows("eval_dataset", eval_dataset, self.forms, parts=dict)
         check_causal(f"{self._name}Trainer", model)
+        self.take_file(args, ref_model, train_dataset, eval_dataset)
         return args
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:

@@ -12,6 +12,7 @@ from fused_pref.functional import linear_sequence_logps
 from fused_pref.models import attach
 from fused_pref.trl.base import HeadTrainer, of_first
 from fused_pref.trl.columns import RowCollator
+from fused_pref.trl.reference_file import KL_LOGPS
 from fused_pref.trl.row_trainer import RowTrainer
 
 SIDES = ("chosen", "rejected")
@@ -31,7 +32,7 @@ class UnpairedTrainer(RowTrainer, StockKTOTrainer, HeadTrainer):
     model_wrapped: Any
     _tp_size: Any
     forms = (("prompt", "completion", "label"), ("chosen", "rejected"))
-    trainer_inputs = ("completion_mask", "label", "ref_logps", "ref_KL_logps")
+    trainer_inputs = ("completion_mask", "label", "ref_logps", KL_LOGPS)
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: Any = None, *, peft_config: Any = None, **others: Any
@@ -45,6 +46,11 @@ class UnpairedTrainer(RowTrainer, StockKTOTrainer, HeadTrainer):
             attach(ref_model)
         super().__init__(model, ref_model, args, peft_config=peft_config, **others)
         self.data_collator = RowCollator(self.data_collator, self.columns)
+
+    @property
+    def ref_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See :class:`ReferenceRows`."""
+        return ("ref_logps", KL_LOGPS) if self.calculate_KL else ("ref_logps",)
 
     def scored(self, row: dict[str, Any]) -> bool:
         """Whether a tokenised row has a token to score; rows with images are tokenised later, and taken as they are."""
@@ -82,7 +88,7 @@ class UnpairedTrainer(RowTrainer, StockKTOTrainer, HeadTrainer):
     def _ref_log_probs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """As :meth:`compute_ref_log_probs`, unless the batch has them."""
         if "ref_logps" in batch:
-            return batch["ref_logps"], batch.get("ref_KL_logps")
+            return batch["ref_logps"], batch.get(KL_LOGPS)
         return self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, batch)
 
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:

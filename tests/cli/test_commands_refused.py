@@ -10,6 +10,8 @@ import pytest
 from fused_pref.__main__ import COMMANDS, main
 from fused_pref.ops.devices import GPUS
 
+# What a command cannot do without.
+NEEDED = {"explain": "--model=phi-4", "ref-logps": "rows.jsonl --model=nowhere --out=out.jsonl"}
 # What comes before the command or in its place (with "--" the message differs between versions of Python).
 TOP = [
     ("", "argument COMMAND: invalid choice: ''"),
@@ -18,7 +20,10 @@ TOP = [
     ("DOCTOR", "argument COMMAND: invalid choice: 'DOCTOR'"),
     ("doctor explain", "unrecognized arguments: explain"),
     ("--all explain", "unrecognized arguments: --all"),
-    *((f"{command} --Colour red", "unrecognized arguments: --Colour red") for command in COMMANDS),
+    *(
+        (f"{command} {NEEDED.get(command, '')} --Colour red", "unrecognized arguments: --Colour red")
+        for command in COMMANDS
+    ),
 ]
 STEPS, SEED = "argument --steps: must be an integer >= 1", "argument --seed: must be an integer in [0, 2**32)"
 CAP = "argument --cap: must be a finite number > 0"
@@ -48,6 +53,21 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "demo --steps": [(text, f"{STEPS}; got '{text}'") for text in ("0", "-3", "2.5", "1e3", "+3", "many")],
     "demo --seed": [(text, f"{SEED}; got '{text}'") for text in ("-1", "1.0", str(2**32), "x")],
     "demo --cap": [(text, f"{CAP}; got '{text}'") for text in ("0", "-1", "inf", "nan", "1,5", "1e400", "soon")],
+    "ref-logps --model": [],  # any text, and any file; see ``test_ref_logps.py`` for what is not there
+    "ref-logps --out": [],
+    "ref-logps --tokenizer": [],
+    "ref-logps --chat-template": [],
+    "ref-logps --max-length": [
+        (text, f"argument --max-length: must be an integer >= 1, or none; got '{text}'")
+        for text in ("0", "None", "1.5")
+    ],
+    "ref-logps --ld-alpha": [
+        (text, f"argument --ld-alpha: must be a number in [0, 1]; got '{text}'") for text in ("-1", "1.1", "nan", "x")
+    ],
+    "ref-logps --kl-batch-size": [
+        (text, f"argument --kl-batch-size: must be an integer >= 2; got '{text}'") for text in ("0", "1", "x")
+    ],
+    "ref-logps --batch-size": [("0", "argument --batch-size: must be an integer >= 1; got '0'")],
     "demo --out": [("/dev/null", "argument --out: cannot write to the folder /dev/null: File exists")],
     "demo --data": [("/dev/null", "/dev/null: at least 4 records are needed; got 0")],
 }
@@ -65,7 +85,7 @@ def actions(command: str) -> dict[str, argparse.Action]:
     """The options of a command."""
     parser = argparse.ArgumentParser(add_help=False)
     importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
-    return {action.option_strings[-1]: action for action in parser._actions}
+    return {action.option_strings[-1]: action for action in parser._actions if action.option_strings}
 
 
 def malformed(command: str, option: str) -> list[tuple[str, str]]:
@@ -114,7 +134,7 @@ def test_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for line, message in malformed(command, option):
-        assert message in refused([command, *line.split(), *(["--model=phi-4"] * (command == "explain"))], capsys)
+        assert message in refused([command, *NEEDED.get(command, "").split(), *line.split()], capsys)
         assert list(tmp_path.iterdir()) == []
 
 

@@ -46,6 +46,16 @@ BOTH: Rows = [
     ),
     ({"betta": 0.1}, TypeError, "unexpected keyword argument 'betta'"),
 ]
+OF_FILE: Rows = [
+    ({"ref_logps_file": 3}, TypeError, "ref_logps_file must be the name of a file, or None; got 3"),
+    ({"ref_logps_any_model": "yes"}, TypeError, "ref_logps_any_model must be True or False; got 'yes'"),
+    ({"ref_logps_any_model": True}, ValueError, "ref_logps_any_model needs ref_logps_file; got None"),
+    (
+        {"ref_logps_file": "x", "sync_ref_model": True},
+        ValueError,
+        "ref_logps_file needs a reference that stays as it is; got sync_ref_model=True",
+    ),
+]
 OF_SHIFT: Rows = [
     ({"delta_kind": "EMA"}, ValueError, "delta_kind must be one of .*; got 'EMA'"),
     ({"delta_decay": 1}, ValueError, r"delta_decay must be a number in \[0, 1\); got 1"),
@@ -130,17 +140,17 @@ def of_dpo(**options: Any) -> None:
 # Arguments are made in the test, because configurations warn.
 TABLES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], Rows]] = {
     "CPOConfig": (CPOConfig, lambda: OPTIONS, BOTH),
-    "BCOConfig": (BCOConfig, lambda: OPTIONS, BOTH + OF_BCO),
+    "BCOConfig": (BCOConfig, lambda: OPTIONS, BOTH + OF_FILE + OF_BCO),
     "CPOTrainer with TRL's configuration": (configured, dict, OF_CPO),
     "CPOTrainer": (CPOTrainer, lambda: trainer(StockCPOConfig, pairs(4)), TRAINERS + BOTH[:2]),
-    "KTOConfig": (KTOConfig, lambda: OPTIONS, BOTH),
+    "KTOConfig": (KTOConfig, lambda: OPTIONS, BOTH + OF_FILE),
     "KTOTrainer with TRL's configuration": (of_kto, dict, OF_KTO),
     "KTOTrainer": (
         KTOTrainer,
         lambda: trainer(StockKTOConfig, unpaired(4)),
         [*TRAINERS, *OF_REFERENCE, *BOTH[:2], ({"objective": 3}, TypeError, "objective must be a function .*; got 3")],
     ),
-    "DPOConfig": (DPOConfig, lambda: OPTIONS, BOTH + OF_SHIFT),
+    "DPOConfig": (DPOConfig, lambda: OPTIONS, BOTH + OF_FILE + OF_SHIFT),
     "DPOTrainer with TRL's configuration": (of_dpo, dict, OF_DPO),
     "DPOTrainer": (
         DPOTrainer,
@@ -168,9 +178,9 @@ def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("config", "stock", "rows"),
     [
         (CPOConfig, StockCPOConfig, BOTH),
-        (BCOConfig, StockKTOConfig, BOTH + OF_BCO),
-        (KTOConfig, StockKTOConfig, BOTH),
-        (DPOConfig, StockDPOConfig, BOTH + OF_SHIFT),
+        (BCOConfig, StockKTOConfig, BOTH + OF_FILE + OF_BCO),
+        (KTOConfig, StockKTOConfig, BOTH + OF_FILE),
+        (DPOConfig, StockDPOConfig, BOTH + OF_FILE + OF_SHIFT),
     ],
 )
 def test_every_option_is_looked_at(config: Any, stock: Any, rows: Rows) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from fused_pref.cli import files
 from fused_pref.cli.demo.records import SHIPPED, read_records, split_records
-from fused_pref.cli.usage import UsageError
+from fused_pref.cli.usage import UsageError, count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective", choices=("cpo", "dpo", "bco", "all"), default="all", help="what to train with (default: all)"
     )
     parser.add_argument(
-        "--steps", type=_steps, default=STEPS, help=f"optimiser steps of each objective (default: {STEPS})"
+        "--steps", type=count, default=STEPS, help=f"optimiser steps of each objective (default: {STEPS})"
     )
     parser.add_argument(
         "--seed", type=_seed, default=0, help="seed of the weights, the order of the data and its split (default: 0)"
@@ -160,12 +160,6 @@ def spare_core() -> Iterator[None]:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _steps(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1; got {text!r}")
-    return int(text)
 
 
 def _seed(text: str) -> int:
