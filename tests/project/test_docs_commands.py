@@ -17,6 +17,7 @@ ELSEWHERE = {
     "fused_pref doctor": "test_doctor",
     "fused_pref kernels": "test_every_kernel_is_compiled_on_every_target",
     "fused_pref parity": "test_command",
+    "fused_pref tune": "test_the_command_measures_and_keeps",
 }
 COMMAND = re.compile(r"^python3? -m (fused_pref .*)$")
 SHOWN = [
