@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from fused_pref.ops.interface import Operands, Transform
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from benchmarks.static.loops import BARRIER, INIT, LOAD, Code
 from fused_pref.ops.triton import configs, gemm, statistics
 
 # The same numbers
@@ -140,46 +140,6 @@ for target in sys.argv[1:]:
                           "ptx": compiled.asm["ptx"], **used})
 print(json.dumps(found))
 """
-MULTIPLY = re.compile(r"\bwgmma\.mma_async|\btcgen05\.mma\b")
-LOAD = re.compile(r"\bcp\.async\.bulk\.tensor|\bcp\.async\.c[ag]\b")
-
-
-@dataclass(frozen=True)
-class Code:
-    """Lines of PTX, and first and last line of every loop."""
-
-    lines: list[str]
-    loops: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, ptx: str) -> "Code":
-        """A loop is a jump back to a label."""
-        lines = ptx.splitlines()
-        labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\$L\w+):", line))}
-        jumps = [
-            (i, match[1]) for i, line in enumerate(lines) if (match := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line))
-        ]
-        return cls(lines, [(labels[label], i) for i, label in jumps if labels.get(label, i) < i])
-
-    @property
-    def step(self) -> tuple[int, int]:
-        """The innermost loop that multiplies: all of its ways, of a flattened loop with what a tile's end adds."""
-        multiplying = [loop for loop in self.loops if self.count(MULTIPLY, loop)]
-        start = max(start for start, _ in multiplying)
-        return start, max(end for first, end in multiplying if first == start)
-
-    def count(self, pattern: str | re.Pattern[str], lines: tuple[int, int] | None = None) -> int:
-        """Lines that match, of all or from one to another."""
-        first, last = lines or (0, len(self.lines))
-        return sum(bool(re.search(pattern, line)) for line in self.lines[first : last + 1])
-
-    def in_loops(self, pattern: str) -> int:
-        """Lines that match in any loop."""
-        return sum(
-            any(first <= i <= last for first, last in self.loops)
-            for i, line in enumerate(self.lines)
-            if re.search(pattern, line)
-        )
 
 
 def compiled_forms() -> list[dict[str, Any]]:
@@ -207,7 +167,7 @@ def forms() -> dict[tuple[str, bool], tuple[dict[str, Any], dict[str, Any]]]:
 def test_the_pipeline_is_set_up_once(target: str, by_index: bool, forms: Any) -> None:
     nested, flattened = forms[target, by_index]
     for row, in_loops in ((nested, True), (flattened, False)):
-        assert row["code"].count(r"\bmbarrier\.init\b") >= 3
+        assert row["code"].count(INIT) >= 3
         assert bool(row["code"].in_loops(r"\bmbarrier\.(init|inval)\b")) == in_loops
 
 
@@ -220,11 +180,10 @@ def test_barriers_of_a_step(target: str, by_index: bool, forms: Any) -> None:
     One more, by index, with some releases of Triton.
     """
     nested, flattened = (row["code"] for row in forms[target, by_index])
-    barrier = r"\bbar\.sync\b"
-    assert 0 < flattened.count(barrier, flattened.step) <= nested.count(barrier, nested.step) + by_index
+    assert 0 < flattened.count(BARRIER, flattened.step) <= nested.count(BARRIER, nested.step) + by_index
     # Nothing else is in a loop: a nested loop over tiles has more barriers around its steps.
-    assert flattened.in_loops(barrier) == flattened.count(barrier, flattened.step)
-    assert nested.in_loops(barrier) > nested.count(barrier, nested.step)
+    assert flattened.in_loops(BARRIER) == flattened.count(BARRIER, flattened.step)
+    assert nested.in_loops(BARRIER) > nested.count(BARRIER, nested.step)
 
 
 @pytest.mark.slow
