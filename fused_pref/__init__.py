@@ -38,8 +38,12 @@ from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput, PreferenceOutpu
 from fused_pref.preference import LinearPreferenceLoss, PreferenceLoss, linear_preference_loss, preference_loss
 from fused_pref.validate import checks
 
-if os.environ.get("FUSED_PREF_TUNE") == "1" and triton_obstacle(torch.device("cuda")) is None:
-    from fused_pref.cli import tune as _tune  # noqa: F401 - it offers itself to the launches
+if os.environ.get("FUSED_PREF_TUNE") == "1":
+    from fused_pref.cli import constants as _constants
+
+    _constants.use()
+    if triton_obstacle(torch.device("cuda")) is None:
+        from fused_pref.cli import tune as _tune  # noqa: F401 - it offers itself to the launches
 
 __version__ = "0.1.0"
 

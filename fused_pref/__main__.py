@@ -11,6 +11,7 @@ COMMANDS = {
         "check this machine: which backend it uses, and whether results are right",
     ),
     "explain": ("fused_pref.cli.explain", "show the plan, memory and predicted time of a call, without running it"),
+    "tune": ("fused_pref.cli.measure", "measure what plans follow from on this machine, and keep it"),
     "parity": ("fused_pref.cli.parity", "measure the error of every loss against float64, beside other libraries"),
     "ref-logps": ("fused_pref.cli.ref_logps", "compute the log-probs of a reference once, for trainers to read"),
     "kernels": (

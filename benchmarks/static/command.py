@@ -10,6 +10,7 @@ PARTS = {
     "logits": "Logits kernels: roofline",
     "order": "Fused products of the linear head: order of tiles",
     "head": "Fused products of the linear head: roofline",
+    "loops": "Fused products of the linear head: two loops over tiles",
     "plans": "Plans of the linear head",
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(obstacle)
     import triton
 
-    from benchmarks.static import gpus, head, kernels, logits, order, plans
+    from benchmarks.static import gpus, head, kernels, logits, loops, order, plans
 
     plans.load(args.measured)
     print("# Predictions from compiled code, not measured\n")
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
             print(plans.page(args.targets, args.measured), flush=True)
         else:
             print(
-                {"kernels": kernels, "logits": logits, "order": order, "head": head}[part].page(args.targets),
+                {"kernels": kernels, "logits": logits, "order": order, "head": head, "loops": loops}[part].page(
+                    args.targets
+                ),
                 flush=True,
             )
     return 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_pref as fp
+from fused_pref.cli import constants
 from fused_pref.ops import backend
 
 # Bounds of docs/numerics.md: values, and gradients beyond what rounding them to the dtype costs.
@@ -19,8 +20,9 @@ VALUE_BOUND, GRADIENT_BOUND = 2e-5, 5e-5
 LINEAR_BOUNDS = {torch.float32: (VALUE_BOUND, 1e-4), torch.bfloat16: (2e-2, 2e-2)}
 
 EPILOG = """\
-For each device: the backend and why it is taken, then the errors of every objective against the
-float64 reference. The exit status is 1 if one is too large.
+For each device: the backend and why it is taken, whether plans follow from figures that were measured
+here, and the errors of every objective against the float64 reference. The exit status is 1 if one is
+too large.
 
 example:
   %(prog)s
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         obstacle = backend.triton_obstacle(device)
         chosen = backend.resolve("auto", torch.float32, device)
         print(f"{describe(device)}: backend {chosen!r}" + (f", because {obstacle}" if obstacle else ""))
+        for line in constants.notes(device):
+            print(f"  {line}")
         for name, dtype, value, gradient in self_checks(device):
             linear = name.startswith("linear_")
             value_bound, gradient_bound = LINEAR_BOUNDS[dtype] if linear else (VALUE_BOUND, GRADIENT_BOUND)

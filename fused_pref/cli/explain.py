@@ -4,7 +4,7 @@ import argparse
 import inspect
 from dataclasses import replace
 
-from fused_pref.cli import figures
+from fused_pref.cli import constants, figures
 from fused_pref.cli.explanation import (
     DELTAS,
     DEVICES,
@@ -13,6 +13,7 @@ from fused_pref.cli.explanation import (
     MODELS,
     OBJECTIVES,
     bytes_text,
+    device_here,
     explain,
     milliseconds,
 )
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the explanation, and draw it."""
     options = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     try:
-        explanation = explain(**options)
+        explanation, here = explain(**options), device_here(args.device)
     except (ValueError, TypeError) as error:
         raise UsageError(error) from error
     if args.plot is not None:
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             raise UsageError(f"argument --plot: cannot write {args.plot!r}: {error.strerror}") from error
     print(explanation)
+    if here is not None:
+        print("\n".join(constants.notes(here)))
     if args.all:
         print("\nwhat a budget buys:")
         found: dict[tuple[str, float, bool], Plan] = {}

@@ -10,8 +10,8 @@ from fused_pref.head.budget import PART, default_budget, memory_of
 from fused_pref.head.plans.head import GRADIENTS
 from fused_pref.head.plans.planner import candidates, choose, least_budget
 from fused_pref.head.plans.problem import Plan, Problem
-from fused_pref.ops import backend
-from fused_pref.ops.devices import CPU, GPUS, Device, device_of
+from fused_pref.ops import backend, devices
+from fused_pref.ops.devices import GPUS, Device, device_of
 
 # Public shapes of language models: (D, V).
 MODELS = {
@@ -249,7 +249,7 @@ def explain(
         fused=fused,
         wide_range=dtype != torch.float16,
         indexed=True,
-        skip_mass=skip_mass if fused or constants is CPU else None,
+        skip_mass=skip_mass if fused or constants.name == "cpu" else None,
     )
     return Explanation(choose(problem), problem, objective, "memory_budget" if memory_budget else _rule(memory))
 
@@ -284,12 +284,22 @@ def _kind(device: str | None) -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
+def device_here(kind: str | None) -> torch.device | None:
+    """The device of this machine that ``explain(device=kind)`` plans for; None where it plans for another."""
+    kind = _kind(kind)
+    here = kind == "cpu" or (kind not in GPUS and torch.get_device_module(kind).is_available())
+    return torch.device(kind) if here else None
+
+
 def _device(kind: str) -> tuple[Device, bool]:
     """Constants of a device, and whether it has fused products."""
     if kind in GPUS:
         return GPUS[kind], True
-    here = kind == "cuda" and torch.cuda.is_available()
-    return device_of(kind, backend.architecture(torch.device(kind)) if here else "sm_90"), kind == "cuda"
+    here = device_here(kind)
+    constants = device_of(kind, "sm_90" if here is None else backend.architecture(here))
+    if here is not None and devices.measured is not None:
+        constants = devices.measured(here, constants)
+    return constants, kind == "cuda"
 
 
 def _memory(kind: str, constants: Device, given: int | None) -> int | None:

@@ -8,10 +8,7 @@ does the same for one step and gives every time. Kernels that cannot be launched
 defaults.
 """
 
-import contextlib
-import json
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +18,11 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from fused_pref.cli import files
+from fused_pref.cli import cache
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.configs import AnyConfig, Config, Tile
 from fused_pref.ops.triton.launch import on
 
-# Layout of the file.
-VERSION = 1
 # A launch → milliseconds.
 Timer = Callable[[Callable[[], object]], Any]
 # Triton's, which needs a GPU: interpreted kernels have no time.
@@ -121,7 +116,7 @@ def _fastest(
 ) -> AnyConfig:
     timer = _timer()
     with on(device):  # whose time is measured
-        timings = [Timing(key, config, _time(timer, launch, config)) for config in choices]
+        timings = [Timing(key, config, time_of(timer, launch, config)) for config in choices]
     if _search is not None:
         _search.timings.extend(timings)
     best = min(range(len(choices)), key=lambda i: timings[i].milliseconds)
@@ -133,7 +128,8 @@ def _timer() -> Timer:
     return triton.testing.do_bench if _search is None else _search.timer
 
 
-def _time(timer: Timer, launch: Callable[[AnyConfig], object], config: AnyConfig) -> float:
+def time_of(timer: Timer, launch: Callable[[AnyConfig], object], config: AnyConfig) -> float:
+    """What the timer says of a launch; infinite where it does not compile or fit."""
     try:
         return float(timer(lambda: launch(config)))
     except TritonError:  # more shared memory than there is, or code that does not compile
@@ -142,51 +138,17 @@ def _time(timer: Timer, launch: Callable[[AnyConfig], object], config: AnyConfig
 
 def cache_path() -> Path:
     """The file that keeps what was found."""
-    folder = os.environ.get("FUSED_PREF_CACHE")
-    if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "fused_pref")
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        folder = Path(folder).expanduser()
-    return Path(folder) / "tune.json"
+    return cache.path_of("tune.json")
 
 
 def load() -> dict[str, Any]:
     """Key → fields of a configuration; nothing, with a warning, from a file that is not one of these."""
-    return _read() or {}
+    return cache.read(cache_path()) or {}
 
 
 def store(key: str, config: Config | Tile) -> None:
-    """Add to the file in one step, so that no reader sees half of it; a file that is not ours is left alone.
-
-    Of two processes that store at once one may lose its entry: it is found again.
-    """
-    path, entries = cache_path(), _read()
-    if entries is None:
-        return
-    text = json.dumps({"version": VERSION, "entries": {**entries, key: asdict(config)}}, indent=1, sort_keys=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, text.encode())
-    except OSError as error:
-        warnings.warn(f"what FUSED_PREF_TUNE found is not kept: {error}", stacklevel=2)
-
-
-def _read() -> dict[str, Any] | None:
-    """The entries; None, with a warning, if the file is not one of these."""
-    path = cache_path()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error)
-    else:
-        entries = content.get("entries") if isinstance(content, dict) and content.get("version") == VERSION else None
-        if isinstance(entries, dict):
-            return entries
-        reason = f"it is not of layout {VERSION}"
-    warnings.warn(f"{path} is ignored, and not written to until it is removed: {reason}", stacklevel=2)
-    return None
+    """Add to the file, see :func:`fused_pref.cli.cache.add`."""
+    cache.add(cache_path(), key, asdict(config))
 
 
 configs.chooser = tuned

@@ -22,6 +22,7 @@ from fused_pref.losses.open import OpenObjective
 from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.scores import Scores, Tokens, gather, mean_sums, saturate
 from fused_pref.losses.unpaired import UnpairedObjective
+from fused_pref.ops import devices
 from fused_pref.ops.devices import device_at
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.metrics import token_metrics
@@ -49,6 +50,10 @@ def begin(
 def problem_of(head: Head, rows: ValidRows) -> Problem:
     """What the planner sees."""
     call, weight, shard, counts = head.call, head.weight, head.shard, rows.host_counts
+    device = device_at(weight.device)
+    # Ranks of a group take one plan, whatever was measured on the machine of each.
+    if devices.measured is not None and shard is None:
+        device = devices.measured(weight.device, device)
     positions = head.hidden.shape[:-1].numel()
     if call.unit == 2:
         half = len(counts) // 2
@@ -71,7 +76,7 @@ def problem_of(head: Head, rows: ValidRows) -> Problem:
         units=counts,
         budget=budget,
         promised=call.spec.memory_budget is not None,
-        device=device_at(weight.device),
+        device=device,
         late_scale=weight.dtype == torch.float16,
         gathered=rows.indices is not None or not head.hidden.is_contiguous() or head.dtype != head.hidden.dtype,
         unscored=_unscored(head, rows, positions) if head.logit_sum else 0,

@@ -167,17 +167,21 @@ def test_predictions(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     parts = {part.splitlines()[0]: part for part in out.split("\n## ")[1:]}
-    assert len(parts) == 5
+    assert len(parts) == 6
     tables = [
         [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
         for part in parts.values()
     ]
-    kernels, logits, order, head, of_plans = tables
+    kernels, logits, order, head, loops, of_plans = tables
     assert kernels[0][-1] == "spills"
     assert {cells[-1] for cells in kernels[2:]} == {"0"}
     assert {int(cells[5]) >= 1 for cells in kernels[2:]} == {True}
     assert {cells[0] for cells in kernels[2:]} >= {"linear_statistics", "token_logps_fwd"}
     assert all(float(cells[11].strip("*")) >= float(cells[7]) > 0.1 for cells in logits[2:])
+    # Set-ups of the pipeline in a loop: of the nested form alone, which is predicted to take as long or longer.
+    assert [(cells[2], int(cells[7]) > 0) for cells in loops[2:]] == 3 * [("nested", True), ("flattened", False)]
+    times = [float(cells[-1].strip("*")) for cells in loops[2:]]
+    assert all(nested >= flattened >= 1 for nested, flattened in zip(times[::2], times[1::2], strict=True))
     # The splits that are taken read no more from memory than the fewest, at the cost of at most 2% in tile steps.
     assert all(float(cells[7].strip("*")) <= float(cells[5]) and float(cells[8]) <= 1.02 for cells in order[2:])
     assert all(1 <= float(cells[-1].strip("*")) < 1.5 for cells in head[2:])

@@ -50,6 +50,10 @@ RULES: dict[str, list[tuple[str, str]]] = {
         ("sm_80 sm_90", "unrecognized arguments: sm_90"),
     ],
     "kernels --cases": [],  # any text; see ``test_kernels_compiled.py`` for one that no case has
+    "tune --device": [
+        ("meta", "--device must be a device that holds values; got 'meta'"),
+        *((text, f"{AVAILABLE}{text!r}") for text in ("CPU", "xpu:7", "cuda:99")),
+    ],
     "demo --steps": [(text, f"{STEPS}; got '{text}'") for text in ("0", "-3", "2.5", "1e3", "+3", "many")],
     "demo --seed": [(text, f"{SEED}; got '{text}'") for text in ("-1", "1.0", str(2**32), "x")],
     "demo --cap": [(text, f"{CAP}; got '{text}'") for text in ("0", "-1", "inf", "nan", "1,5", "1e400", "soon")],
@@ -77,6 +81,8 @@ LIBRARY = [
     ("explain --hidden 0 --vocab 9", "hidden must be an integer >= 1; got 0"),
     ("explain --model phi-4 --memory-budget 5", "memory_budget must be at least "),
     ("explain --model phi-4 --skip-mass nan", "skip_mass must be a number in [0, 1); got nan"),
+    ("tune --hidden 1", "argument --hidden: must be an integer >= 2; got 1"),
+    ("tune --tokens -5", "argument --tokens: must be an integer >= 2; got -5"),
     ("parity --seeds -2", "--seeds must be at least 1; got -2"),
 ]
 
@@ -144,6 +150,7 @@ def test_options(
         ["doctor", "a\nb"],
         ["explain", "--model", "a\nb"],
         ["parity", "--device", "a\nb"],
+        ["tune", "--device", "a\nb"],
         ["parity", "--shape", ""],
         ["kernels", "--targets", "sm_80\nsm_90"],
         ["kernels", "--targets", ""],

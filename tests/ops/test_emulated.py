@@ -16,7 +16,8 @@ from gfx942.build import compiler
 ROOT = Path(__file__).parents[2]
 HEAD = (
     "test_layouts or test_hard_logits and risen or test_strides and grouped or test_exponentials and 257 "
-    "or test_statistics_and_gradient and 257 and True or test_plans and vocab_major and True-16"
+    "or test_statistics_and_gradient and 257 and True or test_plans and vocab_major and True-16 "
+    "or test_both_forms_agree and 257"
 )
 # Tests, and the fewest launches of compiled code that they make.
 PARTS = {
@@ -29,7 +30,7 @@ PARTS = {
         130,
     ),
     "kernels": (["tests/ops/test_kernels.py", "tests/ops/test_scatter_rows.py", "-m", "not slow"], 200),
-    "fused head": (["tests/head/test_fused.py", "-k", HEAD], 200),
+    "fused head": (["tests/head/test_fused.py", "tests/ops/test_mainloop.py", "-k", HEAD], 200),
 }
 
 NONE = f"CXX must be a C++ compiler; got {os.environ['CXX']}" if "CXX" in os.environ else "no C++ compiler here"

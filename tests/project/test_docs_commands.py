@@ -18,6 +18,7 @@ ELSEWHERE = {
     "fused_pref kernels": "test_every_kernel_is_compiled_on_every_target",
     "fused_pref parity": "test_command",
     "fused_pref ref-logps": "test_log_probs_are_those_of_trl",
+    "fused_pref tune": "test_the_command_measures_and_keeps",
 }
 COMMAND = re.compile(r"^python3? -m (fused_pref .*)$")
 SHOWN = [

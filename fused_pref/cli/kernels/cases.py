@@ -5,7 +5,7 @@ are chosen by the launcher itself. ``python -m fused_pref kernels`` fails while 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,23 @@ from fused_pref.losses.pair import DPO_LOSS_TYPES
 from fused_pref.losses.pair_spec import cpo_spec, dpo_spec
 from fused_pref.ops.interface import ShiftMemory, TargetRows, Transform, UnpairedSpec
 from fused_pref.ops.torch.chunk import padded
-from fused_pref.ops.triton import chunk, dlogits, gemm, linear, logprob, objective, pairs, scale, selected, sequences
+from fused_pref.ops.triton import (
+    chunk,
+    configs,
+    dlogits,
+    gemm,
+    linear,
+    logprob,
+    objective,
+    pairs,
+    scale,
+    selected,
+    sequences,
+)
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 SUMS = (torch.float64,)
+HALVES = (torch.bfloat16, torch.float16)
 VOCABULARY, SEQUENCES = 128256, 10
 
 
@@ -185,6 +198,20 @@ def with_tf32(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> No
         settings.fp32_precision = before
 
 
+def in_one_loop(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> None:
+    """Launch statistics in their flattened form, as a search might choose."""
+
+    def choose(kernel: str, device: torch.device, dtype: torch.dtype, size: int, default: Any, *_: object) -> Any:
+        flattened = kernel.startswith("linear_statistics") and default.descriptors
+        return replace(default, flattened=True) if flattened else default
+
+    before, configs.chooser = configs.chooser, choose
+    try:
+        launch(dtype)
+    finally:
+        configs.chooser = before
+
+
 def gradient_scale(dtype: torch.dtype) -> Tensor:
     """Launch the scaling of a gradient."""
     return scale.scale_(meta(8192, 4096, dtype=dtype), meta())
@@ -253,6 +280,7 @@ def unpaired(
 
 
 SOFTCAP, SCALE, NUMBER = Transform("tanh", 1 / 30, 30.0), Transform("linear", 1 / 0.7), meta()
+SUMS_SOFTCAP: dict[str, Any] = {"logit_sum": True, "transform": SOFTCAP}
 # Rows too few to fill a GPU, a vocabulary whose rows are not aligned, and one where they are by 8 entries only.
 FEW, ODD, EIGHTS = {"rows": 8}, {"columns": 151937}, {"columns": 32008}
 # A mixture of more losses may need more registers than there are.
@@ -301,12 +329,17 @@ CASES = [
     Case("odd depth", partial(scattered_rows, features=2305), (torch.bfloat16,)),
     Case("by index", linear_statistics),
     Case("dense, bias", partial(linear_statistics, by_index=False, bias=True)),
-    Case("sums, softcap", partial(linear_statistics, logit_sum=True, transform=SOFTCAP)),
+    Case("sums, softcap", partial(linear_statistics, **SUMS_SOFTCAP)),
     Case("metrics", partial(linear_statistics, metrics=True)),
     Case("odd depth", partial(linear_statistics, features=2305), (torch.bfloat16,)),
     Case("depth cut, bias", partial(linear_statistics, features=2312, bias=True), (torch.bfloat16,)),
     Case("odd vocabulary, bias", partial(linear_statistics, vocabulary=151937, bias=True), (torch.bfloat16,)),
     Case("by index, TF32", partial(with_tf32, linear_statistics), (torch.float32,)),
+    Case("one loop, by index", partial(in_one_loop, linear_statistics), HALVES),
+    Case("one loop, dense", partial(in_one_loop, partial(linear_statistics, by_index=False)), HALVES),
+    Case("one loop, bias", partial(in_one_loop, partial(linear_statistics, bias=True)), HALVES),
+    Case("one loop, sums, softcap", partial(in_one_loop, partial(linear_statistics, **SUMS_SOFTCAP)), HALVES),
+    Case("one loop, metrics", partial(in_one_loop, partial(linear_statistics, metrics=True)), HALVES),
     Case("exponentials", linear_exponentials, (torch.float32, torch.bfloat16)),
     Case("exponentials, metrics", partial(linear_exponentials, metrics=True), (torch.float32, torch.bfloat16)),
     Case("exponentials, bias", partial(linear_exponentials, bias=True), (torch.bfloat16,)),

@@ -30,7 +30,9 @@ class Config:
 class Tile:
     """Logits [rows, columns] of a program, made of blocks ``depth`` deep; ``group`` row blocks share a weight block.
 
-    With ``descriptors`` blocks are read by tensor descriptors, where the operands allow that, else by pointers.
+    With ``descriptors`` blocks are read by tensor descriptors, where the operands allow that, else by pointers. With
+    ``flattened`` a program that leaves only statistics walks its tiles in one loop
+    (:mod:`fused_pref.ops.triton.mainloop`); other kernels have no such form.
     """
 
     rows: int
@@ -40,6 +42,7 @@ class Tile:
     num_warps: int
     num_stages: int
     descriptors: bool
+    flattened: bool = False
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -222,8 +225,13 @@ def rows_aligned(x: torch.Tensor) -> bool:
     return x.stride(0) * x.dtype.itemsize % 16 == 0
 
 
-def tile_candidates(default: Tile, dtype: torch.dtype) -> Iterator[Tile]:
-    """What a search times beside a default tile: other sizes, read in the same way."""
+def tile_candidates(default: Tile, dtype: torch.dtype, *, flattened: bool = False) -> Iterator[Tile]:
+    """What a search times beside a default tile: other sizes, read in the same way.
+
+    ``flattened``: in both forms, where descriptors load the blocks: other loads have no set-up that could be spared.
+    """
     names = ("rows", "columns", "depth", "num_warps", "num_stages")
-    for sizes in TILE_CANDIDATES[dtype.itemsize]:
-        yield replace(default, **dict(zip(names, sizes, strict=True)))
+    tiles = [replace(default, **dict(zip(names, sizes, strict=True))) for sizes in TILE_CANDIDATES[dtype.itemsize]]
+    yield from tiles
+    if flattened and default.descriptors:
+        yield from (replace(tile, flattened=True) for tile in dict.fromkeys((default, *tiles)))

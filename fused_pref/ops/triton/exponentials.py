@@ -13,11 +13,11 @@ from fused_pref.ops.triton import configs, gemm
 from fused_pref.ops.triton.helpers import activation_backward, exp
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import factors
+from fused_pref.ops.triton.mainloop import seen_targets
 from fused_pref.ops.triton.softmax import first_moment, normalised
 from fused_pref.ops.triton.statistics import (
     columns_of_a_split,
     join_metrics,
-    seen_targets,
     statistics_partials,
     store_metrics,
     store_partials,

@@ -39,31 +39,57 @@ def logits_tile(
 ):  # fmt: skip
     """Products [ROWS, COLUMNS] float32, the rows at ``indices`` (from ``row`` on with a descriptor)."""
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
-    depth = tl.arange(0, DEPTH)
-    if not HIDDEN_DESCRIPTOR:
-        hidden_pointers = hidden + indices[:, None] * hidden_stride + depth[None, :]
-    if not WEIGHT_DESCRIPTOR:
-        # Columns beyond the end repeat the last: what they give is not used.
-        own = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - column)
-        weight_pointers = weight + tl.cast(column, tl.int64) * weight_stride + own[:, None] * weight_stride + depth
+    rows_of_hidden = hidden_rows(hidden, indices, hidden_stride, HIDDEN_DESCRIPTOR, DEPTH)
+    rows_of_weight = weight_rows(weight, column, columns, weight_stride, WEIGHT_DESCRIPTOR, COLUMNS, DEPTH)
     for start in range(0, features, DEPTH):
-        if HIDDEN_DESCRIPTOR:
-            a = hidden.load([row, start])
-        elif WHOLE:
-            a = tl.load(hidden_pointers + start)
-        else:
-            a = tl.load(hidden_pointers + start, mask=(start + depth < features)[None, :], other=0.0)
-        if WEIGHT_DESCRIPTOR:
-            b = weight.load([column, start])
-        elif WHOLE:
-            b = tl.load(weight_pointers + start)
-        else:
-            b = tl.load(weight_pointers + start, mask=(start + depth < features)[None, :], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        x = tl.dot(a, b.T, x, input_precision=PRECISION)
+        a = block(rows_of_hidden, row, start, features, HIDDEN_DESCRIPTOR, WHOLE, DEPTH)
+        b = block(rows_of_weight, column, start, features, WEIGHT_DESCRIPTOR, WHOLE, DEPTH)
+        x = multiplied(a, b, x, PRECISION, UPCAST)
     return x
+
+
+@triton.jit
+def hidden_rows(hidden, indices, stride, DESCRIPTOR: tl.constexpr, DEPTH: tl.constexpr):
+    """Pointers [ROWS, DEPTH] to the first block of the rows at ``indices``; or their descriptor."""
+    if DESCRIPTOR:
+        return hidden
+    else:
+        return hidden + indices[:, None] * stride + tl.arange(0, DEPTH)[None, :]
+
+
+@triton.jit
+def weight_rows(
+    weight, column, columns, stride, DESCRIPTOR: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
+    """Pointers [COLUMNS, DEPTH] to the first block of the rows from ``column`` on; or their descriptor.
+
+    Columns beyond the end repeat the last: what they give is not used.
+    """
+    if DESCRIPTOR:
+        return weight
+    else:
+        own = tl.minimum(tl.arange(0, COLUMNS), columns - 1 - column)
+        return weight + tl.cast(column, tl.int64) * stride + own[:, None] * stride + tl.arange(0, DEPTH)[None, :]
+
+
+@triton.jit
+def block(rows, row, start, features, DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, DEPTH: tl.constexpr):
+    """The block from ``start`` on of rows (those from ``row`` on with a descriptor), 0 beyond the last feature."""
+    if DESCRIPTOR:
+        return rows.load([row, start])
+    elif WHOLE:
+        return tl.load(rows + start)
+    else:
+        return tl.load(rows + start, mask=(start + tl.arange(0, DEPTH) < features)[None, :], other=0.0)
+
+
+@triton.jit
+def multiplied(a, b, x, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """x + a · bᵀ."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b.T, x, input_precision=PRECISION)
 
 
 @triton.jit
@@ -138,8 +164,9 @@ def tuned_tile(
     with_tile: Callable[[configs.Tile], object],
     *,
     metrics: bool = False,
+    flattened: bool = False,
 ) -> configs.Tile:
-    """The tile of a table, or what a search prefers."""
+    """The tile of a table, or what a search prefers; ``flattened``: the kernel has that form, too."""
     default, hidden = tile_of(operands, table, transform, metrics=metrics), operands.hidden
     flags = {
         transform.activation: transform.nonlinear,
@@ -148,7 +175,7 @@ def tuned_tile(
         "metrics": metrics,
     }
     name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
-    candidates = configs.tile_candidates(default, hidden.dtype)
+    candidates = configs.tile_candidates(default, hidden.dtype, flattened=flattened)
     return configs.chosen(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, with_tile)
 
 

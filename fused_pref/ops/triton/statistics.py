@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fused_pref.ops.interface import ENTROPY, LOGIT_SUM, ROW_MAX, SUM_EXP, TARGET_LOGIT, Operands, Transform
 from fused_pref.ops.metrics import merged_metrics
-from fused_pref.ops.triton import configs, gemm
-from fused_pref.ops.triton.helpers import exp, transform
+from fused_pref.ops.triton import configs, gemm, mainloop
+from fused_pref.ops.triton.helpers import transform
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import factors
-from fused_pref.ops.triton.softmax import normalised, updated_moments
+from fused_pref.ops.triton.softmax import normalised
 
 
 @triton.jit
@@ -22,49 +22,25 @@ def _linear_statistics_kernel(
     rows, columns, features, hidden_stride, weight_stride, first, splits, split_columns, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    FLATTENED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     block, split = gemm.tile_order(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
     row = block * ROWS
     r = row + tl.arange(0, ROWS)
     place = gemm.indices_at(indices, r, rows)
     y = gemm.targets_at(targets, row, rows, first, ROWS)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    sum_exp = tl.zeros([ROWS], tl.float32)
-    logit_sum = tl.zeros([ROWS], tl.float32)
-    sum_exp_z = tl.zeros([ROWS], tl.float32)
-    sum_exp_sq = tl.zeros([ROWS], tl.float32)
-    target_seen = tl.full([ROWS], float("-inf"), tl.float32)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, columns)
-    for column in range(begin, end, COLUMNS):
-        x = gemm.logits_tile(
-            hidden, weight, place, row, column, columns, features, hidden_stride, weight_stride,
-            HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, ROWS, COLUMNS, DEPTH,
-        )  # fmt: skip
-        parts = gemm.quarters(x, ROWS, COLUMNS)
-        for i in tl.static_range(4):
-            cols, part = gemm.quarter(parts, i, bias, column, columns, COLUMNS)
-            own, z, logit_sum = gemm.without_targets(
-                part, cols, y, end, logit_sum, inner, outer, TRANSFORM, WITH_LOGIT_SUM
-            )
-            risen = tl.maximum(row_max, tl.max(z, 1))
-            shift = tl.where(risen == float("-inf"), 0.0, risen)
-            if WITH_METRICS:
-                sum_exp_z, sum_exp_sq = updated_moments(z, shift, row_max, sum_exp, sum_exp_z, sum_exp_sq)
-                target_seen = tl.maximum(target_seen, seen_targets(part, own, inner, outer, TRANSFORM))
-            sum_exp = sum_exp * exp(row_max - shift) + tl.sum(exp(z - shift[:, None]), 1)
-            row_max = risen
+    walk: tl.constexpr = mainloop.flattened if FLATTENED else mainloop.nested
+    row_max, sum_exp, logit_sum, sum_exp_z, sum_exp_sq, target_seen = walk(
+        hidden, weight, bias, place, y, row, begin, end, columns, features, hidden_stride, weight_stride, inner, outer,
+        HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, TRANSFORM, WITH_LOGIT_SUM, WITH_METRICS,
+        ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
     store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum, WITH_METRICS)
     if WITH_METRICS:
         entropy, sum_sq = normalised(sum_exp, sum_exp_z, sum_exp_sq)
         store_metrics(partials, split, r, rows, r < rows, entropy, sum_sq, target_seen)
-
-
-@triton.jit
-def seen_targets(x, own, inner, outer, TRANSFORM: tl.constexpr):
-    """z of the targets among part of a tile of logits, −inf in rows that have none there."""
-    return tl.max(tl.where(own, transform(x, inner, outer, TRANSFORM), float("-inf")), 1)
 
 
 @triton.jit
@@ -139,7 +115,7 @@ def update_statistics(
         asked = (logit_sum, metrics)
         return statistics_partials(operands, targets, first, transform, *asked, tile, split_columns)
 
-    tile = gemm.tuned_tile("linear_statistics", operands, table, transform, with_tile, metrics=metrics)
+    tile = gemm.tuned_tile("linear_statistics", operands, table, transform, with_tile, metrics=metrics, flattened=True)
     partials = with_tile(tile)
     row_max = torch.maximum(statistics[ROW_MAX], partials[:, 0].amax(0))
     statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
@@ -186,8 +162,8 @@ def statistics_partials(
     launch(
         _linear_statistics_kernel, (triton.cdiv(rows, tile.rows) * splits,), device,
         indices=operands.indices, targets=targets, partials=partials, first=first, splits=splits,
-        split_columns=split_columns, WITH_LOGIT_SUM=logit_sum, WITH_METRICS=metrics, **gemm.arguments(operands, tile),
-        **factors(transform), **tile.options,
+        split_columns=split_columns, WITH_LOGIT_SUM=logit_sum, WITH_METRICS=metrics, FLATTENED=tile.flattened,
+        **gemm.arguments(operands, tile), **factors(transform), **tile.options,
     )  # fmt: skip
     return partials
 
