@@ -103,11 +103,14 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
         ctx.chunks = forward.chunks
         ctx.save_for_backward(hidden, weight, bias, *forward.saved)
         ctx.mark_non_differentiable(*(means, metrics) if dropped is None else (means, metrics, dropped))
+        ctx.set_materialize_grads(False)
         return rows.scatter(logp, targets), means, metrics, dropped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """See :meth:`fused_pref.head.plans.problem.Plan.backward`."""
+        if grads[0] is None:
+            return (None,) * 7
         rows, (hidden, weight, bias, *saved) = ctx.rows, ctx.saved_tensors
         # Used up: a second backward computes them again.
         chunks, ctx.chunks = ctx.chunks, ()
@@ -183,11 +186,8 @@ class KnownGradientsFunction(torch.autograd.Function):
             dh, dw, db = known
             # Rounded once: with a shard after the sum over the ranks.
             dtype = hidden.dtype if ctx.shard is None or dh is None else dh.dtype
-            scaled = Gradients(
-                scale(dh, grads[0], dtype, ctx.backend),
-                scale(dw, grads[0], weight.dtype, ctx.backend),
-                None if bias is None else scale(db, grads[0], bias.dtype, ctx.backend),
-            )
+            dtypes = (dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+            scaled = scale(Gradients(dh, dw, db), grads[0], dtypes, ctx.backend)
             if ctx.shard is not None and scaled.hidden is not None:
                 scaled = scaled._replace(hidden=ctx.shard.reduce(scaled.hidden).to(hidden.dtype))
         result = _once(scaled, hidden, weight, bias) if torch.is_grad_enabled() else scaled
@@ -198,25 +198,28 @@ class KnownGradientsFunction(torch.autograd.Function):
 keeps_graph = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def scale(gradient: Tensor | None, upstream: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
-    """Gradient · upstream (0-d), multiplied in at least float32 and rounded once; in place where that can be."""
-    if gradient is None:
-        return None
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    if torch.compiler.is_compiling():
-        return (gradient.to(wide) * upstream.to(wide)).to(dtype)
-    own = gradient.dtype == dtype and not keeps_graph()
-    if own and backend == "triton":
+def scale(gradients: Gradients, upstream: Tensor, dtypes: tuple[torch.dtype, ...], backend: str) -> Gradients:
+    """Gradients · upstream (0-d), multiplied in at least float32 and rounded once; in place where that can be."""
+    fixed = torch.compiler.is_compiling() or keeps_graph()
+    own = [g is not None and g.dtype == dtype and not fixed for g, dtype in zip(gradients, dtypes, strict=True)]
+    if backend == "triton" and True in own:
         from fused_pref.ops.triton.scale import scale_
 
-        return scale_(gradient, upstream)
-    if own and gradient.device.type == "cpu" and upstream == 1:
-        return gradient
-    result = gradient if own else torch.empty_like(gradient, dtype=dtype)
-    source, out = gradient.view(-1), result.view(-1)
-    for part in ranges(source.numel(), block_rows(gradient.device)):
-        out[part] = source[part].to(wide) * upstream.to(wide)
-    return result
+        scale_([g for g, same in zip(gradients, own, strict=True) if g is not None and same], upstream)
+    results: list[Tensor | None] = []
+    for gradient, dtype, same in zip(gradients, dtypes, own, strict=True):
+        results.append(gradient)
+        if gradient is None or (same and (backend == "triton" or (gradient.device.type == "cpu" and upstream == 1))):
+            continue
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        if torch.compiler.is_compiling():
+            results[-1] = (gradient.to(wide) * upstream.to(wide)).to(dtype)
+            continue
+        results[-1] = result = gradient if same else torch.empty_like(gradient, dtype=dtype)
+        source, out = gradient.view(-1), result.view(-1)
+        for part in ranges(source.numel(), block_rows(gradient.device)):
+            out[part] = source[part].to(wide) * upstream.to(wide)
+    return Gradients(*results)
 
 
 def _once(gradients: Gradients, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

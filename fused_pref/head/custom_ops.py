@@ -20,7 +20,7 @@ from fused_pref.head.plans.grouped import Grouped
 from fused_pref.head.plans.head import GRADIENTS, Gradients, HeadCall, late_dtype
 from fused_pref.losses.pair import PairObjective
 from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.losses.scores import Scores, saturate
+from fused_pref.losses.scores import Scores
 from fused_pref.losses.unpaired import UnpairedObjective
 from fused_pref.ops.interface import ACCUMULATOR, ENTROPY, PairSpec, PairTerm, Transform, UnpairedSpec
 from fused_pref.ops.torch import chunk as torch_chunk
@@ -218,7 +218,7 @@ def linear_known_gradients(
         values, means, metrics, forward = score(head, rows, plan, targets)
         scores = Scores(rows.sums(values), rows.counts, None, None)
         _, slope = objective.for_parts(rows.counts).evaluate(scores, request.spec.backend, head.accumulator)
-        upstream = rows.expand(saturate(slope, torch.float32)).to(values.dtype)
+        upstream = rows.expand(slope).to(values.dtype)
         gradients = plan.backward(head, rows, forward.saved, forward.chunks, upstream)
     late = Gradients(*(None if part is None else part.to(late_dtype(part)) for part in gradients))
     return rows.scatter(values, targets), means, metrics, *_filled(late, hidden)

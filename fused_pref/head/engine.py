@@ -20,7 +20,7 @@ from fused_pref.head.plans.skipping import can_skip
 from fused_pref.layout import ValidRows, valid_rows
 from fused_pref.losses.open import OpenObjective
 from fused_pref.losses.pair import PairObjective
-from fused_pref.losses.scores import Scores, Tokens, gather, mean_sums, saturate
+from fused_pref.losses.scores import Scores, Tokens, gather, mean_sums
 from fused_pref.losses.unpaired import UnpairedObjective
 from fused_pref.ops import devices
 from fused_pref.ops.devices import device_at
@@ -150,7 +150,7 @@ def evaluate_groups(
             part, counts, totals = whole.part(members), gather(rows.counts, members), (None, None)
         output, found = part.evaluate(Scores(own, counts, *totals), spec.backend, dtype)
         outputs.append(output)
-        return saturate(found, torch.float32)
+        return found
 
     with working(head, rows):
         with torch.no_grad():

@@ -170,6 +170,15 @@ class TargetRows(NamedTuple):
     weight: Tensor  # (v, D)
 
 
+class FinishedRows(NamedTuple):
+    """What is known of rows whose Q is in memory, up to a factor of each row."""
+
+    logp: Tensor  # (n,)
+    one_minus_p: Tensor  # (n,) 1 − p_y
+    factor: Tensor  # (n,) of Q as it lies in memory: 1 − p_y over what Q was multiplied by
+    target_q: Tensor | None  # (n,) the targets' entries of that Q, which has 0 in their place; None: it has them
+
+
 @dataclass(frozen=True)
 class Operands:
     """What a fused product multiplies: rows of the hidden states and a slice of the weight, rows of both contiguous.
@@ -228,6 +237,18 @@ class RowOps(Protocol):
         self, out: Tensor, logits: Tensor, statistics: Tensor, targets: Tensor, first: int, transform: Transform
     ) -> None:
         """Write Q of a chunk of raw logits into ``out``, which may lie over it, from the statistics of whole rows."""
+        ...
+
+    def take_targets(self, q: Tensor, targets: Tensor, first: int) -> Tensor:
+        """Set the targets' entries of Q to 0 and give what they were, (n,); 0 where the target is in another chunk.
+
+        They are the largest entries of a row. Added to the product of the rest separately, they are not rounded with
+        it.
+        """
+        ...
+
+    def finish(self, statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """(logp, 1 − p_y) of whole rows: (0, 0) where nothing is scored, NaN for a label outside the vocabulary."""
         ...
 
     def scatter_rows(
@@ -300,8 +321,9 @@ class FusedOps(Protocol):
         statistics: Tensor,
         targets: Tensor,
         transform: Transform,
+        ignore_index: int,
         *,
         logit_sum: bool,
-    ) -> Tensor:
-        """Write exp(z − pivot) of whole rows into ``out``, and their statistics; gives each row's factor on Q, (N,)."""
+    ) -> FinishedRows:
+        """Write exp(z − pivot) of whole rows into ``out``, 0 at the targets, and their statistics."""
         ...

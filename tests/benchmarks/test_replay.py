@@ -53,6 +53,27 @@ def test_every_plan_is_replayed() -> None:
     assert {name for name, _ in forced} == plans | {"skipping"}
 
 
+# Operations of PyTorch and kernels of a step, at most, by plan, fused or not.
+LAUNCHES = {
+    ("grouped", True): (57, 9),
+    ("grouped", False): (52, 9),
+    ("vocab_major", True): (64, 14),
+    ("vocab_major", False): (48, 10),
+    ("frozen_head", True): (44, 10),
+    ("frozen_head", False): (39, 10),
+    ("logprob", True): (23, 4),
+    ("logprob", False): (12, 3),
+}
+
+
+@pytest.mark.parametrize("plan", LAUNCHES)
+def test_launches_of_a_step_are_few(plan: tuple[str, bool]) -> None:
+    machine = replay(next(call for call in CALLS if call.plan == plan), "sm_90").machine
+    most_operations, most_kernels = LAUNCHES[plan]
+    assert len(machine.operations) <= most_operations, machine.operations
+    assert len(machine.launches) <= most_kernels, [launched.name for launched in machine.launches]
+
+
 @pytest.mark.parametrize("sequences", [8, 32])
 def test_launches_do_not_grow_with_the_batch(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From logits; of the head the plan may differ."""

@@ -319,29 +319,50 @@ def test_statistics_and_gradient(
 def test_exponentials(
     shape: tuple[int, int, int], constants: dict[str, Any], dtype: torch.dtype, kernel_device: str, watch: Memory | None
 ) -> None:
-    """Over their multiple they are Q; the targets' entries are exactly −1 without a softcap."""
+    """They are Q up to a factor of each row, 0 at the targets, whose entries are given apart."""
     transform = transform_of(constants)
     head, targets, x = operands(*shape, dtype, kernel_device)
     rows, _, columns = shape
     truth, true_q = chunk.new_statistics(rows, x, torch.float64), x.clone()
     chunk.update_statistics(truth, true_q, targets, 0, transform, logit_sum=False, out=true_q)
-    statistics, q = (
-        chunk.new_statistics(rows, head.hidden, torch.float32),
-        torch.empty(x.shape, dtype=dtype, device=x.device),
-    )
-    multiple = linear.exponentials(q, head, statistics, targets, transform, logit_sum=True)
-    assert_values(
-        chunk.finish(statistics, targets, columns, IGNORE)[0], chunk.finish(truth, targets, columns, IGNORE)[0]
-    )
+    statistics = torch.full((4, rows), NAN, device=x.device)
+    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    done = linear.exponentials(q, head, statistics, targets, transform, IGNORE, logit_sum=True)
+    logp, one_minus_p = chunk.finish(truth, targets, columns, IGNORE)
+    means = chunk.transform_(x.clone(), transform).mean(1)
+    for found in (done[:2], chunk.finish(statistics, targets, columns, IGNORE)):
+        assert_values(found[0], logp)
+        assert_values(found[1], one_minus_p)
+    assert_values(statistics[chunk.LOGIT_SUM] / columns, means)
     if watch is not None:
         # Nothing has risen above the pivots: the second pass writes nothing.
         assert len(watch.within(q, watch.written)) == rows * columns
-    assert_gradient(
-        q.double() / multiple.double()[:, None], true_q, 2**-7 if dtype == torch.bfloat16 else rounding(shape[1])
+    assert done.target_q is not None
+    own = torch.nn.functional.one_hot(targets, columns).bool()
+    assert not q[own].any()
+    found = torch.where(own, done.target_q.double()[:, None], q.double()) * done.factor.double()[:, None]
+    rounded = 2**-7 if dtype == torch.bfloat16 else rounding(shape[1])
+    assert_gradient(found, true_q * one_minus_p[:, None], rounded)
+    # The targets' part is exact in any dtype.
+    assert_gradient(found[own], (true_q * one_minus_p[:, None])[own], rounding(shape[1]))
+
+
+@pytest.mark.parametrize("label", [-1, 33, IGNORE])
+def test_exponentials_of_rows_without_a_target(label: int, kernel_device: str) -> None:
+    """No entry is left out; nothing is known of a row whose label is outside the vocabulary."""
+    head, targets, x = operands(2, 8, 33, torch.float32, kernel_device)
+    targets[0] = label
+    q = torch.empty(2, 33, device=kernel_device)
+    done = linear.exponentials(
+        q, head, torch.empty(4, 2, device=kernel_device), targets, Transform(), IGNORE, logit_sum=False
     )
-    if not constants:
-        own = q.gather(1, targets[:, None])[:, 0].to(multiple.dtype)
-        assert torch.equal(own, -multiple)
+    expected = torch.tensor(0.0 if label == IGNORE else NAN, device=kernel_device)
+    for found in done[:3]:
+        torch.testing.assert_close(found[0], expected, equal_nan=True)
+        assert found[1].isfinite()
+    assert done.target_q is not None
+    assert done.target_q[0] == 0
+    assert_gradient(q[0] / q[0].sum(), x[0].softmax(0), 1e-5)
 
 
 # Planner

@@ -71,12 +71,14 @@ def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Ite
     # Most targets occur several times.
     repeated = targets % 5
     yield "chunk", lambda: chunk.update_statistics(statistics, logits, targets, 0, softcap, logit_sum=True, out=narrow)
+    yield "targets of Q", lambda: chunk.take_targets(narrow, targets, 0)
+    yield "log-probs of rows", lambda: chunk.finish(statistics, targets, columns, -100)
     yield "rows to their places", lambda: chunk.scatter_rows(out, rows, factor, indices, TargetRows(targets, q, weight))
     yield "rows where they are", lambda: chunk.scatter_rows(rows, rows, factor)
     yield "rows by columns", lambda: chunk.scatter_rows(out, rows.T.contiguous().T, factor)
     yield "targets of dW", lambda: chunk.add_target_rows(weight, rows.to(dtype), factor, repeated)
-    yield "scale", lambda: scale.scale_(weight, factor[0])
-    yield "scale by 1", lambda: scale.scale_(weight, torch.ones((), device=device))
+    yield "scale", lambda: scale.scale_([weight, rows], factor[0])
+    yield "scale by 1", lambda: scale.scale_([weight], torch.ones((), device=device))
 
 
 def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Iterator[Step]:
@@ -106,7 +108,8 @@ def products(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> I
 
     def exponentials() -> None:
         fresh = new_statistics(N, hidden, torch.float32)
-        linear.exponentials(wide, Operands(hidden[:N], weight, None, None), fresh, targets, plain, logit_sum=True)
+        operands = Operands(hidden[:N], weight, None, None)
+        linear.exponentials(wide, operands, fresh, targets, plain, -100, logit_sum=True)
 
     yield "linear statistics", lambda: update_statistics(None, None, hidden[:N])
     yield "linear statistics by index", lambda: update_statistics(bias, indices, hidden)

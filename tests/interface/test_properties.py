@@ -76,7 +76,9 @@ def within_budget(problem: Problem) -> Result:
     try:
         return evaluate(fp, problem)
     except ValueError as error:
-        named = re.fullmatch(r"memory_budget must be at least (\d+) bytes for N=.*; got \d+; see docs/budget.md", str(error))
+        named = re.fullmatch(
+            r"memory_budget must be at least (\d+) bytes for N=.*; got \d+; see docs/budget.md", str(error)
+        )
         if named is None:
             raise
     least = int(named[1])

@@ -246,6 +246,8 @@ for given in (ends, None):
     lower(f"strides, {given is None}", lambda: sequences.targets_of(own, given, -100))
 into = {"logit_sum": True, "out": meta(n, v)}
 lower("strides", lambda: chunk.update_statistics(meta(4, n), meta(n, v), labels, 0, Transform(), **into))
+lower("strides", lambda: chunk.take_targets(meta(n, v), labels, 0))
+lower("strides", lambda: chunk.finish(meta(4, n), labels, v, -100))
 lower("strides", lambda: chunk.scatter_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), target_rows))
 lower("strides", lambda: chunk.add_target_rows(meta(v, d), meta(d, n).T, logp, labels))
 """

@@ -40,7 +40,8 @@ def watch(kernel_device: str) -> Iterator[Memory]:
 def test_programs_share_nothing_that_is_written(watch: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch, 8, 40)
     small_reductions(monkeypatch, 4)
-    monkeypatch.setattr(configs, "SELECTED_BIAS", configs.Config(16, 1))
+    for name in ("ROWS", "SELECTED_BIAS"):
+        monkeypatch.setattr(configs, name, configs.Config(16, 1))
     monkeypatch.setattr(exponentials, "PROBE", 16)
     for _, call in steps("cpu", 20, 16, 32):
         call()

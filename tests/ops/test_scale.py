@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from harness import IGNORE, assert_linear_parity, assert_parity, make_batch, make_hidden, reference_logps
-from probes import KERNEL, memory, small_blocks
+from probes import KERNEL, launches, memory, small_blocks
 from torch import Tensor
 from wrong_kernels import narrow_kernel
 
@@ -126,6 +126,18 @@ def test_chunk() -> None:
 
 
 @pytest.mark.usefixtures("host")
+def test_finished_rows() -> None:
+    """Log-probs from statistics, and targets taken out of Q, both with rows far apart."""
+    statistics, q, targets = torch.rand(4, 3) + 1, torch.randn(3, 64), torch.tensor([3, IGNORE, 63], dtype=torch.int32)
+
+    def step(s: Tensor, q: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return *chunk.finish(s, y, 64, IGNORE), chunk.take_targets(q, y, 0), q
+
+    there = step(far(statistics, FAR, 1), far(q, FAR, 1), far(targets, FAR))
+    assert all(map(torch.equal, step(statistics, q.clone(), targets), there))
+
+
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_scatter_rows(by_columns: bool) -> None:
     """From rows far apart, or rows of columns far apart, to rows of an ``out`` with more than 2³¹ entries."""
@@ -191,7 +203,7 @@ def test_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
     near, there = torch.zeros(40, 48), far(torch.zeros(40, 48), FAR_TILE, 1)
     for out in (near, there):
         fresh, operands = new_statistics(40, hidden, torch.float32), Operands(hidden, weight, None, None)
-        linear.exponentials(out, operands, fresh, targets, Transform(), logit_sum=True)
+        linear.exponentials(out, operands, fresh, targets, Transform(), IGNORE, logit_sum=True)
     assert torch.equal(near, there)
 
 
@@ -238,10 +250,22 @@ def test_scale() -> None:
             return run(kernel, *args, grid=(1,), **keywords)
 
     with mock.patch.object(KERNEL, "run", launch):
-        scale.scale_(x, torch.tensor(2.0))
+        scale.scale_([x], torch.tensor(2.0))
     start = number // last * last
     assert (x[start:] == 2).all()
     assert (x[number - last : start] == 1).all()
+
+
+@pytest.mark.parametrize("sizes", [(5,), (9000, 1), (1, 0, 20_000), (0,)], ids=str)
+def test_scale_of_several(sizes: tuple[int, ...], kernel_device: str) -> None:
+    """All in one launch, each in its own dtype."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    given = [torch.ones(size, dtype=dtype, device=kernel_device) for size, dtype in zip(sizes, dtypes, strict=False)]
+    for factor in (1.0, 0.5):
+        with launches() as recorder:
+            scale.scale_(given, torch.tensor(factor, device=kernel_device))
+        assert recorder.names == ["_scale_kernel"] * (sum(sizes) > 0)
+        assert all((x == factor).all() for x in given)
 
 
 @pytest.mark.usefixtures("host")

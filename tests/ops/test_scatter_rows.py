@@ -1,4 +1,4 @@
-"""Rows of a product and their targets, scaled and brought to their places, against float64."""
+"""What is done by rows, against float64: their results, their targets, and rows brought to their places."""
 
 import pytest
 import torch
@@ -7,6 +7,56 @@ from fused_pref.ops.interface import TargetRows
 from fused_pref.ops.torch import chunk
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+INF, NAN = torch.inf, torch.nan
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("labels", [torch.int64, torch.int32])
+def test_finish(labels: torch.dtype, kernel_device: str) -> None:
+    """More rows than a program has; likely and unlikely targets, one entry alone, none, and what is not finite."""
+    from fused_pref.ops.triton import chunk as device_chunk
+
+    generator, rows, columns = torch.Generator().manual_seed(0), 300, 50
+    statistics = torch.randn(8, rows, generator=generator) * 10
+    statistics[1] = statistics[1].abs() + 1
+    least = torch.finfo(torch.float32).min
+    hard = [
+        (5, 3, 90),
+        (5, 3, -90),
+        (least, 0, 7),
+        (5, 3, -INF),
+        (least, 0, -INF),
+        (NAN, NAN, 3),
+        (5, 3, NAN),
+        (5, 3, INF),
+    ]
+    statistics[:3, : len(hard)] = torch.tensor(hard).T
+    targets = torch.randint(0, columns, (rows,), generator=generator, dtype=labels)
+    targets[100:103] = torch.tensor([-100, -1, columns])
+    truth = chunk.finish(statistics.double(), targets, columns, -100)
+    given = statistics.to(kernel_device)[:4], targets.to(kernel_device)
+    for found, expected in zip(device_chunk.finish(*given, columns, -100), truth, strict=True):
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+    assert [part[100].item() for part in truth] == [0, 0]
+    assert all(part[101:103].isnan().all() for part in truth)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_take_targets(dtype: torch.dtype, backend: str, kernel_device: str) -> None:
+    """Of a slice of the vocabulary in the first columns of wider rows; other entries stay."""
+    module = chunk
+    if backend == "triton":
+        from fused_pref.ops.triton import chunk as module
+    wide = torch.randn(300, 40).to(kernel_device, dtype)
+    before, targets = wide.clone(), torch.randint(90, 150, (300,)).to(kernel_device)
+    taken = module.take_targets(wide[:, :33], targets, 100)
+    own = torch.zeros(300, 200, dtype=torch.bool, device=kernel_device).scatter_(1, targets[:, None], True)[:, 100:140]
+    own[:, 33:] = False
+    assert taken.dtype == torch.float32
+    assert torch.equal(taken, before.where(own, 0).float().sum(1))
+    assert torch.equal(wide, before.masked_fill(own, 0))
 
 
 @pytest.mark.usefixtures("poison")

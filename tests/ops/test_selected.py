@@ -70,7 +70,7 @@ def test_products(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel_d
 
     out = torch.full((columns,), torch.nan, device=kernel_device)
     selected.bias_product(out, q, factor, indices, count)
-    close(out, -wide.t() @ factor[own].double(), 2e-6)
+    close(out, wide.t() @ factor[own].double(), 2e-6)
 
 
 @pytest.mark.parametrize("constants", [Transform(), Transform("tanh", -1.7 / 3, 3 / 0.6)], ids=str)

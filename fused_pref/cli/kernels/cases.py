@@ -107,6 +107,13 @@ def chunk_gradient(
     chunk.gradient(out, logits, meta(4, 8192), targets, 0, transform or Transform())
 
 
+def finished_rows(dtype: torch.dtype) -> None:
+    """Launch the log-probs of rows from their statistics, and the targets out of their Q."""
+    targets = meta(8192, dtype=torch.int64)
+    chunk.finish(meta(4, 8192), targets, VOCABULARY, -100)
+    chunk.take_targets(meta(8192, 4096, dtype=dtype), targets, 4096)
+
+
 def operands(dtype: torch.dtype, columns: int, features: int, by_index: bool, bias: bool) -> gemm.Operands:
     """Rows of hidden states and a slice of the weight."""
     indices = meta(8192, dtype=torch.int64) if by_index else None
@@ -142,7 +149,8 @@ def linear_exponentials(
     """Launch the exponentials of a group of rows, and their statistics."""
     head, targets = operands(dtype, vocabulary, features, False, bias), meta(8192, dtype=torch.int64)
     out = meta(8192, padded(vocabulary), dtype=dtype)
-    linear.exponentials(out, head, meta(8 if metrics else 4, 8192), targets, transform or Transform(), logit_sum=False)
+    statistics = meta(8 if metrics else 4, 8192)
+    linear.exponentials(out, head, statistics, targets, transform or Transform(), -100, logit_sum=False)
 
 
 def linear_gradient(
@@ -212,9 +220,9 @@ def in_one_loop(launch: Callable[[torch.dtype], object], dtype: torch.dtype) -> 
         configs.chooser = before
 
 
-def gradient_scale(dtype: torch.dtype) -> Tensor:
-    """Launch the scaling of a gradient."""
-    return scale.scale_(meta(8192, 4096, dtype=dtype), meta())
+def gradient_scale(dtype: torch.dtype) -> None:
+    """Launch the scaling of gradients."""
+    scale.scale_([meta(8192, 4096, dtype=dtype), meta(VOCABULARY, 4096, dtype=dtype), meta(VOCABULARY)], meta())
 
 
 def scores(dtype: torch.dtype, mean: str | None, packed: bool) -> tuple[Tensor, ...]:
@@ -322,6 +330,7 @@ CASES = [
         (torch.float32,),
     ),
     Case("odd vocabulary", partial(chunk_gradient, **ODD), (torch.float32,)),
+    Case("finished rows", finished_rows, (torch.float32, torch.bfloat16)),
     Case("targets of dW", added_target_rows),
     Case("odd depth", partial(added_target_rows, features=2305), (torch.bfloat16,)),
     Case("by index, with targets", scattered_rows),

@@ -14,7 +14,6 @@ from fused_pref.head.plans.head import Gradients, Head, Sums
 from fused_pref.head.plans.problem import Forward, Plan, Problem, cuts, number, rounds
 from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import TargetRows
-from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import ranges
 from fused_pref.ops.torch.matmul import add_product
 
@@ -57,13 +56,11 @@ class FrozenHead(Plan):
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for group in ranges(len(rows.targets), self.rows):
             h, targets = head.take(rows, group), rows.targets[group]
-            q, multiple = head.statistics_and_q(statistics[:, group], memory, h, targets, fused=self.fused)
-            target_q = torch_chunk.take_targets(q, targets, 0)
+            q, done = head.statistics_and_q(statistics[:, group], memory, h, targets, fused=self.fused)
+            target_q = head.kernels.take_targets(q, targets, 0) if done.target_q is None else done.target_q
             add_product(u[group], q, head.w, fresh=True)
-            _, one_minus_p = head.finish(statistics[:, group], targets)
-            one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
             target_rows = TargetRows(targets, target_q, head.w)
-            head.kernels.scatter_rows(u[group], u[group], -head.transform.slope * one_minus_p, target_rows=target_rows)
+            head.kernels.scatter_rows(u[group], u[group], -head.transform.slope * done.factor, target_rows=target_rows)
         return Forward(statistics, (u,))
 
     def backward(
@@ -71,4 +68,4 @@ class FrozenHead(Plan):
     ) -> Gradients:
         """a_n U_n at the valid rows."""
         (u,) = saved
-        return Sums(None, None, u).gradients(head, rows, -grad_logp, None)
+        return Sums(None, None, u).gradients(head, rows, grad_logp, None)

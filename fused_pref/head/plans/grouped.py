@@ -17,7 +17,6 @@ from fused_pref.head.plans.problem import Plan, Problem, cuts, number, rounds
 from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import LOGIT_SUM
 from fused_pref.ops.metrics import token_metrics
-from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.matmul import add_product
 
 # (runs of sequences, None for all of them; their sums (s,) float64) → ∂loss/∂sums (s,) float64
@@ -91,7 +90,7 @@ class Grouped(Plan):
         bounds = self.bounds or (0, units)
         positions = head.hidden.shape[:-1].numel()
         logp, totals = torch.zeros((2, positions), dtype=head.accumulator, device=head.hidden.device)
-        metrics = logp.new_zeros(3, positions if head.metrics else 0)
+        metrics = logp.new_zeros(3, positions) if head.metrics else logp.new_empty(3, 0)
         sums = _GroupSums(head, single=len(bounds) == 2)
         memory = head.new_chunk(self.rows, head.columns, fused=self.fused)
         for u0, u1 in itertools.pairwise(bounds):
@@ -100,16 +99,15 @@ class Grouped(Plan):
             group = rows if members is None else rows.part(members)
             h = head.take(group)
             statistics = head.new_statistics(len(group.targets))
-            q, multiple = head.statistics_and_q(statistics, memory, h, group.targets, fused=self.fused)
-            values, one_minus_p = head.finish(statistics, group.targets)
+            q, done = head.statistics_and_q(statistics, memory, h, group.targets, fused=self.fused)
             if head.metrics:
-                for row, value in zip(metrics, token_metrics(statistics, values, one_minus_p), strict=True):
+                for row, value in zip(metrics, token_metrics(statistics, *done[:2]), strict=True):
                     group.scatter_(row, value)
-            one_minus_p = one_minus_p if multiple is None else one_minus_p / multiple
-            group.scatter_(logp, values)
-            group.scatter_(totals, statistics[LOGIT_SUM])
-            known = slope(members, group.sums(values))
-            sums.add(group, h, q, group.expand(known).to(one_minus_p.dtype) * one_minus_p * head.transform.slope)
+            group.scatter_(logp, done.logp)
+            if head.logit_sum:
+                group.scatter_(totals, statistics[LOGIT_SUM])
+            known = group.expand(slope(members, group.sums(done.logp))).to(logp.dtype)
+            sums.add(group, h, q, known * done.factor * -head.transform.slope, done.target_q)
         return logp, totals, metrics, sums.gradients()
 
 
@@ -120,7 +118,7 @@ class _GroupSums:
         self.head, self.fresh, wanted = head, True, head.wanted
         self.dh = self.dw = self.db = None
         if "hidden" in wanted:
-            dtype = torch.promote_types(late_dtype(head.hidden), head.hidden_dtype)
+            dtype = late_dtype(head.hidden) if head.shard is None else head.hidden_dtype
             self.dh = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
         if "weight" in wanted:
             # Several 16-bit groups are summed in float32; one comes out of its product rounded once.
@@ -129,26 +127,31 @@ class _GroupSums:
         if "bias" in wanted:
             self.db = head.weight.new_zeros(head.columns, dtype=head.accumulator)
 
-    def add(self, group: ValidRows, h: Tensor, q: Tensor, factor: Tensor) -> None:
-        """A group's rows h (n, D), their Q (n, V) and −∂loss/∂z = factor · Q."""
-        head, target_q = self.head, None
-        apart = self.dw is not None and head.targets_apart
+    def add(self, group: ValidRows, h: Tensor, q: Tensor, factor: Tensor, target_q: Tensor | None) -> None:
+        """A group's rows h (n, D), their Q (n, V) and ∂loss/∂z = factor · Q.
+
+        ``target_q`` are the targets' entries of Q, (n,), if it does not have them.
+        """
+        head = self.head
         if self.db is not None:
             self.db += head.bias_gradient(q, factor)
-        if apart:
-            target_q = torch_chunk.take_targets(q, group.targets, 0)
+            if target_q is not None:
+                ones = torch.ones_like(factor)[:, None]
+                head.kernels.add_target_rows(self.db[:, None], ones, factor * target_q, group.targets)
+        if target_q is None and self.dw is not None and head.targets_apart:
+            target_q = head.kernels.take_targets(q, group.targets, 0)
         if self.dw is not None:
             x, scale = scaled_rows(head, h, factor)
             add_product(self.dw, q.t(), x, fresh=self.fresh, scale=scale)
             del x
             if target_q is not None:
-                head.kernels.add_target_rows(self.dw, h, -factor * target_q, group.targets)
+                head.kernels.add_target_rows(self.dw, h, factor * target_q, group.targets)
         if self.dh is not None:
             product = torch.empty(h.shape, dtype=head.arithmetic.product, device=h.device)
             if target_q is None:
-                target_q = torch_chunk.take_targets(q, group.targets, 0)
+                target_q = head.kernels.take_targets(q, group.targets, 0)
             add_product(product, q, head.w, fresh=True)
-            head.scatter_hidden(group, product, -factor, target_q, self.dh)
+            head.scatter_hidden(group, product, factor, target_q, self.dh)
         self.fresh = False
 
     def gradients(self) -> Gradients:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_pref.head.plans.shard import Shard
 from fused_pref.layout import ValidRows
 from fused_pref.ops.devices import GPU
-from fused_pref.ops.interface import ACCUMULATOR, FusedOps, Operands, RowOps, TargetRows
+from fused_pref.ops.interface import ACCUMULATOR, FinishedRows, FusedOps, Operands, RowOps, TargetRows
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import Rows, block_rows, padded, ranges
 from fused_pref.ops.torch.matmul import arithmetic, overlay, project
@@ -130,15 +130,13 @@ class Head:
 
     def statistics_and_q(
         self, statistics: Tensor, memory: Tensor, h: Tensor, targets: Tensor, *, fused: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Update the statistics of whole rows; gives their Q (n, V) times the second result, (n,), None for 1."""
+    ) -> tuple[Tensor, FinishedRows]:
+        """Update the statistics of whole rows; gives their Q (n, V), up to a factor, and what is known of them then."""
         if fused:
             width = padded(self.columns)
             out = memory[: h.shape[0] * width].view(h.shape[0], width)
-            multiple = self.fused.exponentials(
-                out, self.operands(h), statistics, targets, self.transform, logit_sum=self.logit_sum
-            )
-            return out[:, : self.columns], multiple
+            given = (self.operands(h), statistics, targets, self.transform, self.ignore_index)
+            return out[:, : self.columns], self.fused.exponentials(out, *given, logit_sum=self.logit_sum)
         z = self.project(memory, h)
         q = overlay(z, self.dtype)
         out = q if self.shard is None else None
@@ -146,7 +144,8 @@ class Head:
         if self.shard is not None:
             self.shard.merge(statistics, logit_sum=self.logit_sum)
             self.kernels.gradient(q, z, statistics, targets, 0, self.transform)
-        return q, None
+        logp, one_minus_p = self.finish(statistics, targets)
+        return q, FinishedRows(logp, one_minus_p, one_minus_p, None)
 
     @property
     def fused(self) -> FusedOps:
@@ -183,7 +182,7 @@ class Head:
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
         labels = targets if self.shard is None else targets + self.shard.first
-        return torch_chunk.finish(statistics, labels, self.vocabulary, self.ignore_index)
+        return self.kernels.finish(statistics, labels, self.vocabulary, self.ignore_index)
 
     def scatter_hidden(
         self, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None, dh: Tensor | None = None
@@ -196,10 +195,10 @@ class Head:
         return dh
 
     def bias_gradient(self, q: Tensor, factor: Tensor) -> Tensor:
-        """−qᵀ factor, (v,) in the dtype of the token math."""
+        """qᵀ factor, (v,) in the dtype of the token math."""
         total = torch.zeros(q.shape[1], dtype=self.accumulator, device=q.device)
         for part in ranges(q.shape[0], block_rows(q.device, q.shape[1])):
-            total.addmv_(q[part].to(total.dtype).t(), factor[part].to(total.dtype), alpha=-1)
+            total.addmv_(q[part].to(total.dtype).t(), factor[part].to(total.dtype))
         return total
 
 
@@ -216,7 +215,7 @@ class Sums(NamedTuple):
 
     dw: Tensor | None  # (V, D), in its own dtype
     db: Tensor | None  # (V,), in the dtype of the token math
-    hidden: Tensor | None  # (N, D), in the dtype of the token math: Q W, to be multiplied by −factor
+    hidden: Tensor | None  # (N, D), in the dtype of the token math: Q W, to be multiplied by the factors
 
     @classmethod
     def of(cls, head: Head, rows: ValidRows) -> "Sums":
@@ -231,23 +230,26 @@ class Sums(NamedTuple):
         """The gradients, once all tiles are in; ``target_q`` as for :meth:`Head.scatter_hidden`."""
         dh = None
         if self.hidden is not None:
-            dh = head.scatter_hidden(rows, self.hidden, -factor, target_q)
+            dh = head.scatter_hidden(rows, self.hidden, factor, target_q)
             if head.shard is not None:
                 dh = head.shard.reduce(dh).to(head.hidden.dtype)
         return Gradients(dh, self.dw, None if self.db is None or head.bias is None else self.db.to(head.bias.dtype))
 
 
 def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """−factor · h in the dtype of the products, and what the product with it must be multiplied by (None: 1).
+    """Rows h times ``factor``, and what a product with them must be multiplied by (None: 1).
 
     Float16 would underflow: there the factors are divided by the largest, or the rows are float32 as their products.
     """
     if head.arithmetic.upcast:
-        return h * -factor[:, None], None
+        return h * factor[:, None], None
     scale = None
     if head.dtype == torch.float16:
         largest = factor.abs().amax() if factor.numel() else factor.new_zeros(())
         factor, scale = torch.where(largest > 0, factor / largest, factor), torch.where(largest > 0, largest, 1)
     result = torch.empty_like(h, memory_format=torch.contiguous_format)
-    head.kernels.scatter_rows(result, h, -factor)
+    if head.triton:
+        return torch.mul(h, factor[:, None], out=result), scale
+    # A product of two dtypes is slow on a CPU.
+    head.kernels.scatter_rows(result, h, factor)
     return result, scale

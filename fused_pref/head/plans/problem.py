@@ -221,7 +221,7 @@ class Plan(ABC):
         seconds: predicted time.
         fused: whether the product that makes the logits is fused; saved slices never are.
         bounds: unit numbers at which the groups begin, and their end; empty where rows are cut anywhere.
-        saved: slices of logits saved from the forward for the backward.
+        saved: slices of logits saved from the forward for the backward, which are one chunk.
     """
 
     name: ClassVar[str]

@@ -103,7 +103,7 @@ class Skipping(Plan):
         """Of the rows that need each tile."""
         statistics, live = saved
         _, one_minus_p = head.finish(statistics, rows.targets)
-        factor = grad_logp * one_minus_p * head.transform.slope
+        factor = grad_logp * one_minus_p * -head.transform.slope
         h, into = head.take(rows), Sums.of(head, rows)
         if into.hidden is not None:
             into.hidden.zero_()  # added to: no tile has all rows
@@ -136,7 +136,7 @@ class Skipping(Plan):
             if db is not None:
                 db[columns] = head.bias_gradient(q, own)
             if sums is not None:
-                target_q.index_add_(0, selected, torch_chunk.take_targets(q, targets, columns.start))
+                target_q.index_add_(0, selected, head.kernels.take_targets(q, targets, columns.start))
                 part = torch.empty(x.shape, dtype=head.arithmetic.product, device=x.device)
                 add_product(part, q, head.w[columns], fresh=True)
                 sums.index_add_(0, selected, part.to(sums.dtype))

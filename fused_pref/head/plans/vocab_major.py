@@ -15,7 +15,6 @@ from typing_extensions import Self
 from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
 from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, number, rounds
 from fused_pref.layout import ValidRows
-from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import ranges
 from fused_pref.ops.torch.matmul import add_product, overlay
 
@@ -82,66 +81,59 @@ class VocabMajor(Plan):
         )
 
     def forward(self, head: Head, rows: ValidRows) -> Forward:
-        """Saves the statistics (4, N) and the raw logits of the first ``saved`` slices, (N, v) each."""
-        statistics = head.new_statistics(len(rows.targets))
-        h, saved = head.take(rows), []
-        slices = list(ranges(head.columns, self.columns))
+        """Saves the statistics (4, N) and the raw logits of the first ``saved`` slices, one chunk (N, v)."""
+        statistics, asked = head.new_statistics(len(rows.targets)), {"logit_sum": head.logit_sum}
+        h, saved, kept = head.take(rows), (), min(self.saved * self.columns, head.columns)
+        if kept:
+            z = head.project(head.new_chunk(len(h), kept), h, slice(kept))
+            head.kernels.update_statistics(statistics, z, rows.targets, 0, head.transform, **asked)
+            saved = (z,)
         if self.fused:
-            slices, rest = slices[: self.saved], slice(self.saved * self.columns, head.columns)
-            operands = head.operands(h, rest)
-            head.fused.update_statistics(
-                statistics, operands, rows.targets, rest.start, head.transform, logit_sum=head.logit_sum
-            )
-        scratch = head.new_chunk(len(rows.targets), self.columns) if self.saved < len(slices) else None
-        for k, columns in enumerate(slices):
-            width = columns.stop - columns.start
-            memory = head.new_chunk(len(rows.targets), width) if k < self.saved or scratch is None else scratch
-            z = head.project(memory, h, columns)
-            head.kernels.update_statistics(
-                statistics, z, rows.targets, columns.start, head.transform, logit_sum=head.logit_sum
-            )
-            if k < self.saved:
-                saved.append(z)
+            operands = head.operands(h, slice(kept, None))
+            head.fused.update_statistics(statistics, operands, rows.targets, kept, head.transform, **asked)
+        elif kept < head.columns:
+            memory = head.new_chunk(len(h), self.columns)
+            for columns in ranges(head.columns, self.columns, kept):
+                z = head.project(memory, h, columns)
+                head.kernels.update_statistics(statistics, z, rows.targets, columns.start, head.transform, **asked)
         if head.shard is not None:
             head.shard.merge(statistics, logit_sum=head.logit_sum)
-        return Forward(statistics, (statistics,), tuple(saved))
+        return Forward(statistics, (statistics,), saved)
 
     def backward(
         self, head: Head, rows: ValidRows, saved: tuple[Tensor, ...], chunks: tuple[Tensor, ...], grad_logp: Tensor
     ) -> Gradients:
-        """The saved slices are written over, the others computed again."""
+        """The saved chunk is written over, the other slices are computed again."""
         (statistics,) = saved
         _, one_minus_p = head.finish(statistics, rows.targets)
-        factor = grad_logp * one_minus_p * head.transform.slope
+        factor = grad_logp * one_minus_p * -head.transform.slope
         h, sums = head.take(rows), Sums.of(head, rows)
         dw, db, hidden = sums
         # The targets' entries of Q, which are not in the sums of dh, nor in dW where they are added apart.
         target_q, apart = torch.zeros_like(factor), dw is not None and head.targets_apart
         x, scale = scaled_rows(head, h, factor) if dw is not None else (None, None)
-        memory = None
-        for k, columns in enumerate(ranges(head.columns, self.columns)):
-            again = k >= len(chunks)
-            if again and memory is None:
-                memory = head.new_chunk(len(h), self.columns, fused=self.fused)
-            if again and self.fused and memory is not None:
+        kept = chunks[0].shape[1] if chunks else 0
+        memory = head.new_chunk(len(h), self.columns, fused=self.fused) if kept < head.columns else None
+        for columns in (*ranges(kept, kept), *ranges(head.columns, self.columns, kept)):
+            if self.fused and memory is not None and columns.start >= kept:
                 width = columns.stop - columns.start
                 q = memory[: len(h) * width].view(len(h), width)
                 operands = head.operands(h, columns)
                 head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
             else:
-                z = chunks[k] if memory is None else head.project(memory, h, columns)
+                z = chunks[0] if memory is None or columns.start < kept else head.project(memory, h, columns)
                 q = overlay(z, head.dtype)
                 head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
             if db is not None:
                 db[columns] = head.bias_gradient(q, factor)
             if apart:
-                target_q += torch_chunk.take_targets(q, rows.targets, columns.start)
+                target_q += head.kernels.take_targets(q, rows.targets, columns.start)
             if dw is not None and x is not None:
                 add_product(dw[columns], q.t(), x, fresh=True, scale=scale)
             if hidden is not None:
                 if not apart:
-                    target_q += torch_chunk.take_targets(q, rows.targets, columns.start)
-                add_product(hidden, q, head.w[columns], fresh=k == 0, terms=head.columns)
+                    target_q += head.kernels.take_targets(q, rows.targets, columns.start)
+                add_product(hidden, q, head.w[columns], fresh=columns.start == 0, terms=head.columns)
         if dw is not None and apart:
-            head.kernels.add_target_rows(dw, h, -factor * target_q, rows.targets)
+            head.kernels.add_target_rows(dw, h, factor * target_q, rows.targets)
         return sums.gradients(head, rows, factor, target_q)

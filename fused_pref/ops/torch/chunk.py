@@ -36,9 +36,9 @@ def block_rows(device: torch.device, columns: int = 1) -> int:
     return max(1, (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(columns, 1))
 
 
-def ranges(length: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size``."""
-    for start in range(0, length, max(size, 1)):
+def ranges(length: int, size: int, first: int = 0) -> Iterator[slice]:
+    """Consecutive slices of at most ``size``, from ``first`` to ``length``."""
+    for start in range(first, length, max(size, 1)):
         yield slice(start, min(start + size, length))
 
 
@@ -110,7 +110,7 @@ def transform_backward_(dz: Tensor, x: Tensor, transform: Transform) -> Tensor:
 def new_statistics(rows: int, like: Tensor, dtype: torch.dtype, *, metrics: bool = False) -> Tensor:
     """(4, n) of rows of which nothing was seen yet, (8, n) with ``metrics`` of the tokens."""
     statistics = torch.zeros((8 if metrics else 4, rows), dtype=dtype, device=like.device)
-    statistics[ROW_MAX] = torch.finfo(dtype).min
+    statistics[ROW_MAX].fill_(torch.finfo(dtype).min)
     if metrics:
         statistics[HIGHEST], statistics[TARGET_SEEN] = torch.finfo(dtype).min, -torch.inf
     return statistics
@@ -195,10 +195,7 @@ def gradient(
 
 
 def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
-    """Set the targets' entries of Q to 0 and give what they were, (n,); 0 where the target is in another chunk.
-
-    They are the largest entries of a row. Added to the product of the rest separately, they are not rounded with it.
-    """
+    """See :meth:`fused_pref.ops.interface.RowOps.take_targets`."""
     here, column = _local(targets, first, q.shape[1])
     found = q.gather(1, column[:, None])[:, 0]
     _set_targets(q, here, column, 0.0)
@@ -243,7 +240,7 @@ def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> N
 
 
 def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(logp, 1 − p_y) of rows: (0, 0) where nothing is scored, NaN for a label outside the vocabulary."""
+    """See :meth:`fused_pref.ops.interface.RowOps.finish`."""
     row_max, sum_exp, target_logit = statistics[:LOGIT_SUM]
     highest = torch.maximum(row_max, target_logit)
     target_exp, others_exp = (target_logit - highest).exp(), sum_exp * (row_max - highest).exp()

@@ -10,7 +10,7 @@ from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import activation_backward, column_of, exp, transform
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import aligned, factors
-from fused_pref.ops.triton.softmax import entr, row_softmax
+from fused_pref.ops.triton.softmax import entr, finished, row_softmax
 
 
 @triton.jit
@@ -86,6 +86,44 @@ def _chunk_gradient_kernel(
         q = exp(transform(x, inner, outer, TRANSFORM) - row_max) * inverse
         q = activation_backward(tl.where(cols == y, -1.0, q), x, inner, outer, TRANSFORM)
         tl.store(out_row + cols, q.to(out.dtype.element_ty), mask=cols < end)
+
+
+@triton.jit
+def _take_targets_kernel(
+    q,  # [n, v], updated
+    targets,  # [n]
+    taken,  # [n]
+    rows, columns, first, q_stride, targets_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    y = tl.load(targets + row * targets_stride, mask=inside, other=-1).to(tl.int64) - first
+    here = inside & (y >= 0) & (y < columns)
+    entry = q + row * q_stride + y
+    tl.store(taken + row, tl.load(entry, mask=here, other=0.0).to(tl.float32), mask=inside)
+    tl.store(entry, tl.zeros([BLOCK], q.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _finish_kernel(
+    statistics,  # [4, n]
+    targets,  # [n]
+    logp, one_minus_p,  # [n]
+    rows, columns, ignore_index, statistics_stride, targets_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    y = tl.load(targets + row * targets_stride, mask=inside, other=0).to(tl.int64)
+    seen = statistics + row
+    statistics_stride = tl.cast(statistics_stride, tl.int64)
+    row_max = tl.load(seen, mask=inside, other=0.0)
+    sum_exp = tl.load(seen + statistics_stride, mask=inside, other=1.0)
+    target_logit = tl.load(seen + 2 * statistics_stride, mask=inside, other=0.0)
+    value, others = finished(row_max, sum_exp, target_logit, y, columns, ignore_index)
+    tl.store(logp + row, value, mask=inside)
+    tl.store(one_minus_p + row, others, mask=inside)
 
 
 @triton.jit
@@ -185,6 +223,32 @@ def gradient(
         out.stride(0), **factors(transform), ALIGNED=aligned(logits) and aligned(out), BLOCK=config.block,
         **config.options,
     )  # fmt: skip
+
+
+def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
+    """See :meth:`fused_pref.ops.interface.RowOps.take_targets`. One launch."""
+    rows, columns = q.shape
+    taken = torch.empty(rows, dtype=torch.float32, device=q.device)
+    if rows:
+        launch(
+            _take_targets_kernel, (triton.cdiv(rows, configs.ROWS.block),), q.device,
+            q, targets, taken, rows, columns, first, q.stride(0), targets.stride(0), BLOCK=configs.ROWS.block,
+            **configs.ROWS.options,
+        )  # fmt: skip
+    return taken
+
+
+def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """See :meth:`fused_pref.ops.interface.RowOps.finish`. One launch."""
+    rows = targets.shape[0]
+    logp, one_minus_p = torch.empty((2, rows), dtype=torch.float32, device=targets.device).unbind()
+    if rows:
+        launch(
+            _finish_kernel, (triton.cdiv(rows, configs.ROWS.block),), targets.device,
+            statistics, targets, logp, one_minus_p, rows, columns, ignore_index, statistics.stride(0),
+            targets.stride(0), BLOCK=configs.ROWS.block, **configs.ROWS.options,
+        )  # fmt: skip
+    return logp, one_minus_p
 
 
 def scatter_rows(

@@ -8,20 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.interface import ENTROPY, LOGIT_SUM, ROW_MAX, SUM_EXP, Operands, Transform
+from fused_pref.ops.interface import ENTROPY, FinishedRows, Operands, Transform
 from fused_pref.ops.triton import configs, gemm
-from fused_pref.ops.triton.helpers import activation_backward, exp
+from fused_pref.ops.triton.helpers import activation_backward, exp, transform
 from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.logprob import factors
 from fused_pref.ops.triton.mainloop import seen_targets
-from fused_pref.ops.triton.softmax import first_moment, normalised
+from fused_pref.ops.triton.softmax import finished, first_moment, normalised
 from fused_pref.ops.triton.statistics import (
     columns_of_a_split,
     join_metrics,
     statistics_partials,
     store_metrics,
     store_partials,
-    target_logits,
+    target_logit,
+    target_options,
 )
 
 # Columns whose maximum is the pivot of a row's exponentials, and how far above it (in nats) they may rise: far enough
@@ -70,7 +71,7 @@ def _exponentials_of(
                 sum_exp_z += first_moment(z - pivot[:, None], e)
                 sum_exp_sq += tl.sum((e * SCALE) * (e * SCALE), 1)
                 target_seen = tl.maximum(target_seen, seen_targets(part, own, inner, outer, TRANSFORM))
-            e = activation_backward(tl.where(own, -1.0, e), part, inner, outer, TRANSFORM)
+            e = activation_backward(tl.where(own, 0.0, e), part, inner, outer, TRANSFORM)
             gemm.store(out, e, row, r < rows, cols, width, out_stride, ROWS)
     entropy, sum_sq = 0.0, 0.0
     if WITH_METRICS:
@@ -85,7 +86,7 @@ def _linear_exponentials_kernel(
     targets,  # [N]
     partials,  # [splits, 3, N]: maximum and Σ exp(z − pivot) of the other entries, Σ z; [splits, 6, N]: metrics, too
     pivots,  # [N]
-    out,  # [N, width]: exp(z − pivot), −1 at the targets, times the activation's slope; 0 beyond V
+    out,  # [N, width]: exp(z − pivot), 0 at the targets, times the activation's slope; 0 beyond V
     rows, columns, features, hidden_stride, weight_stride, splits, split_columns, width, out_stride, inner, outer,
     HIDDEN_DESCRIPTOR: tl.constexpr, WEIGHT_DESCRIPTOR: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
@@ -137,75 +138,122 @@ def _linear_exponentials_again_kernel(
         store_metrics(partials, split, r, rows, inside, entropy, sum_sq, target_seen)
 
 
+@triton.jit
+def _linear_finish_kernel(
+    hidden, weight, bias, indices,  # see logits_tile, none of them a descriptor
+    targets,  # [N]
+    partials,  # [splits, 3 or 6, N], of both passes
+    pivots,  # [N]
+    statistics,  # [4, N], written
+    logp, one_minus_p, factor, target_q,  # [N], see FinishedRows
+    rows, columns, features, hidden_stride, weight_stride, splits, parts, statistics_stride, ignore_index, inner, outer,
+    TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of each row, with its target's logit."""
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + row).to(tl.int64)
+    here = (y >= 0) & (y < columns)
+    x = tl.full([], 0.0, tl.float32)
+    if here:
+        x = target_logit(hidden, weight, bias, indices, row, y, features, hidden_stride, weight_stride, BLOCK)
+    z = transform(x, inner, outer, TRANSFORM)
+    split = tl.arange(0, SPLITS)
+    part = partials + split.to(tl.int64) * parts * rows + row
+    row_max = tl.load(pivots + row)
+    sum_exp = tl.sum(tl.load(part + rows, mask=split < splits, other=0.0), 0)
+    seen, statistics_stride = statistics + row, tl.cast(statistics_stride, tl.int64)
+    tl.store(seen, row_max)
+    tl.store(seen + statistics_stride, sum_exp)
+    tl.store(seen + 2 * statistics_stride, z)
+    if WITH_LOGIT_SUM:
+        tl.store(seen + 3 * statistics_stride, tl.sum(tl.load(part + rows + rows, mask=split < splits, other=0.0), 0))
+    value, others = finished(row_max, sum_exp, z, y, columns, ignore_index)
+    multiple = tl.where(sum_exp == 0, 1.0, sum_exp)
+    tl.store(logp + row, value)
+    tl.store(one_minus_p + row, others)
+    tl.store(factor + row, others / multiple)
+    tl.store(target_q + row, tl.where(here, activation_backward(-multiple, x, inner, outer, TRANSFORM), 0.0))
+
+
 def exponentials(
-    out: Tensor, operands: Operands, statistics: Tensor, targets: Tensor, transform: Transform, *, logit_sum: bool
-) -> Tensor:
+    out: Tensor,
+    operands: Operands,
+    statistics: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    *,
+    logit_sum: bool,
+) -> FinishedRows:
     """Write exp(z − pivot) of whole rows into ``out`` (N, V), and their statistics, in one product.
 
     A row's pivot is the maximum of its first columns. Rows that rise too far above it for the dtype are computed again
     with their own maximum: the device decides, nothing waits for it.
 
     Args:
-        out: (N, V) or wider, of a dtype with the range of float32; receives Q times the result. Rows of whole 32
-            bytes are written faster: what is beyond V becomes 0 (or finite, with an activation).
+        out: (N, V) or wider, of a dtype with the range of float32; receives Q, 0 at the targets, times a factor of
+            each row. Rows of whole 32 bytes are written faster: what is beyond V becomes 0 (or finite, with an
+            activation).
         operands: the whole vocabulary.
         statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
         targets: (N,) labels of the rows.
         transform: the logits transform.
+        ignore_index: label of rows that are not scored.
         logit_sum: whether Σ z is wanted.
-
-    Returns:
-        (N,) what each row of Q was multiplied by, exactly as the targets' entries say it.
     """
-    metrics = len(statistics) > ENTROPY
+    rows, metrics = operands.rows, len(statistics) > ENTROPY
+    done = FinishedRows(*torch.empty((4, rows), dtype=torch.float32, device=out.device).unbind())
+    if rows == 0:
+        return done
+    partials, pivots = _two_passes(out, operands, targets, transform, logit_sum, metrics)
+    launch(
+        _linear_finish_kernel, (rows,), out.device,
+        operands.hidden, operands.weight, operands.bias, operands.indices, targets, partials, pivots, statistics, *done,
+        rows, operands.columns, operands.hidden.shape[1], operands.hidden.stride(0), operands.weight.stride(0),
+        *partials.shape[:2], statistics.stride(0), ignore_index, **factors(transform), WITH_LOGIT_SUM=logit_sum,
+        SPLITS=max(2, triton.next_power_of_2(partials.shape[0])), **target_options(operands),
+    )  # fmt: skip
+    if metrics:
+        join_metrics(statistics, partials, torch.cat((torch.zeros_like(pivots)[None], partials[:, 1])))
+    return done
+
+
+def _two_passes(
+    out: Tensor, operands: Operands, targets: Tensor, transform: Transform, logit_sum: bool, metrics: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch the exponentials, and again those that need another pivot; partials of the splits, and the pivots."""
     flags = {"WITH_LOGIT_SUM": logit_sum, "WITH_METRICS": metrics}
-    probe = Operands(
-        operands.hidden,
-        operands.weight[:PROBE],
-        None if operands.bias is None else operands.bias[:PROBE],
-        operands.indices,
-    )
-    if operands.rows:
-        target_logits(statistics, operands, targets, 0, transform)
-        # The maximum of nothing is the least finite number, as in other statistics.
-        probe_tile = gemm.tile_of(probe, configs.STATISTICS_TILE, transform)
-        low = statistics_partials(probe, targets, 0, transform, False, False, probe_tile)[:, 0].amax(0)
-        low.clamp_(min=torch.finfo(torch.float32).min)
+    bias = None if operands.bias is None else operands.bias[:PROBE]
+    probe = replace(operands, weight=operands.weight[:PROBE], bias=bias)
+    # The maximum of nothing is the least finite number, as in other statistics.
+    probe_tile = gemm.tile_of(probe, configs.STATISTICS_TILE, transform)
+    low = statistics_partials(probe, targets, 0, transform, False, False, probe_tile)[:, 0].amax(0)
+    low.clamp_(min=torch.finfo(torch.float32).min)
 
-        def with_tile(tile: configs.Tile) -> Tensor:
-            split_columns = columns_of_a_split(operands, tile)
-            splits = triton.cdiv(operands.columns, split_columns)
-            partials = torch.empty((splits, 6 if metrics else 3, operands.rows), dtype=torch.float32, device=out.device)
-            launch(
-                _linear_exponentials_kernel, (triton.cdiv(operands.rows, tile.rows) * splits,), out.device,
-                indices=operands.indices, targets=targets, partials=partials, pivots=low, out=out, splits=splits,
-                split_columns=split_columns, width=out.shape[1], out_stride=out.stride(0), **flags,
-                **gemm.arguments(operands, tile), **factors(transform), **tile.options,
-            )  # fmt: skip
-            return partials
-
-        table = configs.EXPONENTIALS_TILE
-        tile = gemm.tuned_tile("linear_exponentials", operands, table, transform, with_tile, metrics=metrics)
-        partials = with_tile(tile)
-        row_max = partials[:, 0].amax(0)
-        high = torch.where(row_max - low > REACH, row_max, low)
-        # This kernel also holds what tells it whether to do anything: smaller tiles leave registers for that.
-        small, splits = replace(tile, rows=min(tile.rows, 64)), partials.shape[0]
+    def with_tile(tile: configs.Tile) -> Tensor:
+        split_columns = columns_of_a_split(operands, tile)
+        splits = triton.cdiv(operands.columns, split_columns)
+        partials = torch.empty((splits, 6 if metrics else 3, operands.rows), dtype=torch.float32, device=out.device)
         launch(
-            _linear_exponentials_again_kernel, (triton.cdiv(operands.rows, small.rows) * splits,), out.device,
-            indices=operands.indices, targets=targets, partials=partials, pivots=high, before=low, out=out,
-            splits=splits, split_columns=columns_of_a_split(operands, tile), width=out.shape[1],
-            out_stride=out.stride(0), **flags, **gemm.arguments(operands, small), **factors(transform),
-            **small.options,
+            _linear_exponentials_kernel, (triton.cdiv(operands.rows, tile.rows) * splits,), out.device,
+            indices=operands.indices, targets=targets, partials=partials, pivots=low, out=out, splits=splits,
+            split_columns=split_columns, width=out.shape[1], out_stride=out.stride(0), **flags,
+            **gemm.arguments(operands, tile), **factors(transform), **tile.options,
         )  # fmt: skip
-        statistics[ROW_MAX], statistics[SUM_EXP] = high, partials[:, 1].sum(0)
-        if logit_sum:
-            statistics[LOGIT_SUM] = partials[:, 2].sum(0)
-        if metrics:
-            join_metrics(statistics, partials, torch.cat((torch.zeros_like(high)[None], partials[:, 1])))
-    sum_exp = statistics[SUM_EXP].to(out.dtype)
-    scale = torch.where(sum_exp == 0, 1, sum_exp)
-    here = (targets >= 0) & (targets < operands.columns)
-    row, column = torch.arange(operands.rows, device=out.device), targets.long().where(here, 0)
-    out[row, column] *= torch.where(here, scale, 1)
-    return scale.to(statistics.dtype)
+        return partials
+
+    table = configs.EXPONENTIALS_TILE
+    tile = gemm.tuned_tile("linear_exponentials", operands, table, transform, with_tile, metrics=metrics)
+    partials = with_tile(tile)
+    row_max = partials[:, 0].amax(0)
+    high = torch.where(row_max - low > REACH, row_max, low)
+    # This kernel also holds what tells it whether to do anything: smaller tiles leave registers for that.
+    small, splits = replace(tile, rows=min(tile.rows, 64)), partials.shape[0]
+    launch(
+        _linear_exponentials_again_kernel, (triton.cdiv(operands.rows, small.rows) * splits,), out.device,
+        indices=operands.indices, targets=targets, partials=partials, pivots=high, before=low, out=out,
+        splits=splits, split_columns=columns_of_a_split(operands, tile), width=out.shape[1],
+        out_stride=out.stride(0), **flags, **gemm.arguments(operands, small), **factors(transform),
+        **small.options,
+    )  # fmt: skip
+    return partials, high

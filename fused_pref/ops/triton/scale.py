@@ -1,4 +1,4 @@
-"""A gradient times its upstream gradient, which the host does not know: where that is 1, nothing is touched."""
+"""Gradients times their upstream gradient, which the host does not know: where that is 1, nothing is touched."""
 
 import triton
 import triton.language as tl
@@ -9,26 +9,43 @@ from fused_pref.ops.triton.launch import launch
 
 
 @triton.jit
+def _scale_block(gradient, number, block, factor, BLOCK: tl.constexpr):
+    """Scale a block of a tensor, if it is one of its blocks; the number of that block among those of other tensors."""
+    if gradient is not None:
+        number = tl.cast(number, tl.int64)
+        if (block >= 0) & (block * BLOCK < number):
+            place = block * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(gradient + place, mask=place < number, other=0.0).to(tl.float32)
+            tl.store(gradient + place, (x * factor).to(gradient.dtype.element_ty), mask=place < number)
+        block -= tl.cdiv(number, BLOCK)
+    return block
+
+
+@triton.jit
 def _scale_kernel(
-    gradient,  # [n], updated
+    first, second, third,  # [n] of each, updated; the last ones may be None
     upstream,  # 0-d
-    number,
+    first_number, second_number, third_number,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
+    """The blocks of one tensor, then those of the next."""
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1.0:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(gradient + place, mask=place < number, other=0.0).to(tl.float32)
-        tl.store(gradient + place, (x * factor).to(gradient.dtype.element_ty), mask=place < number)
+        block = tl.program_id(0).to(tl.int64)
+        block = _scale_block(first, first_number, block, factor, BLOCK)
+        block = _scale_block(second, second_number, block, factor, BLOCK)
+        _scale_block(third, third_number, block, factor, BLOCK)
 
 
-def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Multiply a contiguous tensor in place by a 0-d one, in float32 and rounded once. One launch."""
-    number = gradient.numel()
-    if number:
-        config = configs.choose(configs.BACKWARD, gradient.device, gradient.dtype, number)
+def scale_(gradients: list[Tensor], upstream: Tensor) -> None:
+    """Multiply up to three contiguous tensors in place by a 0-d one, in float32 and rounded once. One launch."""
+    numbers = [gradient.numel() for gradient in gradients]
+    longest = max(gradients, key=Tensor.numel)
+    config = configs.choose(configs.BACKWARD, longest.device, longest.dtype, longest.numel())
+    blocks = sum(triton.cdiv(number, config.block) for number in numbers)
+    if blocks:
+        missing = 3 - len(gradients)
         launch(
-            _scale_kernel, (triton.cdiv(number, config.block),), gradient.device,
-            gradient, upstream, number, BLOCK=config.block, **config.options,
+            _scale_kernel, (blocks,), longest.device,
+            *gradients, *[None] * missing, upstream, *numbers, *[0] * missing, BLOCK=config.block, **config.options,
         )  # fmt: skip
-    return gradient

@@ -97,7 +97,7 @@ def _selected_bias_kernel(
     columns, q_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """−Qᵀ factor over the selected rows."""
+    """Qᵀ factor over the selected rows."""
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     selected = tl.load(count).to(tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -107,7 +107,7 @@ def _selected_bias_kernel(
         inside = (n < selected)[:, None] & (v < columns)[None, :]
         x = tl.load(q + n.to(tl.int64)[:, None] * q_stride + v[None, :], mask=inside, other=0.0)
         total += tl.sum(x.to(tl.float32) * f[:, None], 0)
-    tl.store(out + v, -total, mask=v < columns)
+    tl.store(out + v, total, mask=v < columns)
 
 
 def weight_product(
@@ -146,7 +146,7 @@ def hidden_product(sums: Tensor, q: Tensor, weight: Tensor, indices: Tensor, cou
 
 
 def bias_product(out: Tensor, q: Tensor, factor: Tensor, indices: Tensor, count: Tensor) -> None:
-    """Write −Qᵀ factor of the selected rows into ``out`` (v,) float32; factor (N_total,) float32. One launch."""
+    """Write Qᵀ factor of the selected rows into ``out`` (v,) float32; factor (N_total,) float32. One launch."""
     config = configs.SELECTED_BIAS
     launch(
         _selected_bias_kernel, (triton.cdiv(out.shape[0], config.block),), out.device,

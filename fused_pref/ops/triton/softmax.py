@@ -7,7 +7,7 @@ Metrics are the entropy and the sum of squares of the softmax q over those entri
 import triton
 import triton.language as tl
 
-from fused_pref.ops.triton.helpers import exp, transform
+from fused_pref.ops.triton.helpers import exp, log1p, transform
 
 
 @triton.jit
@@ -91,6 +91,18 @@ def normalised(sum_exp, sum_exp_z, sum_exp_sq):
 def entr(p):
     """−p log p, 0 for 0."""
     return -p * tl.log(tl.where(p == 0, 1.0, p))
+
+
+@triton.jit
+def finished(row_max, sum_exp, target_logit, y, columns, ignore_index):
+    """Log-prob and 1 − p_y of rows with labels y (int64), see :meth:`fused_pref.ops.interface.RowOps.finish`."""
+    highest = tl.maximum(row_max, target_logit)
+    target_exp, others_exp = exp(target_logit - highest), sum_exp * exp(row_max - highest)
+    far = target_logit - highest - tl.log(others_exp + target_exp)
+    logp = tl.where(others_exp < target_exp, -log1p(others_exp / target_exp), far)
+    valid = (y != ignore_index) & (y >= 0) & (y < columns)
+    fill = tl.where(y == ignore_index, 0.0, float("nan"))
+    return tl.where(valid, logp, fill), tl.where(valid, others_exp / (others_exp + target_exp), fill)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Row statistics of fused products: the softmax of rows of logits that never leave the chip."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -75,20 +77,27 @@ def _linear_target_logit_kernel(
     """The target's z of each row, by itself: the tiles need not look for it."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets + row).to(tl.int64) - first
+    if (y >= 0) & (y < columns):
+        x = target_logit(hidden, weight, bias, indices, row, y, features, hidden_stride, weight_stride, BLOCK)
+        tl.store(target_logits + row, transform(x, inner, outer, TRANSFORM))
+
+
+@triton.jit
+def target_logit(hidden, weight, bias, indices, row, y, features, hidden_stride, weight_stride, BLOCK: tl.constexpr):
+    """The raw logit of a row at its target y (int64), a column of the weight."""
     place = row
     if indices is not None:
         place = tl.load(indices + row)
-    if (y >= 0) & (y < columns):
-        sums = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, features, BLOCK):
-            depth = start + tl.arange(0, BLOCK)
-            h = tl.load(hidden + place * hidden_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
-            w = tl.load(weight + y * weight_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
-            sums += h * w
-        x = tl.sum(sums, 0)
-        if bias is not None:
-            x += tl.load(bias + y).to(tl.float32)
-        tl.store(target_logits + row, transform(x, inner, outer, TRANSFORM))
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, features, BLOCK):
+        depth = start + tl.arange(0, BLOCK)
+        h = tl.load(hidden + place * hidden_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
+        w = tl.load(weight + y * weight_stride + depth, mask=depth < features, other=0.0).to(tl.float32)
+        sums += h * w
+    x = tl.sum(sums, 0)
+    if bias is not None:
+        x += tl.load(bias + y).to(tl.float32)
+    return x
 
 
 def update_statistics(
@@ -183,6 +192,11 @@ def target_logits(statistics: Tensor, operands: Operands, targets: Tensor, first
         _linear_target_logit_kernel, (operands.rows,), hidden.device,
         hidden, weight, operands.bias, operands.indices, targets, statistics[TARGET_LOGIT], operands.columns,
         hidden.shape[1], hidden.stride(0), weight.stride(0), first, **factors(transform),
-        BLOCK=min(configs.TARGET_PRODUCT.block, triton.next_power_of_2(hidden.shape[1])),
-        **configs.TARGET_PRODUCT.options,
+        **target_options(operands),
     )  # fmt: skip
+
+
+def target_options(operands: Operands) -> dict[str, Any]:
+    """BLOCK of the device function ``target_logit``, and the options of its launch."""
+    block = min(configs.TARGET_PRODUCT.block, triton.next_power_of_2(operands.hidden.shape[1]))
+    return {"BLOCK": block, **configs.TARGET_PRODUCT.options}
