@@ -25,7 +25,7 @@ Trainers take the file as ref_logps_file, and refuse one that was made of other 
 
 examples:
   %(prog)s pairs.jsonl --model my-model --out reference.jsonl
-  %(prog)s rows.jsonl --model my-model --trainer kto --kl-batch-size 8 --out reference.jsonl
+  %(prog)s rows.jsonl --model my-model --kl-batch-size 8 --out reference.jsonl
 
 See docs/api/commands.md#ref-logps for what the file holds.
 """

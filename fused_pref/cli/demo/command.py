@@ -28,7 +28,8 @@ MAX_HELDOUT = 96
 
 EPILOG = """\
 Trains the same random weights with CPO, with DPO and with BCO on real translations, and prints
-held-out accuracy before and after. Takes minutes on two cores. Needs the extra demo: pip install ".[demo]" in a clone.
+held-out accuracy before and after. Takes minutes on two cores. Needs the extra demo: pip install ".[demo]" in
+a clone.
 
 examples:
   %(prog)s --objective cpo --steps 10

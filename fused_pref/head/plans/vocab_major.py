@@ -82,22 +82,24 @@ class VocabMajor(Plan):
 
     def forward(self, head: Head, rows: ValidRows) -> Forward:
         """Saves the statistics (4, N) and the raw logits of the first ``saved`` slices, one chunk (N, v)."""
-        statistics, asked = head.new_statistics(len(rows.targets)), {"logit_sum": head.logit_sum}
+        statistics, logit_sum = head.new_statistics(len(rows.targets)), head.logit_sum
         h, saved, kept = head.take(rows), (), min(self.saved * self.columns, head.columns)
         if kept:
             z = head.project(head.new_chunk(len(h), kept), h, slice(kept))
-            head.kernels.update_statistics(statistics, z, rows.targets, 0, head.transform, **asked)
+            head.kernels.update_statistics(statistics, z, rows.targets, 0, head.transform, logit_sum=logit_sum)
             saved = (z,)
         if self.fused:
             operands = head.operands(h, slice(kept, None))
-            head.fused.update_statistics(statistics, operands, rows.targets, kept, head.transform, **asked)
+            head.fused.update_statistics(statistics, operands, rows.targets, kept, head.transform, logit_sum=logit_sum)
         elif kept < head.columns:
             memory = head.new_chunk(len(h), self.columns)
             for columns in ranges(head.columns, self.columns, kept):
                 z = head.project(memory, h, columns)
-                head.kernels.update_statistics(statistics, z, rows.targets, columns.start, head.transform, **asked)
+                head.kernels.update_statistics(
+                    statistics, z, rows.targets, columns.start, head.transform, logit_sum=logit_sum
+                )
         if head.shard is not None:
-            head.shard.merge(statistics, logit_sum=head.logit_sum)
+            head.shard.merge(statistics, logit_sum=logit_sum)
         return Forward(statistics, (statistics,), saved)
 
     def backward(
