@@ -20,8 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 PRECISIONS = ("bf16", "fp16", "fp32")
 
 EPILOG = """\
-Writes a line of JSON a row, with the log-probs under TRL's column names. Run it again to go on where it was ended.
-Trainers take the file as ref_logps_file, and refuse one that was made of other rows or with other options.
+Writes a line of JSON a row, with the log-probs under TRL's column names. Run it again to go on where it
+was ended. Trainers take the file as ref_logps_file, and refuse one of other rows or options.
 
 examples:
   %(prog)s pairs.jsonl --model my-model --out reference.jsonl

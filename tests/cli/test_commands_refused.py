@@ -96,7 +96,8 @@ def actions(command: str) -> dict[str, argparse.Action]:
 
 def malformed(command: str, option: str) -> list[tuple[str, str]]:
     """Command lines with a malformed option, and their messages."""
-    action, start = actions(command)[option], f"argument {option}: "
+    action = actions(command)[option]
+    start = f"argument {'/'.join(action.option_strings) or option}: "
     rules = [(f"{option} {value}", message) for value, message in RULES.get(f"{command} {option}", [])]
     if action.nargs == 0:
         return [

@@ -125,8 +125,9 @@ def test_launches_do_not_depend_on_the_rows_and_nothing_waits(kernel_device: str
             "_selected_bias_kernel",
             "_selected_hidden_kernel",
         )
-        # Rows are scaled for dW, and brought to their places in dh.
-        once = {"_linear_statistics_kernel": 1, "_linear_target_logit_kernel": 1, "_scatter_rows_kernel": 2}
+        # Rows are finished in the forward and again in the backward, and brought to their places in dh.
+        once = {"_linear_statistics_kernel": 1, "_linear_target_logit_kernel": 1}
+        once |= {"_finish_kernel": 2, "_scatter_rows_kernel": 1}
         assert kernels == {**once, **dict.fromkeys(each, tiles)}
         assert not recorder.synchronising
         found.append(recorder.names)

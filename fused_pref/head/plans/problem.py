@@ -16,6 +16,7 @@ from typing_extensions import Self
 from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.layout import ValidRows
 from fused_pref.ops.devices import Device
+from fused_pref.ops.torch.chunk import row_stride
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Problem:
 
     def chunk(self, rows: int, columns: int, itemsize: int) -> int:
         """Bytes of a chunk of logits, or of Q."""
-        return self.device.allocation(rows * columns * itemsize)
+        stride = row_stride(columns) if self.narrow and not self.late_scale else columns
+        return self.device.allocation(rows * stride * itemsize)
 
     def copied(self, rows: int) -> int:
         """Bytes of gathered rows."""

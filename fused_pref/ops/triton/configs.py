@@ -151,8 +151,9 @@ TILE_CANDIDATES = {
     ],
     4: [(64, 64, 16, 8, 3), (64, 64, 32, 8, 2), (64, 128, 16, 8, 3), (128, 64, 16, 8, 3), (32, 64, 32, 4, 3)],
 }  # fmt: skip
-# Rows of which a program handles an entry or a few, one a thread.
-ROWS = Config(128, 4)
+# Rows of which a program handles an entry or a few: no fewer than it has threads on any GPU, so that none of them
+# repeats a row and reads what another has written.
+ROWS = Config(256, 4)
 # Tokens of a sequence that a program sums at a time.
 REDUCTION = Config(1024, 4)
 # Pairs or sequences that an objective handles at a time: two a thread, because it keeps some thirty float64 of each.
