@@ -23,12 +23,12 @@ HEADER = ("pairs", "tokens", "padding", *(f"{form}, tokens/s" for form in FORMS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="B", help="of a batch")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="B", help="of a batch")
     parser.add_argument("--shortest", type=int, default=16, metavar="T", help="default: %(default)s")
     parser.add_argument("--longest", type=int, default=128, metavar="T", help="default: %(default)s")
     parser.add_argument("--vocabulary", type=int, default=32_768, metavar="V", help="default: %(default)s")
-    parser.add_argument("--hidden", type=int, default=512, metavar="D", help="default: %(default)s")
-    parser.add_argument("--layers", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=256, metavar="D", help="default: %(default)s")
+    parser.add_argument("--layers", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device(), help="default: %(default)s")
