@@ -112,15 +112,13 @@ class Head:
 
     def new_chunk(self, rows: int, columns: int, *, fused: bool = False) -> Tensor:
         """Memory for rows of logits, one after the other; ``fused``: for Q alone."""
-        dtype, stride = (self.dtype, padded(columns)) if fused else (self.arithmetic.logits, self.row_stride(columns))
+        dtype, stride = (self.dtype, padded(columns)) if fused else (self.arithmetic.logits, columns)
+        if self.arithmetic.rows_first:
+            stride = torch_chunk.row_stride(stride)
         entries, device = rows * stride, self.hidden.device
         if device.type != "cpu":
             entries = GPU.allocation(entries * dtype.itemsize) // dtype.itemsize
         return torch.empty(entries, dtype=dtype, device=device)
-
-    def row_stride(self, columns: int) -> int:
-        """Entries from one row of raw logits to the next."""
-        return torch_chunk.row_stride(columns) if self.arithmetic.rows_first else columns
 
     def new_statistics(self, rows: int) -> Tensor:
         """Statistics of rows of which nothing was seen yet, (4, n), or (8, n) with metrics."""
@@ -129,7 +127,7 @@ class Head:
     def project(self, memory: Tensor, h: Tensor, columns: slice = slice(None)) -> Tensor:
         """Raw logits of these columns, (n, v), in memory from :meth:`new_chunk`."""
         w = self.w[columns]
-        stride = self.row_stride(w.shape[0])
+        stride = torch_chunk.row_stride(w.shape[0]) if self.arithmetic.rows_first else w.shape[0]
         z = memory[: h.shape[0] * stride].view(h.shape[0], stride)[:, : w.shape[0]]
         return project(z, h, w, None if self.b is None else self.b[columns])
 
