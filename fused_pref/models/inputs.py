@@ -173,8 +173,8 @@ def without_padding(
         ValueError, TypeError: as :func:`with_positions`.
     """
     mask = inputs["attention_mask"].bool()
-    lengths, device = mask.sum(1).tolist(), mask.device
-    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    counts, device = mask.sum(1), mask.device
+    lengths, cu_seqlens = counts.tolist(), F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     # Which of the S·T are tokens; the host knows how many, and need not wait for them.
     tokens = mask.flatten().sort(descending=True, stable=True).indices[: sum(lengths)]
     layout = lay_out(lengths, row_tokens)

@@ -114,9 +114,14 @@ class Problem:
         block = min(self.device.columns, rows) + features
         return 4 * block * min(self.device.columns, self.vocabulary) if self.late_scale and not self.device.mixed else 0
 
+    @property
+    def rows_first(self) -> bool:
+        """Whether an operand that lies by columns is copied into rows first (bfloat16 on a CPU)."""
+        return self.narrow and not self.late_scale
+
     def transposed(self, rows: int, columns: int) -> int:
         """Bytes of a block of logits that is copied into rows of the vocabulary for dW (bfloat16 on a CPU)."""
-        turns = self.narrow and not self.late_scale and "weight" in self.gradients
+        turns = self.rows_first and "weight" in self.gradients
         return rows * min(columns, self.device.columns) * self.itemsize if turns else 0
 
     def target_sums(self, rows: int, itemsize: int) -> int:
@@ -138,7 +143,7 @@ class Problem:
 
     def chunk(self, rows: int, columns: int, itemsize: int) -> int:
         """Bytes of a chunk of logits, or of Q."""
-        stride = row_stride(columns) if self.narrow and not self.late_scale else columns
+        stride = row_stride(columns) if self.rows_first else columns
         return self.device.allocation(rows * stride * itemsize)
 
     def copied(self, rows: int) -> int:
