@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_pref import validate
-from fused_pref.models.packing import FLASH_ATTN_KWARGS, flash_attn_kwargs, is_flash_attention, lay_out
+from fused_pref.models.packing import (
+    FLASH_ATTN_KWARGS,
+    boundaries_of,
+    flash_attn_kwargs,
+    is_flash_attention,
+    lay_out,
+)
 from fused_pref.models.probe import check_packing
 
 
@@ -174,7 +179,7 @@ def without_padding(
     """
     mask = inputs["attention_mask"].bool()
     counts, device = mask.sum(1), mask.device
-    lengths, cu_seqlens = counts.tolist(), F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    lengths, cu_seqlens = counts.tolist(), boundaries_of(counts)
     # Which of the S·T are tokens; the host knows how many, and need not wait for them.
     tokens = mask.flatten().sort(descending=True, stable=True).indices[: sum(lengths)]
     layout = lay_out(lengths, row_tokens)

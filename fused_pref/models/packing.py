@@ -62,9 +62,13 @@ def lay_out(lengths: Sequence[int], row_tokens: int | None = None) -> Layout:
         tokens.append(torch.full((width - length,), starts[-1] - 1))
         positions.append(torch.zeros(width - length, dtype=torch.int64))
         sizes += [1] * (width - length)
-    boundaries = F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(torch.int32)
-    shape = (len(rows), width)
+    shape, boundaries = (len(rows), width), boundaries_of(torch.tensor(sizes))
     return Layout(torch.cat(tokens).view(shape), torch.cat(positions).view(shape), index, boundaries)
+
+
+def boundaries_of(lengths: Tensor) -> Tensor:
+    """(S+1,) int32, as flash-attention has them, of sequences of these lengths (S,)."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -149,7 +153,7 @@ class PackingCollator:
             "input_ids": ids[layout.tokens],
             "position_ids": layout.positions,
             "labels": torch.tensor([label for _, labels in sequences for label in labels]),
-            "cu_seqlens": F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32),
+            "cu_seqlens": boundaries_of(torch.tensor(lengths)),
             "token_index": layout.token_index,
         }
         return batch | flash_attn_kwargs(layout.boundaries, max(lengths)) | self._numbers(rows)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_pref.models.head import OutputHead, sharded
-from fused_pref.models.packing import flash_attn_kwargs, is_flash_attention
+from fused_pref.models.packing import boundaries_of, flash_attn_kwargs, is_flash_attention
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +193,8 @@ def _packing(model: Any, rows: int) -> tuple[bool, bool]:
     device = embeddings.weight.device
     ids = torch.arange(first + second, device=device).expand(rows, -1) % embeddings.weight.shape[0]
     positions = torch.cat([torch.arange(length, device=device) for length in LENGTHS]).expand(rows, -1)
-    lengths = torch.tensor([0, *LENGTHS * rows], device=device).cumsum(0).to(torch.int32)
-    given = flash_attn_kwargs(lengths, max(LENGTHS)) if is_flash_attention(model) else {}
+    boundaries = boundaries_of(torch.tensor(LENGTHS * rows, device=device))
+    given = flash_attn_kwargs(boundaries, max(LENGTHS)) if is_flash_attention(model) else {}
 
     def run(**inputs: Any) -> Tensor:
         return model.forward(**inputs, use_cache=False, return_dict=True).logits
