@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl.trainer.dpo_config import DPOConfig as StockDPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as StockDPOTrainer
@@ -18,7 +17,7 @@ from fused_pref.trl.base import HeadTrainer, first_units, of_first
 from fused_pref.trl.columns import ColumnCollator, check_columns
 from fused_pref.trl.dpo_config import DPOConfig
 from fused_pref.trl.dpo_losses import NamedLoss, OwnLoss, StepOutput, named_keywords, refusal, weighted_logps
-from fused_pref.trl.row_trainer import CHECKED, RowTrainer
+from fused_pref.trl.row_trainer import CHECKED, RowTrainer, is_own_reference
 
 # Options that an objective of one's own stands for, at their defaults.
 REPLACED: dict[str, Any] = {
@@ -66,9 +65,11 @@ class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
         given.pop("self")
         config = given["args"] = self.checked(**{name: given.get(name) for name in CHECKED})
         self.take_options(config)
-        if given.get("ref_model") is None and _nameless(given["model"]) and given.get("peft_config") is None:
+        model = given["model"]
+        own = is_own_reference(model, given.get("ref_model"), config, given.get("peft_config"))
+        if own and not unwrap(model).config._name_or_path:
             # TRL loads the reference by the model's name.
-            given["ref_model"] = None if config.precompute_ref_log_probs else copy.deepcopy(given["model"])
+            given["ref_model"] = copy.deepcopy(model)
         self.delta = getattr(config, "delta_value", 0.0)
         if isinstance(config, DPOConfig) and config.delta_moves:
             self.delta = self.reward_shift = config.shift()
@@ -230,11 +231,6 @@ class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
             "logits/chosen": output.logits[0],
             "logits/rejected": output.logits[1],
         }
-
-
-def _nameless(model: Any) -> bool:
-    """Whether a model is neither a name nor loaded by one, and has no adapters that could be switched off."""
-    return isinstance(model, nn.Module) and not is_peft_model(model) and not unwrap(model).config._name_or_path
 
 
 def _loss(config: Any, objective: Callable[..., Tensor] | None, unit: int | None) -> NamedLoss | OwnLoss:

@@ -2,6 +2,8 @@
 
 from typing import Any, ClassVar
 
+from accelerate.utils import is_peft_model
+from torch import nn
 from trl.data_utils import is_conversational
 
 from fused_pref.trl.checks import check_args, check_causal, check_eos, check_model, check_reference, check_tokenizer
@@ -68,3 +70,9 @@ class RowTrainer(ReferenceRows):
         """All that a collator gives for the model: ids and mask, positions, token types, pictures, ..."""
         others = (*self.trainer_inputs, *self.columns)
         return {name: value for name, value in batch.items() if name not in others}
+
+
+def is_own_reference(model: Any, ref_model: Any, args: Any, peft_config: Any) -> bool:
+    """Whether the reference is a model object as it is before training: neither given, adapters nor precomputed."""
+    alone = isinstance(model, nn.Module) and not is_peft_model(model)
+    return alone and ref_model is None and peft_config is None and not args.precompute_ref_log_probs

@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl.trainer.kto_trainer import KTOTrainer as StockKTOTrainer
 
@@ -13,7 +12,7 @@ from fused_pref.models import attach
 from fused_pref.trl.base import HeadTrainer, of_first
 from fused_pref.trl.columns import RowCollator
 from fused_pref.trl.reference_file import KL_LOGPS
-from fused_pref.trl.row_trainer import RowTrainer
+from fused_pref.trl.row_trainer import RowTrainer, is_own_reference
 
 SIDES = ("chosen", "rejected")
 # Metric of a side → what it is a mean over.
@@ -37,10 +36,7 @@ class UnpairedTrainer(RowTrainer, StockKTOTrainer, HeadTrainer):
     def __init__(
         self, model: Any, ref_model: Any = None, args: Any = None, *, peft_config: Any = None, **others: Any
     ) -> None:
-        loaded = isinstance(model, str)
-        if ref_model is None and not (
-            loaded or peft_config is not None or is_peft_model(model) or args.precompute_ref_log_probs
-        ):
+        if is_own_reference(model, ref_model, args, peft_config):
             ref_model = copy.deepcopy(model)
         if ref_model is not None and self.head:
             attach(ref_model)
