@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.helpers import column_of, exp, log1p, row_offset, transform
+from fused_pref.ops.triton.helpers import column_of, exp, row_offset, transform
 from fused_pref.ops.triton.launch import launch
-from fused_pref.ops.triton.softmax import entr, joined, row_softmax
+from fused_pref.ops.triton.softmax import entr, joined, log_prob, row_softmax
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _finish(
     sum_exp = tl.where(valid, sum_exp, float("nan"))
     zy = z - risen
     ey = tl.where(valid, exp(zy), 0.0)
-    value = tl.where(sum_exp < ey, -log1p(sum_exp / ey), zy - tl.log(sum_exp + ey))
+    value = log_prob(zy, ey, sum_exp)
     tl.store(logp + row, tl.where(scored, value, 0.0))
     tl.store(statistics + row, tl.where(scored, risen, 0.0))
     tl.store(statistics + (row + rows), tl.where(scored, sum_exp + ey, 0.0))

@@ -94,12 +94,17 @@ def entr(p):
 
 
 @triton.jit
+def log_prob(z, target_exp, others_exp):
+    """A target's log-prob from its z below the maximum, exp(z), and the sum of the other exponentials: at most 0."""
+    return tl.where(others_exp < target_exp, -log1p(others_exp / target_exp), z - tl.log(others_exp + target_exp))
+
+
+@triton.jit
 def finished(row_max, sum_exp, target_logit, y, columns, ignore_index):
     """Log-prob and 1 − p_y of rows with labels y (int64), see :meth:`fused_pref.ops.interface.RowOps.finish`."""
     highest = tl.maximum(row_max, target_logit)
     target_exp, others_exp = exp(target_logit - highest), sum_exp * exp(row_max - highest)
-    far = target_logit - highest - tl.log(others_exp + target_exp)
-    logp = tl.where(others_exp < target_exp, -log1p(others_exp / target_exp), far)
+    logp = log_prob(target_logit - highest, target_exp, others_exp)
     valid = (y != ignore_index) & (y >= 0) & (y < columns)
     fill = tl.where(y == ignore_index, 0.0, float("nan"))
     return tl.where(valid, logp, fill), tl.where(valid, others_exp / (others_exp + target_exp), fill)
