@@ -27,32 +27,10 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASE
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
-def patch_once() -> None:
-    """Let Triton's interpreter remap its language once a launch and module.
-
-    It does so again in every helper that a program calls, which changes nothing and takes half of its time.
-    """
-    from triton.runtime import interpreter
-
-    executor: Any = interpreter.GridExecutor
-    patch, launch, done = interpreter._patch_lang, executor.__call__, set[int]()
-
-    def patch_of(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module in done:
-            return None
-        done.add(module)
-        return patch(function)
-
-    def launch_of(self: Any, *args: Any, **keywords: Any) -> Any:
-        done.clear()
-        return launch(self, *args, **keywords)
-
-    interpreter._patch_lang, executor.__call__ = patch_of, launch_of
-
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    patch_once()
+    from interpreter import quicken
+
+    quicken()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -29,6 +29,9 @@ class Device:
         epilogue: seconds that a fused product spends on a logit beyond multiplying: what the slowest of them is
             predicted to take above the floor at D=4096 (``benchmarks/static.md``), not measured. Infinite where
             kernels run for tests alone.
+        by_index: seconds that a fused product spends on a multiplication more where it reads rows by index and not by
+            descriptor: predicted for tiles of 256 columns and four instructions for 16 bytes, not measured. 0 where
+            there are no descriptors.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Device:
     scratch: int = 2**20
     memory: int | None = None
     epilogue: float = math.inf
+    by_index: float = 0.0
     outputs: int = 0
     processors: int = 0
     launch: float = 0.0
@@ -71,11 +75,12 @@ class Device:
 
 
 def _gpu(
-    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, epilogue: float
-) -> Device:
+    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, epilogue: float,
+    by_index: float = 0.0,
+) -> Device:  # fmt: skip
     sizes = {"columns": 4096, "scratch": 2**25, "memory": gibibytes << 30, "processors": processors}
-    rates = {2: half, 4: single, 8: single / 10}
-    return Device("gpu", rates, bandwidth, measured, mixed=True, epilogue=epilogue, launch=5e-6, **sizes)
+    rates, costs = {2: half, 4: single, 8: single / 10}, {"epilogue": epilogue, "by_index": by_index, "launch": 5e-6}
+    return Device("gpu", rates, bandwidth, measured, mixed=True, **sizes, **costs)
 
 
 CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, "2 cores with AMX", outputs=768 * 1024)
@@ -83,8 +88,8 @@ CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, "2 cores with AMX
 # bandwidth.
 GPUS = {
     "sm_80": _gpu("0.8 of an A100's data sheet", 79, 2.5e14, 1.2e14, 1.75e12, 108, 2.2e-12),
-    "sm_90": _gpu("an H200", 139, 7.9e14, 3.0e14, 4.3e12, 132, 1.1e-12),
-    "sm_100": _gpu("0.8 of a B200's data sheet", 178, 1.8e15, 8.0e14, 7.2e12, 148, 1.1e-12),
+    "sm_90": _gpu("an H200", 139, 7.9e14, 3.0e14, 4.3e12, 132, 1.1e-12, 6.8e-17),
+    "sm_100": _gpu("0.8 of a B200's data sheet", 178, 1.8e15, 8.0e14, 7.2e12, 148, 1.1e-12, 5.6e-17),
     "gfx942": _gpu("0.6 of an MI300X's data sheet", 191, 7.8e14, 1.0e14, 4.7e12, 304, 1.6e-12),
 }
 GPU = GPUS["sm_90"]

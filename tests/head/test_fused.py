@@ -11,6 +11,7 @@ from probes import Memory, watching
 
 import fused_pref as fp
 from fused_pref.head.plans import planner as plan
+from fused_pref.head.plans.logprob import Logprob
 from fused_pref.head.plans.problem import Problem
 from fused_pref.ops import devices
 from fused_pref.ops.interface import Transform
@@ -80,24 +81,32 @@ def test_no_exponentials_in_float16() -> None:
 @pytest.mark.parametrize("bound", [None, 40])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize(
-    ("name", "wanted"), [("grouped", "hwb"), ("vocab_major", "hwb"), ("frozen_head", "h"), ("logprob", "")]
-)
-def test_layouts(name: str, wanted: str, layout: str, bound: int | None, kernel_device: str) -> None:
-    """Padding beyond the valid tokens, packed sequences; what stands in unscored positions does not matter."""
+    ("name", "wanted", "small"),
+    [
+        ("grouped", "hwb", False), ("vocab_major", "hwb", False), ("frozen_head", "h", False), ("logprob", "", False),
+        ("logprob", "", True),
+    ],
+)  # fmt: skip
+def test_layouts(name: str, wanted: str, small: bool, layout: str, bound: int | None, kernel_device: str) -> None:
+    """Padding beyond the valid tokens, packed sequences; what stands in unscored positions does not matter.
+
+    The smallest plan for log-probs reads the rows in place.
+    """
     batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True)
     batch.wanted, keywords = wanted, {"max_valid_tokens": bound, "backend": "triton", "logits_mean": None}
     if layout == "packed":
         ends = torch.tensor([0, 9, 9, 20, 36], dtype=torch.int32, device=kernel_device)
         batch.hidden, batch.labels = batch.hidden.flatten(0, 1).contiguous(), batch.labels.flatten()
         keywords["cu_seqlens"] = ends
-    with only(name, fused=True):
+    with only(name, small=small, fused=True) as taken:
         parity("cpo", batch, device=kernel_device, **keywords)
+    assert not isinstance(taken[0], Logprob) or taken[0].gather != small
     if layout == "padded":
         scored = torch.zeros_like(batch.labels, dtype=torch.bool)
         scored[:, :-1] = batch.labels[:, 1:] != IGNORE
         clean = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
         batch.hidden = batch.hidden.detach().masked_fill(~scored[..., None], NAN)
-        with only(name, fused=True):
+        with only(name, small=small, fused=True):
             dirty = run_linear(fp.linear_cpo_loss, batch, **keywords)[1]
         for one, other in zip(clean, dirty, strict=True):
             assert (one is None) == (other is None)
@@ -385,11 +394,19 @@ def test_fused_where_the_model_says_so(hidden: int) -> None:
 
 
 def test_log_probs_write_no_logits() -> None:
-    fused = plan.choose(problem_of(gradients=frozenset()))
-    assert fused.workspace == devices.GPU.scratch
-    assert (fused.rows, fused.columns) == (8192, 128256)
-    copied = plan.choose(problem_of(gradients=frozenset(), indexed=False))
-    assert copied.workspace == devices.GPU.scratch + 8192 * 4096 * 2
+    """The rows are copied once, for descriptors; where the copy does not fit, or nothing is gained, not."""
+    scratch, copy = devices.GPU.scratch, 8192 * 4096 * 2
+    wanted = {"gradients": frozenset()}
+    for found, gather, workspace in (
+        (plan.choose(problem_of(**wanted)), True, scratch + copy),
+        (plan.choose(problem_of(**wanted, budget=scratch + copy - 1)), False, scratch),
+        (plan.choose(problem_of(**wanted, indexed=False)), True, scratch + copy),
+        (plan.choose(problem_of(**wanted, gathered=False)), True, scratch),
+        (plan.choose(problem_of(**wanted, device=devices.GPUS["sm_80"])), False, scratch),
+    ):
+        assert isinstance(found, Logprob)
+        assert (found.fused, found.rows, found.columns) == (True, 8192, 128256)
+        assert (found.gather, found.workspace) == (gather, workspace)
 
 
 def test_a_chunk_of_q_is_half_a_chunk_of_logits() -> None:

@@ -72,7 +72,7 @@ def only(
             assert not problem.gradients
             return next(p for p in plan.candidates(problem) if p.fused == fused)
         if small:
-            best = min(plans, key=lambda p: (min(p.rows, p.columns) < least, p.rows * p.columns, p.saved))
+            best = min(plans, key=lambda p: (min(p.rows, p.columns) < least, p.rows * p.columns, p.saved, p.workspace))
         else:
             best = max(plans, key=lambda p: (p.fused and p.saved > 0, p.workspace))
         taken.append(best)

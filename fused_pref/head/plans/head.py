@@ -174,11 +174,10 @@ class Head:
         h = h if h.stride(1) == 1 else h.contiguous()
         return Operands(h, self.w[columns], None if self.b is None else self.b[columns].contiguous(), indices)
 
-    def operands_of(self, rows: ValidRows) -> Operands:
-        """The same for these rows and the whole vocabulary, the rows read in place if they can be."""
+    def operands_in_place(self, rows: ValidRows) -> Operands:
+        """The same for these rows, read in place, and the whole vocabulary; for heads that are :attr:`indexed`."""
         flat = Rows(self.hidden.detach()).flat
-        if flat is None or not self.indexed:
-            return self.operands(self.take(rows))
+        assert flat is not None
         # Padding stands for some row that is not scored: nobody asks for its statistics.
         return self.operands(flat, indices=rows.indices)
 
