@@ -7,7 +7,6 @@ import gc
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import shared

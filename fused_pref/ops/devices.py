@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,22 +75,21 @@ class Device:
 
 
 def _gpu(
-    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, epilogue: float,
-    by_index: float = 0.0,
-) -> Device:  # fmt: skip
-    sizes = {"columns": 4096, "scratch": 2**25, "memory": gibibytes << 30, "processors": processors}
-    rates, costs = {2: half, 4: single, 8: single / 10}, {"epilogue": epilogue, "by_index": by_index, "launch": 5e-6}
-    return Device("gpu", rates, bandwidth, measured, mixed=True, **sizes, **costs)
+    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, **costs: float
+) -> Device:
+    memory, rates = gibibytes << 30, {2: half, 4: single, 8: single / 10}
+    sizes = Device("gpu", rates, bandwidth, measured, 4096, mixed=True, scratch=2**25, memory=memory, launch=5e-6)
+    return replace(sizes, processors=processors, **costs)
 
 
 CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, "2 cores with AMX", outputs=768 * 1024)
 # By architecture. Where nothing was measured: 0.8 (0.6 on an MI300X) of the data sheet's operations and 0.9 of its
 # bandwidth.
 GPUS = {
-    "sm_80": _gpu("0.8 of an A100's data sheet", 79, 2.5e14, 1.2e14, 1.75e12, 108, 2.2e-12),
-    "sm_90": _gpu("an H200", 139, 7.9e14, 3.0e14, 4.3e12, 132, 1.1e-12, 6.8e-17),
-    "sm_100": _gpu("0.8 of a B200's data sheet", 178, 1.8e15, 8.0e14, 7.2e12, 148, 1.1e-12, 5.6e-17),
-    "gfx942": _gpu("0.6 of an MI300X's data sheet", 191, 7.8e14, 1.0e14, 4.7e12, 304, 1.6e-12),
+    "sm_80": _gpu("0.8 of an A100's data sheet", 79, 2.5e14, 1.2e14, 1.75e12, 108, epilogue=2.2e-12),
+    "sm_90": _gpu("an H200", 139, 7.9e14, 3.0e14, 4.3e12, 132, epilogue=1.1e-12, by_index=6.8e-17),
+    "sm_100": _gpu("0.8 of a B200's data sheet", 178, 1.8e15, 8.0e14, 7.2e12, 148, epilogue=1.1e-12, by_index=5.6e-17),
+    "gfx942": _gpu("0.6 of an MI300X's data sheet", 191, 7.8e14, 1.0e14, 4.7e12, 304, epilogue=1.6e-12),
 }
 GPU = GPUS["sm_90"]
 

@@ -61,7 +61,7 @@ LAUNCHES = {
     ("vocab_major", False): (48, 10),
     ("frozen_head", True): (44, 10),
     ("frozen_head", False): (39, 10),
-    ("logprob", True): (23, 4),
+    ("logprob", True): (24, 4),
     ("logprob", False): (12, 3),
 }
 

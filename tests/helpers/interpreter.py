@@ -1,12 +1,14 @@
 """Triton's interpreter, made quicker for tests: it works out again and again what never changes.
 
-Every helper that a program calls remaps the whole language, and every value works out the attributes of its type. Here
-the language is remapped once a launch and module, and types keep what was found. Results are the same.
+Every helper that a program calls remaps the whole language, every value works out the attributes of its type, and every
+operation casts and broadcasts operands that are alike. Here the language is remapped once a launch and module, types
+keep what was found, and operands that are alike stay as they are. Results are the same.
 """
 
 from typing import Any
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -14,6 +16,7 @@ def quicken() -> None:
     """To be called once, before kernels run."""
     remap_once()
     keep_types()
+    leave_alike()
 
 
 def remap_once() -> None:
@@ -48,7 +51,7 @@ def keep_types() -> None:
         key = type(element_ty), element_ty.name, pointer, lengths
         if key not in blocks:
             make_block(self, element_ty, shape)
-            blocks[key] = vars(self)
+            blocks[key] = {**vars(self), "lengths": lengths}
         self.__dict__ = blocks[key]
 
     def tensor_of(self: Any, handle: Any, type: Any) -> None:
@@ -65,3 +68,21 @@ def keep_types() -> None:
         return kept["np_dtype"]
 
     block.__init__, tensor.__init__, interpreter._get_np_dtype = block_of, tensor_of, dtype_of
+
+
+def leave_alike() -> None:
+    """Neither cast a value to its own type nor broadcast blocks of one shape."""
+    semantic: Any = TritonSemantic
+    cast, broadcast = semantic.cast, semantic.broadcast_impl_value
+
+    def cast_of(self: Any, input: Any, dst_ty: Any, *rounding: Any, **keywords: Any) -> Any:
+        if input.dtype is dst_ty:
+            return input
+        return cast(self, input, dst_ty, *rounding, **keywords)
+
+    def broadcast_of(self: Any, lhs: Any, rhs: Any) -> Any:
+        if vars(lhs.type).get("lengths") == vars(rhs.type).get("lengths"):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    semantic.cast, semantic.broadcast_impl_value = cast_of, broadcast_of

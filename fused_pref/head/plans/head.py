@@ -174,10 +174,11 @@ class Head:
         h = h if h.stride(1) == 1 else h.contiguous()
         return Operands(h, self.w[columns], None if self.b is None else self.b[columns].contiguous(), indices)
 
-    def operands_in_place(self, rows: ValidRows) -> Operands:
-        """The same for these rows, read in place, and the whole vocabulary; for heads that are :attr:`indexed`."""
+    def operands_of(self, rows: ValidRows, *, gather: bool) -> Operands:
+        """The same for these rows and the whole vocabulary; without ``gather`` read in place if they can be."""
         flat = Rows(self.hidden.detach()).flat
-        assert flat is not None
+        if gather or flat is None:
+            return self.operands(self.take(rows))
         # Padding stands for some row that is not scored: nobody asks for its statistics.
         return self.operands(flat, indices=rows.indices)
 

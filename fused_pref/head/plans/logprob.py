@@ -67,8 +67,10 @@ class Logprob(Plan):
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
         if self.fused:
-            rows = "the scored rows are copied; " if problem.gathered and self.gather else ""
-            return (f"forward: {rows}a fused product of {self.rows} x {self.columns}, no logits are written → log-probs",)
+            rows = "rows are copied; " if problem.gathered and self.gather else ""
+            return (
+                f"forward: {rows}a fused product of {self.rows} x {self.columns}, no logits are written → log-probs",
+            )
         count = rounds(problem.tokens, self.rows) * rounds(problem.vocabulary, self.columns)
         return (f"forward: {number(count, 'chunk')} of {self.rows} x {self.columns} logits → log-probs",)
 
@@ -82,7 +84,7 @@ class Logprob(Plan):
         targets = rows.targets
         statistics = head.new_statistics(len(targets))
         if self.fused:
-            operands = head.operands(head.take(rows)) if self.gather else head.operands_in_place(rows)
+            operands = head.operands_of(rows, gather=self.gather)
             head.fused.update_statistics(statistics, operands, targets, 0, head.transform, logit_sum=head.logit_sum)
         else:
             memory = head.new_chunk(self.rows, self.columns)
