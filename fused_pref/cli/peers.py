@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,6 +146,25 @@ def load_trl(name: str) -> Loss:
     return lambda p: (scored if p.hidden.is_cuda else everywhere)(p)
 
 
+def load_unsloth(name: str) -> Loss:
+    """unsloth_zoo's fused log-probs of the scored rows: one file of it, since the package asks for a GPU."""
+    found = importlib.util.find_spec("unsloth_zoo")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("unsloth_zoo is not installed")
+    path = Path(found.submodule_search_locations[0], "fused_losses", "fused_linear.py")
+    spec = importlib.util.spec_from_file_location("unsloth_zoo_fused_linear", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"unsloth_zoo has no {path.name}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def loss(p: Problem) -> Tensor:
+        logp = module.fused_linear_logprobs(p.hidden, p.weight, p.labels.clamp(min=0), mask=p.scored)
+        return objective(name, logp, p)
+
+    return loss
+
+
 def load_liger_pairs(name: str) -> Loss:
     """Liger's chunked preference losses, compiled as by default."""
     from liger_kernel import chunked_loss  # pyright: ignore[reportMissingImports]
@@ -216,6 +236,7 @@ PEERS = {
         Peer("eager", by_position(eager)),
         Peer("torch.compile", load_compiled, TRAINED, note="of eager", twin=True),
         Peer("trl_chunked", load_trl, package="trl", note="TRL's log-prob head, PyTorch's objective"),
+        Peer("unsloth", load_unsloth, package="unsloth_zoo", note="unsloth_zoo's log-prob head, PyTorch's objective"),
         Peer("liger_pairs", load_liger_pairs, PAIRS, package="liger_kernel", note="a pair at a time"),
         Peer("liger_ce", load_liger, ("cross_entropy",), package="liger_kernel", gpu=True, note=ONLY_CE),
         Peer(

@@ -15,7 +15,7 @@ from fused_pref.__main__ import COMMANDS, main
 ELSEWHERE = {
     "fused_pref demo": "test_demo_runs_end_to_end",
     "fused_pref doctor": "test_doctor",
-    "fused_pref kernels": "test_every_kernel_is_compiled_on_every_target",
+    "fused_pref kernels": "test_every_kernel_is_compiled_for_every_target",
     "fused_pref parity": "test_command",
     "fused_pref ref-logps": "test_log_probs_are_those_of_trl",
     "fused_pref tune": "test_the_command_measures_and_keeps",
