@@ -113,7 +113,9 @@ def test_import_is_light() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_number_that_varies_becomes_a_constant_of_the_graph(dynamic: bool | None) -> None:
-    """A hyperparameter that is an argument of what is compiled: a compiler would keep it symbolic."""
+    """A hyperparameter that is an argument of what is compiled: a compiler would keep it symbolic, from its second
+    value on if not told.
+    """
     batch = make_hidden(4, 6, 16, 50)
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
 
@@ -123,5 +125,5 @@ def test_a_number_that_varies_becomes_a_constant_of_the_graph(dynamic: bool | No
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for beta in (0.1, 0.2, 0.3):
+    for beta in (0.1, 0.2) if dynamic else (0.1, 0.2, 0.3):
         torch.testing.assert_close(compiled(hidden, weight, beta), step(hidden, weight, beta))
