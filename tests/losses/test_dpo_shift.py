@@ -158,7 +158,7 @@ def test_products(keywords: dict[str, Any], most: float, budget: int | None) -> 
     [*((case, True) for case in ("mixture", "forward", "step", "aot")), ("mixture", False), ("forward", False)],
 )
 def test_fullgraph(case: str, linear: bool, fresh: None) -> None:
-    """A head treats each case in its own way; logits are the same to all objectives, of which two hold a state or not."""
+    """A head treats each case in its own way; from logits, with and without a state."""
     batch, ref = head()
     shifts = [fp.RewardShift(update="step" if case == "step" else "forward") for _ in range(2)]
     cases: dict[str, dict[str, Any]] = {

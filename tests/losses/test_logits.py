@@ -48,7 +48,7 @@ TRANSFORMS = [{"softcap": 5.0, "logit_scale": 1.7, "temperature": 0.6}, {"temper
 
 
 def with_dtypes(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], torch.dtype]]:
-    """All in float32, the first two in every dtype: an objective sees sums of log-probs, whatever logits they are of."""
+    """All in float32, two in every dtype: an objective sees sums of log-probs, whatever logits they are of."""
     return [*((keywords, torch.float32) for keywords in cases), *itertools.product(cases[:2], DTYPES[1:])]
 
 
