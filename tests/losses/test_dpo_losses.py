@@ -82,7 +82,7 @@ def test_in_16_bit(name: str, device: str, backend: str) -> None:
 @pytest.mark.parametrize(("name", "divergence", "order"), DIVERGENT)
 def test_divergences(name: str, divergence: str, order: float, backend: str) -> None:
     """They reach the names that say so, and no others."""
-    batch = make_batch(6, 4, 9)
+    batch = make_batch(6, 3, 9)
     ref = near_reference(batch.logits, batch.labels)
     ref[:2] += torch.tensor([30.0, -30.0])
     keywords = {"loss_type": name, "label_smoothing": 0.1, "beta": 0.05, "backend": backend}
@@ -109,7 +109,7 @@ def test_divergences_reach_the_names_of_trl() -> None:
 
 @pytest.mark.parametrize("name", DPO_LOSS_TYPES)
 def test_where_smoothing_acts(name: str, backend: str) -> None:
-    batch = make_batch(4, 4, 9)
+    batch = make_batch(2, 4, 9)
     ref = near_reference(batch.logits, batch.labels)
 
     def loss(epsilon: Any, **keywords: Any) -> Tensor:
