@@ -14,7 +14,8 @@ import fused_pref as fp
 SIZES = {"torch": (8, 33, 64, 1031), "triton": (2, 4, 8, 40)}
 # Bytes beyond the least workspace, in which one logit would be made at a time.
 ROOM = {"torch": 2**18, "triton": 2**12}
-THREADS = (1, 2)
+# Backends and threads; kernels have none where they are interpreted.
+RUNS = (("torch", 1), ("torch", 2), ("triton", 1))
 FUNCTIONS = ("token_logps", "sequence_logps", "cpo_loss", "dpo_loss", "bco_loss", "kto_loss")
 
 
@@ -84,10 +85,9 @@ def linear_call(name: str, backend: str, budget: int | None) -> tuple[Any, list[
 def everything() -> dict[str, dict[str, str]]:
     """By backend and number of threads."""
     before, found = torch.get_num_threads(), {}
-    for threads in THREADS:
+    for backend, threads in RUNS:
         torch.set_num_threads(threads)
-        for backend in SIZES:
-            found[f"{backend} {threads}"] = digests(backend)
+        found[f"{backend} {threads}"] = digests(backend)
     torch.set_num_threads(before)
     return found
 

@@ -19,20 +19,26 @@ from fused_pref.models import preference as models
 pytestmark = pytest.mark.filterwarnings("default")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = FLOATS[1:]
-FUNCTIONS = ["linear_cpo_loss", "linear_token_logps"]
+# Function, gradients, whether the hidden states have the weight's dtype rather than autocast's, weight, autocast. All
+# dtypes with one function that forms gradients in its forward; others see what was cast.
+MIXED = [
+    *(("linear_cpo_loss", "hwb", False, weight, cast) for weight in FLOATS for cast in HALVES),
+    *(("linear_cpo_loss", "hwb", True, weight, cast) for weight in FLOATS for cast in HALVES if weight != cast),
+    *(
+        (name, wanted, *dtypes)
+        for name, wanted in (("linear_cpo_loss", "h"), ("linear_token_logps", "hwb"), ("linear_token_logps", "h"))
+        for dtypes in ((True, torch.float32, torch.bfloat16), (False, torch.bfloat16, torch.float16))
+    ),
+]
 
 
 def value(output: Any) -> torch.Tensor:
     return output.loss if hasattr(output, "loss") else output
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("wanted", ["hwb", "h"])
-@pytest.mark.parametrize("cast", HALVES)
-@pytest.mark.parametrize("weight", FLOATS)
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("name", "wanted", "own", "weight", "cast"), MIXED, ids=str)
 def test_what_enters_a_product_is_cast(
-    name: str, wanted: str, cast: torch.dtype, weight: torch.dtype, own: bool, device: str, backend: str
+    name: str, wanted: str, own: bool, weight: torch.dtype, cast: torch.dtype, device: str, backend: str
 ) -> None:
     """The value is that of tensors cast beforehand; gradients come back in each tensor's dtype."""
     batch = make_hidden(4, 5, 16, 37, device=device, bias=True)

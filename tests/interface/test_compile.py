@@ -111,17 +111,19 @@ def test_import_is_light() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_a_number_that_varies_becomes_a_constant_of_the_graph(dynamic: bool | None) -> None:
-    """A hyperparameter that is an argument of what is compiled: a compiler would keep it symbolic."""
+@pytest.mark.parametrize(("dynamic", "linear"), [(None, True), (True, False)])
+def test_a_number_that_varies_becomes_a_constant_of_the_graph(dynamic: bool | None, linear: bool) -> None:
+    """A hyperparameter that is an argument of what is compiled: a compiler would keep it symbolic, its second value if
+    not told, and where it is a constant of the head's operations as where PyTorch's take it.
+    """
     batch = make_hidden(4, 6, 16, 50)
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
 
     def step(hidden: torch.Tensor, weight: torch.Tensor, beta: float) -> torch.Tensor:
-        linear = fp.linear_cpo_loss(hidden, weight, batch.labels, beta=beta, softcap=20 * beta, backend="torch").loss
-        return linear + fp.dpo_loss(hidden @ weight.T, batch.labels, hidden[:, 0, 0], beta=beta, backend="torch").loss
+        if linear:
+            return fp.linear_cpo_loss(hidden, weight, batch.labels, beta=beta, softcap=20 * beta, backend="torch").loss
+        return fp.dpo_loss(hidden @ weight.T, batch.labels, hidden[:, 0, 0], beta=beta, backend="torch").loss
 
-    torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for beta in (0.1, 0.2, 0.3):
+    for beta in (0.1, 0.2):
         torch.testing.assert_close(compiled(hidden, weight, beta), step(hidden, weight, beta))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import repeated
-from repeated import FUNCTIONS, SIZES, THREADS, everything
+from repeated import FUNCTIONS, RUNS, everything
 from shared import once
 
 Digests = dict[str, dict[str, str]]
@@ -30,8 +30,7 @@ def run_again() -> list[Digests]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", THREADS)
-@pytest.mark.parametrize("backend", SIZES)
+@pytest.mark.parametrize(("backend", "threads"), RUNS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_same_bits(name: str, backend: str, threads: int, runs: list[Digests]) -> None:
     own = [run[f"{backend} {threads}"] for run in runs]

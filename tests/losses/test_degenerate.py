@@ -1,5 +1,6 @@
 """Degenerate and non-finite input: finite where it must be, never hidden where it must show."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_missing_class(reduction: str, present: bool, device: str, backend: str)
 @pytest.mark.parametrize("loss_type", CPO_LOSS_TYPES)
 @pytest.mark.parametrize("alpha", [-2.0, -1e-3, 1e-3, 0.25, 5.0])
 def test_alphapo_is_finite(loss_type: str, alpha: float, device: str, backend: str) -> None:
-    batch = make_batch(2, 8, 50, mask="none", scale=900.0, device=device)
+    batch = make_batch(2, 4, 50, mask="none", scale=2000.0, device=device)
     output, grad = run(
         fp.cpo_loss, batch.logits, batch.labels, loss_type=loss_type, alpha=alpha, beta=2.0, backend=backend
     )
@@ -69,11 +70,13 @@ def test_alphapo_gradient_vanishes_beyond_the_clamp(device: str, backend: str) -
 
 
 @pytest.mark.parametrize("far", ["chosen", "rejected"])
-@pytest.mark.parametrize("name", ["cpo_loss", "dpo_loss", "bco_loss", "kto_loss"])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+@pytest.mark.parametrize(
+    ("name", "loss_type"),
+    [*itertools.product(["cpo_loss", "dpo_loss"], ["sigmoid", "ipo"]), ("bco_loss", "bco"), ("kto_loss", "kto")],
+)
 def test_sums_beyond_float32_saturate(name: str, far: str, loss_type: str, device: str, backend: str) -> None:
     """What is finite in float64 stays finite: log-probs of −2e38 a token, their sums, squares and slopes."""
-    batch = make_batch(4, 6, 11, mask="none", device=device)
+    batch = make_batch(4, 4, 11, mask="none", device=device)
     members = slice(0, 2) if far == "chosen" else slice(2, 4)
     batch.logits[members] = 1e38
     batch.logits[members, :-1] = batch.logits[members, :-1].scatter(-1, batch.labels[members, 1:, None], -1e38)
@@ -142,8 +145,9 @@ def test_masked_vocabulary_entries(device: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("loss_type", CPO_LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing"), [*((name, 0.0) for name in CPO_LOSS_TYPES), ("sigmoid", 0.1), ("simpo", 0.1)]
+)
 @pytest.mark.parametrize("side", [0, 1])
 def test_pair_with_a_target_of_probability_zero(
     side: int, loss_type: str, smoothing: float, linear: bool, device: str, backend: str

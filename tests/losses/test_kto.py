@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from closed_forms import assert_fields, assert_same, double, kto_form
 from harness import IGNORE, assert_linear_parity, assert_parity, make_batch, make_hidden, reference_logps, run
+from test_logits import with_dtypes
 from torch import Tensor
 
 import fused_pref as fp
 from fused_pref import reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DESIRABLE = [True, False, False, True]
 LOSS_TYPES = ["kto", "apo_zero_unpaired"]
 KEYWORDS: list[dict[str, Any]] = [
@@ -50,16 +50,14 @@ def test_closed_form(keywords: dict[str, Any], desirable: list[bool]) -> None:
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
+@pytest.mark.parametrize(("keywords", "dtype"), with_dtypes(KEYWORDS), ids=str)
 def test_logits(keywords: dict[str, Any], dtype: torch.dtype, device: str, backend: str) -> None:
     batch = make_batch(4, 6, 17, dtype=dtype, device=device)
     tensors, keywords = given(device, **keywords)
     assert_parity("kto_loss", batch.logits, batch.labels, *tensors, **keywords, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keywords", KEYWORDS, ids=str)
+@pytest.mark.parametrize(("keywords", "dtype"), with_dtypes(KEYWORDS), ids=str)
 def test_linear(keywords: dict[str, Any], dtype: torch.dtype, device: str, backend: str) -> None:
     batch = make_hidden(4, 6, 24, 37, dtype=dtype, device=device, bias=True)
     tensors, keywords = given(device, **keywords)

@@ -69,8 +69,7 @@ def keywords_of(name: str, device: str) -> tuple[list[Any], dict[str, Any]]:
     return [function, *(tensor.to(device) for tensor in tensors)], keywords
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("packed", "weighted"), [(False, False), (True, True)], ids=["padded", "packed, weighted"])
 @pytest.mark.parametrize("name", OWN)
 def test_from_logits(name: str, packed: bool, weighted: bool, device: str, backend: str) -> None:
     batch = make_batch(8, 5, 19, device=device, mask="empty")
@@ -83,9 +82,18 @@ def test_from_logits(name: str, packed: bool, weighted: bool, device: str, backe
     assert_parity("preference_loss", logits, labels, *arguments, backend=backend, **keywords)
 
 
-@pytest.mark.parametrize("budget", [None, 33_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wanted", ["hwb", "h", ""])
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "budget"),
+    [
+        ("hwb", torch.float32, None),
+        ("hwb", torch.float32, 33_000),
+        ("h", torch.float32, 33_000),
+        ("", torch.float32, None),
+        ("hwb", torch.bfloat16, None),
+        ("h", torch.bfloat16, 33_000),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", OWN)
 def test_linear(name: str, wanted: str, dtype: torch.dtype, budget: int | None, device: str, backend: str) -> None:
     batch = make_hidden(8, 5, 12, 29, dtype=dtype, device=device, bias=True, mask="empty")

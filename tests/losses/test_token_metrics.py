@@ -94,8 +94,7 @@ def test_parity(name: str, backend: str, linear: bool, transform: dict[str, floa
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("transform", [{}, SOFTCAP], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("small", "transform"), [(False, SOFTCAP), (True, {})], ids=["large, softcap", "small, plain"])
 @pytest.mark.parametrize("plan", ["grouped", "vocab_major", "frozen_head", "logprob", "skipping"])
 def test_plans(plan: str, small: bool, fused: bool, transform: dict[str, float]) -> None:
     hidden, weight, labels = batch()
@@ -186,9 +185,11 @@ def test_packed(backend: str, bound: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
-@pytest.mark.parametrize("linear", [True, False], ids=["linear", "logits"])
+@pytest.mark.parametrize(
+    ("linear", "loss_type"), [(True, "sigmoid"), (True, "aot"), (False, "sigmoid")], ids=["pairs", "batch", "logits"]
+)
 def test_compiled(linear: bool, loss_type: str) -> None:
+    """Where a head's pairs are on their own, where they wait for the batch, and without a head."""
     hidden, weight, labels = batch()
     function = fp.linear_dpo_loss if linear else fp.dpo_loss
 
