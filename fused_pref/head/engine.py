@@ -135,17 +135,19 @@ def evaluate_groups(
     # Of a single group all is known when it is evaluated, unless an activation hides the means; with a shard they come
     # from a collective of their own, which stays after those of the groups.
     single = len(plan.bounds) <= 2 and head.shard is None
-    means, known, whole_sums = None, (None, None), torch.empty_like(rows.counts, dtype=torch.float64)
+    # A check looks at the sums of all sequences, so that it names one by its number in the batch.
+    new_sums = torch.zeros_like if validate.checking() else torch.empty_like
+    means, known, whole_sums = None, (None, None), new_sums(rows.counts, dtype=torch.float64)
     outputs: list[Any] = []
 
     def slope(members: tuple[slice, ...] | None, own: Tensor) -> Tensor:
         if rows.overflow is not None:
             own = own.masked_fill(rows.overflow, torch.nan)
-        validate.values("the log-prob of each sequence", own, torch.isfinite, "finite")
         part, counts, totals = whole, rows.counts, known
         runs = (slice(None),) if members is None else members
         for run, piece in zip(runs, own.chunk(len(runs)), strict=True):
             whole_sums[run] = piece
+        validate.values("the log-prob of each sequence", whole_sums, torch.isfinite, "finite")
         if members is not None:
             part, counts, totals = whole.part(members), gather(rows.counts, members), (None, None)
         output, found = part.evaluate(Scores(own, counts, *totals), spec.backend, dtype)

@@ -263,9 +263,8 @@ def test_nothing_stays_in_memory(source: str, keywords: dict[str, Any], end: str
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
-        *((name, "nan") for name in NAMES if name != "grouped, small"),
+        *((name, "nan") for name in NAMES),
         *((name, "inf") for name in ("logits", "grouped", "vocab_major, small", "skipping")),
-        pytest.param("grouped, small", "nan", marks=pytest.mark.xfail(reason="the number is that within a group")),
     ],
 )
 def test_the_first_bad_sequence_is_named(name: str, bad: str, backend: str) -> None:
