@@ -1,5 +1,6 @@
 """The pytest-benchmark suites run, on a tiny shape and untimed, cover the interface, and count bytes as they say."""
 
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,8 @@ SUITES = ("benchmarks/bench_logits.py", "benchmarks/bench_linear.py")
 def started(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", *arguments, "--benchmark-disable", "-p", "no:cacheprovider"]
     command += ["-p", "no:xdist"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
