@@ -63,8 +63,7 @@ def test_recipe(name: str, text: str, tmp_path: Path) -> None:
         pytest.importorskip("triton")
     copy = tmp_path / "copy"
     for folder in ("fused_pref", "tests", "benchmarks"):
-        # With the bytecode of what is not patched, but for files that another process is writing.
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc.*"))
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     change, flaw = patches(text)
 
