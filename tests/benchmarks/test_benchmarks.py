@@ -1,69 +1,76 @@
 """The pytest-benchmark suites run, on a tiny shape and untimed, cover the interface, and count bytes as they say."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from harness import make_batch
 
 import fused_pref as fp
-from benchmarks import bench_linear, logits, measure
+from benchmarks import bench_linear, conftest, logits, measure
 from benchmarks.logits import Shape, implementations
 from benchmarks.traffic import occupied, traffic
 
 ROOT = Path(__file__).resolve().parents[2]
+SUITES = ("benchmarks/bench_logits.py", "benchmarks/bench_linear.py")
 
 
-def started(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", f"benchmarks/{name}.py", "--shape", "2x3x17", "--device", "cpu"]
-    command += ["--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def suite(name: str, *options: str) -> str:
-    result = started(name, *options)
-    assert result.returncode == 0, result.stdout
-    return result.stdout
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", *arguments, "--benchmark-disable", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_suite_of_logits_runs() -> None:
-    out = suite("bench_logits")
+def test_suites_run() -> None:
+    """Both in one process, in the two dtypes that are the default on a CPU."""
+    result = started(*SUITES, "--shape", "2x3x17", "--features", "8", "--device", "cpu")
+    assert result.returncode == 0, result.stdout
     absent = [found.name for found in implementations("cpu") if found.obstacle("cpu")]
     assert "liger" in absent
     # Two passes, two dtypes: of each implementation all of them run or all of them show as skipped.
-    cases = len(logits.OPERATIONS) * 2 * 2
-    assert f"{cases * (4 - len(absent))} passed, {cases * len(absent)} skipped" in out
-    assert all(f"{name} is absent: " in out for name in absent)
+    cases, head = len(logits.OPERATIONS) * 2 * 2, len(bench_linear.OPERATIONS) * len(bench_linear.MODES) * 2
+    assert f"{cases * (4 - len(absent)) + head} passed, {cases * len(absent)} skipped" in result.stdout
+    assert all(f"{name} is absent: " in result.stdout for name in absent)
 
 
-@pytest.mark.slow
-def test_suite_of_the_linear_head_runs() -> None:
-    out = suite("bench_linear", "--features", "8", "--dtypes", "bfloat16")
-    assert f"{len(bench_linear.OPERATIONS) * len(bench_linear.MODES)} passed" in out
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "value", "message"),
     [
-        (["--shape", "8x64"], "--shape must be SxTxV with an even S, as 8x64x32768; got '8x64'"),
-        (["--shape", ""], "--shape must be SxTxV"),
-        (["--dtypes", "float32,floatx"], "--dtypes must be of float32, bfloat16, float16; got 'floatx'"),
-        (["--features", "0"], "--features must be at least 1; got 0"),
+        ("--shape", "8x64", "--shape must be SxTxV with an even S, as 8x64x32768; got '8x64'"),
+        ("--shape", "", "--shape must be SxTxV"),
+        ("--dtypes", "float32,floatx", "--dtypes must be of float32, bfloat16, float16; got 'floatx'"),
+        ("--features", 0, "--features must be at least 1; got 0"),
         pytest.param(
-            ["--device", "cuda"],
+            "--device",
+            "cuda",
             "--device cuda needs a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
 )
-def test_options_are_refused_once(options: list[str], message: str) -> None:
-    result = started("bench_linear", *options)
+def test_options_are_refused(option: str, value: str | int, message: str) -> None:
+    options = {"--device": "cpu", "--shape": None, "--features": None, "--dtypes": None, option: value}
+    config: Any = SimpleNamespace(getoption=options.__getitem__, stash={})
+    with pytest.raises(pytest.UsageError, match=f"^{re.escape(message)}"):
+        conftest.pytest_configure(config)
+    assert config.stash == {}
+
+
+@pytest.mark.slow
+def test_options_are_refused_once() -> None:
+    """In a line, before anything is collected."""
+    result = started(*SUITES, "--dtypes", "float32,floatx", "--device", "cpu")
     assert result.returncode == pytest.ExitCode.USAGE_ERROR
-    assert result.stderr.startswith(f"ERROR: {message}")
+    assert result.stderr.startswith("ERROR: --dtypes must be of float32, bfloat16, float16; got 'floatx'")
+    assert result.stderr.count("--dtypes") == 1
     assert "Traceback" not in result.stdout + result.stderr
 
 

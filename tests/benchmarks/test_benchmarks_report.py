@@ -23,32 +23,61 @@ from benchmarks.static import plans
 from fused_pref.cli.usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
-CLEAN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+# Without the interpreter, and with one thread each: workers share the cores.
+CLEAN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
 
 
-def benchmarks(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN)
+def benchmarks(*arguments: str, before: str = "") -> subprocess.Popen[str]:
+    """Start the command, after the statements of ``before``."""
+    command = [sys.executable, "-c", f"{before}\nfrom benchmarks.__main__ import main\nraise SystemExit(main())"]
+    return subprocess.Popen(
+        [*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CLEAN
+    )
+
+
+def results_of(page: str) -> list[tuple[str, str, str]]:
+    """Section, command and result of the lines."""
+    return re.findall(r"^\| (\w+) \| ([\w-]*) \| (.*) \|$", page, re.MULTILINE)[1:]
 
 
 @pytest.mark.slow
 def test_report(tmp_path: Path) -> None:
-    process = benchmarks("report", "--device", "cpu", "--minutes", "2", "--out", str(tmp_path))
+    """The sections whose commands nothing else runs, each in its process; what one measures the next one shows."""
+    names = ["environment", "tests", "compare", "profile", "predictions"]
+    process = benchmarks("report", "--device", "cpu", "--minutes", "2", "--sections", *names, "--out", str(tmp_path))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     page = (tmp_path / "report.md").read_text()
     assert "running" not in page
-    results = re.findall(r"^\| (\w+) \| ([\w-]*) \| (.*) \|$", page, re.MULTILINE)
-    assert list(dict.fromkeys(name for name, *_ in results if name != "section")) == list(SECTIONS)
-    for name in ("machine", "packages", "doctor", "compare-tiny", "scaling", "profile", "static"):
+    results = results_of(page)
+    assert list(dict.fromkeys(name for name, *_ in results)) == names
+    for name in ("machine", "packages", "compare-tiny", "profile", "static"):
         assert [result[:4] for _, own, result in results if own == name] == ["done"], page
         assert (tmp_path / f"{name}.log").stat().st_size > 0
     assert ("tests", "", "absent: there is no GPU") in results
-    assert "every self-check holds" in (tmp_path / "doctor.log").read_text()
     rows = json.loads((tmp_path / "compare-tiny" / "compare.json").read_text())["rows"]
     assert {row["status"] for row in rows if row["implementation"] == "fused_pref"} == {"ok"}
     assert "not measured" in (tmp_path / "static.log").read_text()
     assert (tmp_path / "profile" / "profile.txt").exists()
+
+
+def test_sections_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them in their order, with commands that are taken; what these do is tested by itself."""
+    asked: dict[str, tuple[str, ...]] = {}
+    monkeypatch.setattr(report.Report, "run", lambda self, it, seconds: asked.update({it.name: it.argv}) or "done")
+    (tmp_path / "compare-tiny").mkdir()
+    (tmp_path / "compare-tiny" / "compare.json").touch()
+    assert main(["report", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    results = results_of((tmp_path / "report.md").read_text())
+    assert list(dict.fromkeys(name for name, *_ in results)) == list(SECTIONS)
+    assert {own for _, own, result in results if result == "done"} == set(asked)
+    assert asked["doctor"][1:] == ("-m", "fused_pref", "doctor")
+    assert asked["static"][-2:] == ("--measured", str(tmp_path / "compare-tiny" / "compare.json"))
+    for module in ("benchmarks.compare.command", "benchmarks.scaling", "benchmarks.static.command"):
+        monkeypatch.setattr(f"{module}.run", lambda args: 0)
+    for _, flag, name, *rest in asked.values():
+        if (flag, name) == ("-m", "benchmarks"):
+            assert main([argument.replace("{seconds}", "9") for argument in rest]) == 0
 
 
 def test_skipping(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,9 +89,20 @@ def test_skipping(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(rows[-1][4]) <= 2**-6
 
 
+# Two sections, the second of which takes as long as it may.
+SHORT = """
+from benchmarks.report import sections
+for name, text in {"environment": "print('torch')", "compare": "import time; time.sleep(60)"}.items():
+    command = sections.python({"environment": "machine", "compare": "compare-tiny"}[name], "-c", text)
+    sections.SECTIONS[name] = sections.Section("", lambda context, command=command: iter([command]), 1.0)
+"""
+
+
 @pytest.mark.slow
 def test_report_that_is_ended_keeps_what_is_done(tmp_path: Path) -> None:
-    process = benchmarks("report", "--device", "cpu", "--sections", "environment", "compare", "--out", str(tmp_path))
+    process = benchmarks(
+        "report", "--device", "cpu", "--sections", "environment", "compare", "--out", str(tmp_path), before=SHORT
+    )
     page, deadline = tmp_path / "report.md", time.monotonic() + 60
     while time.monotonic() < deadline and not (page.exists() and "| compare-tiny | running |" in page.read_text()):
         time.sleep(0.05)
@@ -153,9 +193,23 @@ def test_axes_of_scaling_vary_one_size(axis: str) -> None:
         }
 
 
+# Of the cases two, of one launch and of two; of the heads the widest and the narrowest.
+FEW = """
+from benchmarks.static import head, logits, loops
+from fused_pref.cli.kernels import cases
+cases.CASES[:] = [case for case in cases.CASES if case.name in ("split", "depth cut, bias")]
+for name in [name for name in logits.LAUNCHES if "None" in name or name == "backward"]:
+    del logits.LAUNCHES[name]
+head.SHAPES = loops.SHAPES = head.SHAPES[::2]
+"""
+
+
 @pytest.mark.slow
 def test_predictions(tmp_path: Path) -> None:
-    """Of one GPU: nothing spills, no prediction is below its floor, and what was measured stands beside it."""
+    """Of one GPU: no prediction is below its floor, and what was measured stands beside it.
+
+    That no kernel spills in any case is in tests/ops/test_kernels_compiled.py.
+    """
     row = {
         "implementation": "fused_pref", "status": "ok", "dtype": "bfloat16", "sequences": 16, "length": 512,
         "tokens": 8192, "features": 4096, "vocabulary": 151936, "logits": "random", "work": "frozen",
@@ -163,7 +217,7 @@ def test_predictions(tmp_path: Path) -> None:
     }  # fmt: skip
     measured = tmp_path / "compare.json"
     measured.write_text(json.dumps({"machine": {"architecture": "sm_90"}, "rows": [row]}))
-    process = benchmarks("static", "--targets", "sm_90", "--measured", str(measured))
+    process = benchmarks("static", "--targets", "sm_90", "--measured", str(measured), before=FEW)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     parts = {part.splitlines()[0]: part for part in out.split("\n## ")[1:]}
@@ -179,7 +233,7 @@ def test_predictions(tmp_path: Path) -> None:
     assert {cells[0] for cells in kernels[2:]} >= {"linear_statistics", "token_logps_fwd"}
     assert all(float(cells[11].strip("*")) >= float(cells[7]) > 0.1 for cells in logits[2:])
     # Set-ups of the pipeline in a loop: of the nested form alone, which is predicted to take as long or longer.
-    assert [(cells[2], int(cells[7]) > 0) for cells in loops[2:]] == 3 * [("nested", True), ("flattened", False)]
+    assert [(cells[2], int(cells[7]) > 0) for cells in loops[2:]] == 2 * [("nested", True), ("flattened", False)]
     times = [float(cells[-1].strip("*")) for cells in loops[2:]]
     assert all(nested >= flattened >= 1 for nested, flattened in zip(times[::2], times[1::2], strict=True))
     # The splits that are taken read no more from memory than the fewest, at the cost of at most 2% in tile steps.

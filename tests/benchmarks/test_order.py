@@ -67,17 +67,17 @@ def test_the_figures_that_asked_for_it() -> None:
 
 
 @pytest.mark.parametrize("target", GPUS)
-@pytest.mark.parametrize("rows", [2048, 8192, 16384, 32768])
-def test_chosen_splits(target: str, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(2048, 128256), (8192, 128256), (16384, 128256), (32768, 32064)])
+def test_chosen_splits(target: str, rows: int, columns: int) -> None:
     """About as soon done as can be, and never much more read than with the best of all numbers of splits."""
-    order, processors = chosen(target, rows, 4096, 128256), GPUS[target].processors
+    order, processors = chosen(target, rows, 4096, columns), GPUS[target].processors
     least = steps_of(fewest(order, processors), processors)
     assert steps_of(order, processors) <= 1.02 * least
     others = [replace(order, splits=n) for n in range(1, min(order.tiles, 40))]
     alike = [one for one in others if steps_of(one, processors) <= 1.02 * least]
-    best = min((moved(one, target)[0] for one in alike), default=0)
-    assert best
-    assert moved(order, target)[0] <= max(2.1 * best, 5 * GIB)
+    assert alike
+    read, little = moved(order, target)[0], 5 * GIB * columns / 128256
+    assert read <= little or all(read <= 2.1 * moved(one, target)[0] for one in alike)
 
 
 def test_the_page_has_a_row_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:

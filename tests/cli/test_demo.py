@@ -57,6 +57,7 @@ def user(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_vocabulary")
 def test_demo_runs_end_to_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -77,7 +78,6 @@ def test_demo_runs_end_to_end(
     assert "\n\n" not in captured.out
     for part in (
         f"data: 8 pairs from {data}, 6 to train on, 2 held out",
-        "vocabulary 131,072",
         "plan: 2 steps of up to 8 pairs, at most 240 s in all",
         "CPO from random weights (seed 5)",
         "DPO from random weights (seed 5)",
@@ -102,6 +102,20 @@ def test_demo_runs_end_to_end(
     assert len(png) > 20_000
     assert [path.name for path in out.iterdir()] == ["curves.png"]
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_demo_reads_its_own_vocabulary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, user: list[str]
+) -> None:
+    """As large as it is, and without a word or the network."""
+    data = mini(tmp_path / "mine.jsonl")
+    arguments = ["--objective", "dpo", "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main(["demo", *arguments, "--data", str(data)]) == 0
+    captured = capsys.readouterr()
+    assert (captured.err, caplog.records, user) == ("", [], [])
+    assert "vocabulary 131,072" in captured.out
+    assert captured.out.count(": ok\n") == 1
 
 
 @pytest.mark.slow

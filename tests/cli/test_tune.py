@@ -205,16 +205,6 @@ def test_not_while_a_graph_is_captured(timed: list[Any], monkeypatch: pytest.Mon
     assert not timed
 
 
-@pytest.mark.slow
-def test_importing_reads_and_writes_nothing(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "tune.json").write_text("not ours")
-    code = "import warnings; warnings.simplefilter('error'); import fused_pref, fused_pref.cli.tune"
-    environment = {**os.environ, "FUSED_PREF_TUNE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    assert [path.name for path in folder.iterdir()] == ["tune.json"]
-
-
 # Kernels
 
 
@@ -293,12 +283,18 @@ def test_a_cpu_is_not_timed_and_a_user_without_a_home_is_no_obstacle(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["0", "1"])
-def test_launches_ask_where_it_is_set_before_the_import(setting: str) -> None:
+def test_launches_ask_where_it_is_set_before_the_import(setting: str, folder: Path) -> None:
+    """And importing reads and writes nothing."""
+    folder.mkdir()
+    (folder / "tune.json").write_text("not ours")
     code = (
+        "import warnings; warnings.simplefilter('error')\n"
         "import fused_pref, sys; from fused_pref.ops.triton import configs\n"
         "print(configs.chooser is not None, 'fused_pref.cli.tune' in sys.modules)"
     )
     environment = {**os.environ, "FUSED_PREF_TUNE": setting}
     said = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
     assert said.stdout.split() == [str(setting == "1")] * 2
+    assert [path.name for path in folder.iterdir()] == ["tune.json"]

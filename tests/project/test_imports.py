@@ -33,6 +33,7 @@ def layers() -> dict[str, int]:
     return found
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     paths = {path: path.relative_to(ROOT).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
     return {".".join(parts).removesuffix(".__init__"): path for path, parts in paths.items()}

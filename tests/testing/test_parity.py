@@ -21,8 +21,13 @@ SMALL: dict[str, Any] = {"dtypes": (torch.bfloat16,), "logits": ("random", "peak
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("work", WORKS)
 def test_no_peer_is_more_exact(work: str, dtype: str) -> None:
-    """All plans, all kinds of logits; five seeds, medians, 1.05 (DESIGN §4)."""
-    for logits in LOGITS:
+    """All plans; five seeds, medians, 1.05 (DESIGN §4).
+
+    The kinds of logits that errors grow with, and of the others one in turn: each with every work and every dtype.
+    """
+    others = [kind for kind in LOGITS if kind not in ("large", "adversarial")]
+    turn = list(WORKS).index(work) + DTYPES.index(dtype)
+    for logits in ("large", "adversarial", others[turn % len(others)]):
         lines = table(work, Sizes(4, 12, 64, 1031, 0.25, logits), getattr(torch, dtype), "cpu", 5, ["torch"])
         assert len(lines) >= 3
         assert [line for line in lines if not line.ok] == []
@@ -32,7 +37,7 @@ def test_no_peer_is_more_exact(work: str, dtype: str) -> None:
 @pytest.mark.parametrize("work", ["cpo", "frozen", "logps"])
 def test_kernels_are_as_exact(work: str) -> None:
     for logits in ("random", "peaked", "large"):
-        lines = table(work, Sizes(2, 5, 16, 67, 0.25, logits), torch.float32, "cpu", 2, ["triton"])
+        lines = table(work, Sizes(2, 5, 16, 67, 0.25, logits), torch.float32, "cpu", 1, ["triton"])
         assert any("fused" in line.name for line in lines)
         assert all(line.ok for line in lines)
 
