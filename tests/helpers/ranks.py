@@ -25,7 +25,7 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, seconds: fl
     ``seconds`` bounds a collective. A rank that raises gives its exception's text as a :class:`Raised`. Ranks are forked
     from a server that has imported what they need, which takes most of the time of starting one.
     """
-    mp.set_forkserver_preload(["parallel_work", work.__module__])
+    mp.set_forkserver_preload(["torch._dynamo", "parallel_work", work.__module__])
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
