@@ -36,6 +36,14 @@ FORCED = [
     for dtype in DTYPES
     if dtype != torch.float16 or case[0] in ("logprob", "vocab_major")
 ]
+# Small plans of rows of 16 whole bytes, which are read through descriptors, and others, by pointers. Each plan in each
+# dtype has both, with one transform and with the other in turn.
+FORMS = [(True, 16), (False, 12)]
+VARIED = [
+    (*case, *form, TRANSFORMS[(number + other) % 2])
+    for number, case in enumerate(FORCED)
+    for other, form in enumerate(FORMS)
+]
 INF, NAN = torch.inf, torch.nan
 
 
@@ -49,15 +57,12 @@ def watch(kernel_device: str, poison: None) -> Iterator[Memory | None]:
 # Plans
 
 
-@pytest.mark.parametrize("keywords", TRANSFORMS, ids=str)
-@pytest.mark.parametrize(("small", "depth"), [(True, 16), (False, 12)])
-@pytest.mark.parametrize(("name", "objective", "wanted", "dtype"), FORCED)
+@pytest.mark.parametrize(("name", "objective", "wanted", "dtype", "small", "depth", "keywords"), VARIED, ids=str)
 def test_plans(
-    name: str, objective: str, wanted: str, dtype: torch.dtype, small: bool, keywords: dict[str, Any], depth: int,
+    name: str, objective: str, wanted: str, dtype: torch.dtype, small: bool, depth: int, keywords: dict[str, Any],
     kernel_device: str,
 ) -> None:  # fmt: skip
-    """Rows of 16 whole bytes are read through descriptors, others by pointers."""
-    batch = make_hidden(6, 7, depth, 70, dtype=dtype, device=kernel_device, bias=True, mask="empty")
+    batch = make_hidden(6, 5, depth, 70, dtype=dtype, device=kernel_device, bias=True, mask="empty")
     batch.wanted = wanted
     # Slices narrow enough that some can be kept.
     with only(name, small=small, fused=True, narrow=True) as taken:
@@ -83,10 +88,10 @@ def test_layouts(name: str, wanted: str, small: bool, layout: str, bound: int | 
 
     The smallest plan for log-probs reads the rows in place.
     """
-    batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True)
+    batch = make_hidden(4, 6, 16, 70, device=kernel_device, bias=True)
     batch.wanted, keywords = wanted, {"max_valid_tokens": bound, "backend": "triton", "logits_mean": None}
     if layout == "packed":
-        ends = torch.tensor([0, 9, 9, 20, 36], dtype=torch.int32, device=kernel_device)
+        ends = torch.tensor([0, 6, 6, 14, 24], dtype=torch.int32, device=kernel_device)
         batch.hidden, batch.labels = batch.hidden.flatten(0, 1).contiguous(), batch.labels.flatten()
         keywords["cu_seqlens"] = ends
     with only(name, small=small, fused=True) as taken:
@@ -111,7 +116,7 @@ def test_layouts(name: str, wanted: str, small: bool, layout: str, bound: int | 
 def test_hard_logits(kind: str, name: str, wanted: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for the other routes; ``risen``: far above the pivots in some rows, so that those are computed again."""
     monkeypatch.setattr(exponentials, "PROBE", 64)
-    batch = make_hidden(4, 12, 32, 200, mask="none", device=kernel_device, bias=True)
+    batch = make_hidden(4, 7, 32, 200, mask="none", device=kernel_device, bias=True)
     batch.wanted = wanted
     if kind in ("peaked", "far"):
         batch.aim(18.0 if kind == "peaked" else -80.0)
@@ -120,7 +125,7 @@ def test_hard_logits(kind: str, name: str, wanted: str, kernel_device: str, monk
     elif kind == "risen":
         batch.weight[:, 0] = 0.0
         batch.weight[150:160, 0] = torch.linspace(40, 400, 10)
-        batch.hidden[..., 0] = torch.arange(12) % 5 == 2
+        batch.hidden[..., 0] = torch.arange(7) % 5 == 2
     else:
         batch.bias[:70] = -INF
         batch.labels.clamp_(min=70)
@@ -132,7 +137,7 @@ def test_hard_logits(kind: str, name: str, wanted: str, kernel_device: str, monk
 @pytest.mark.parametrize("part", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
 def test_non_finite_inputs_show(name: str, part: str, bad: float, kernel_device: str) -> None:
-    batch = make_hidden(6, 7, 16, 70, device=kernel_device, bias=True, mask="none")
+    batch = make_hidden(4, 6, 16, 70, device=kernel_device, bias=True, mask="none")
     batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
     tensor = getattr(batch, part)
     tensor[(3,) * tensor.dim()] = bad
@@ -161,7 +166,7 @@ def test_label_outside_the_vocabulary(name: str, label: int, kernel_device: str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head"])
 def test_repeatable(name: str, dtype: torch.dtype, kernel_device: str) -> None:
-    batch = make_hidden(6, 9, 33, 131, device=kernel_device, dtype=dtype, mask="none")
+    batch = make_hidden(4, 6, 33, 67, device=kernel_device, dtype=dtype, mask="none")
     batch.labels[:, 1:4] = 5
     batch.wanted = "h" if name == "frozen_head" else "hw"
     with only(name, small=True, fused=True):
@@ -173,7 +178,7 @@ def test_repeatable(name: str, dtype: torch.dtype, kernel_device: str) -> None:
 @pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head", "logprob"])
 def test_strides(name: str, part: str, kernel_device: str) -> None:
     """Every position scored, so that no row is copied for another reason."""
-    batch = make_hidden(4, 9, 16, 70, device=kernel_device, bias=True, mask="none")
+    batch = make_hidden(4, 5, 16, 70, device=kernel_device, bias=True, mask="none")
     batch.wanted = {"frozen_head": "h", "logprob": ""}.get(name, "hwb")
     assert batch.bias is not None
     batch.hidden, batch.labels = batch.hidden.flatten(0, 1), batch.labels.flatten()
@@ -184,10 +189,10 @@ def test_strides(name: str, part: str, kernel_device: str) -> None:
     elif part == "labels":
         batch.labels = torch.stack([batch.labels, batch.labels + 1], 1)[:, 0]
     elif part == "one row":
-        batch.hidden = torch.full((1, 1), 0.5, device=kernel_device).expand(36, 16)
+        batch.hidden = torch.full((1, 1), 0.5, device=kernel_device).expand(20, 16)
     else:
         batch.bias = torch.full((1,), 0.5, device=kernel_device).expand(70)
-    ends = torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32, device=kernel_device)
+    ends = torch.tensor([0, 5, 10, 15, 20], dtype=torch.int32, device=kernel_device)
     with only(name, fused=True):
         parity("cpo", batch, device=kernel_device, backend="triton", cu_seqlens=ends, shift=False)
 
@@ -278,15 +283,26 @@ def rounding(depth: int) -> float:
     return 2e-6 * max(1.0, depth / 32) ** 0.5
 
 
-@pytest.mark.parametrize("processors", [1, 3, 50])
-@pytest.mark.parametrize("by_index", [False, True])
-@pytest.mark.parametrize("constants", [Transform(), transform_of(TRANSFORMS[1]), Transform("linear", 2.0)], ids=str)
+SOFTCAP, LINEAR = transform_of(TRANSFORMS[1]), Transform("linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("processors", "by_index", "constants"),
+    [
+        (1, False, Transform()), (3, True, Transform()), (1, True, SOFTCAP), (50, False, SOFTCAP), (3, False, LINEAR),
+        (50, True, LINEAR),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_and_gradient(
     shape: tuple[int, int, int], constants: Transform, by_index: bool, processors: int, kernel_device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In one slice and in two, in any number of splits: the twins on a chunk of the same logits."""
+    """In one slice and in two, in any number of splits: the twins on a chunk of the same logits.
+
+    Rows are read by index or not in any number of splits, and with each transform, which no number of splits concerns.
+    """
     monkeypatch.setattr(configs, "processors", lambda device: processors)
     head, targets, x = operands(*shape, torch.float32, kernel_device, by_index=by_index)
     rows, _, columns = shape

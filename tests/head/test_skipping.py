@@ -50,11 +50,12 @@ def spiky(device: str, *, dtype: torch.dtype = torch.float32, sign: float = 1.0,
     return batch
 
 
-@pytest.mark.parametrize("keywords", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("objective", ["cpo", "bco-batch", "sequences"])
+@pytest.mark.parametrize(
+    ("objective", "keywords"), [("cpo", TRANSFORMS[0]), ("bco-batch", TRANSFORMS[1]), ("sequences", TRANSFORMS[0])]
+)
 def test_skipping_no_mass_is_exact(
-    objective: str, dtype: torch.dtype, keywords: dict[str, Any], device: str, backend: str, narrow: list[plan.Plan]
+    objective: str, keywords: dict[str, Any], dtype: torch.dtype, device: str, backend: str, narrow: list[plan.Plan]
 ) -> None:
     batch = spiky(device, dtype=dtype, mask="empty")
     parity(objective, batch, device=device, backend=backend, skip_mass=0.0, **keywords)
@@ -64,13 +65,12 @@ def test_skipping_no_mass_is_exact(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["hwb", "hw", "h", "w", "b"])
-@pytest.mark.parametrize("bound", [None, 40])
-def test_wanted_gradients(wanted: str, bound: int | None, device: str, backend: str) -> None:
+@pytest.mark.parametrize(("objective", "bound"), [("dpo", None), ("bco-batch", 40)])
+def test_wanted_gradients(wanted: str, objective: str, bound: int | None, device: str, backend: str) -> None:
     """With and without padding beyond the valid tokens."""
     batch = spiky(device)
     batch.wanted = wanted
-    for objective in ("dpo", "bco-batch"):
-        parity(objective, batch, device=device, backend=backend, skip_mass=0.0, max_valid_tokens=bound)
+    parity(objective, batch, device=device, backend=backend, skip_mass=0.0, max_valid_tokens=bound)
 
 
 def exact(batch: Hidden, keywords: dict[str, Any]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -170,7 +170,7 @@ def test_awkward_shapes(shape: tuple[int, ...], mask: str, device: str, backend:
     batch = make_hidden(*shape, mask=mask, device=device, bias=True)
     for bound in (None, 7):
         parity("cpo", batch, device=device, backend=backend, skip_mass=0.0, max_valid_tokens=bound)
-        parity("tokens", batch, device=device, backend=backend, skip_mass=0.0, shift=False)
+    parity("tokens", batch, device=device, backend=backend, skip_mass=0.0, shift=False)
 
 
 @pytest.mark.parametrize("bound", [None, 30])

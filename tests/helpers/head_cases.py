@@ -16,7 +16,6 @@ SHAPES = (
     (896, 151936), (2048, 128256), (2304, 256000), (3584, 152064), (4096, 32000), (4096, 128256), (5120, 131072),
     (8192, 128256),
 )  # fmt: skip
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DESIRABLE = torch.tensor([True, False, False, True, True, False])
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "cpo": ("linear_cpo_loss", {}),

@@ -1,6 +1,7 @@
 """What ranks are asked to do in the tests of heads that are split over them."""
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -35,6 +36,10 @@ INTERPRETED = ("cpo", "cpo in groups", "cpo, softcap and bias", "no gradient", "
 
 def everything(rank: int) -> dict[str, Any]:
     """What two or three ranks are asked in these tests, in one go: starting them takes most of the time."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from interpreter import quicken
+
+        quicken()
     found: dict[str, Any] = {}
     if dist.get_world_size() == 2:
         found["refused"] = {kind: disagree(rank, kind) for kind in DISAGREEMENTS}
