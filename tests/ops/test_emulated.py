@@ -16,7 +16,7 @@ from gfx942.build import compiler
 ROOT = Path(__file__).parents[2]
 HEAD = (
     "test_layouts or test_hard_logits and risen or test_strides and grouped or test_exponentials and 257 "
-    "or test_statistics_and_gradient and 257 and True or test_plans and vocab_major and True-16 "
+    "or test_statistics_and_gradient and 257 and True or test_plans and vocab_major and cpo and True-16 "
     "or test_both_forms_agree and 257"
 )
 # Tests, and the fewest launches of compiled code that they make.
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.emulated, pytest.mark.skipif(compiler() is None, reaso
 
 def emulate(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run tests on the emulator."""
-    environment = {**os.environ, "FUSED_PREF_EMULATE": "gfx942", "FUSED_PREF_PROPERTIES": "36", **variables}
+    environment = {**os.environ, "FUSED_PREF_EMULATE": "gfx942", "FUSED_PREF_PROPERTIES": "16", **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
