@@ -19,16 +19,21 @@ class Raised(str):
     """What a rank raised."""
 
 
-def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> list[Any]:
+def run_ranks(
+    world: int, work: Callable[..., Any], *arguments: Any, seconds: float = 60.0, fork: bool = False
+) -> list[Any]:
     """Results of ``work(rank, *arguments)``, a function of a module, on every rank.
 
-    ``seconds`` bounds a collective. A rank that raises gives its exception's text as a :class:`Raised`.
+    ``seconds`` bounds a collective. A rank that raises gives its exception's text as a :class:`Raised`. Ranks that are
+    forked need not import anything again; where CUDA is in use, they cannot be.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(_rank, (world, port, folder, work, arguments, seconds), nprocs=world)
+        start = "fork" if fork and not torch.cuda.is_initialized() else "spawn"
+        given = (world, port, folder, work, arguments, seconds)
+        mp.start_processes(_rank, given, nprocs=world, start_method=start)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
