@@ -3,7 +3,9 @@
 They are told as their users tell them in bug reports of trainers of this kind, and do not follow the code.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,12 @@ def trained(*given: Any, **changes: Any) -> Any:
     return trainer
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[float]]:
+    """Losses of the usual run, made once."""
+    return functools.cache(lambda kind: losses(trained(kind, tmp_path_factory.mktemp(kind))))
+
+
 def losses(trainer: Any, name: str = "loss") -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -56,13 +64,11 @@ def test_the_trainer_is_made_from_two_lines(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_tokenizer_like_that_of_gpt2_has_no_pad_token(kind: str, tmp_path: Path) -> None:
+def test_a_tokenizer_like_that_of_gpt2_has_no_pad_token(kind: str, usual: Any, tmp_path: Path) -> None:
     """Padding is masked, so the token that pads does not matter."""
-    alone, usual = (
-        trained(kind, tmp_path, options={"processing_class": tokenizer(**names)}) for names in ({"pad_token": None}, {})
-    )
+    alone = trained(kind, tmp_path, options={"processing_class": tokenizer(pad_token=None)})
     assert alone.processing_class.pad_token == "</s>"
-    assert losses(alone) == losses(usual)
+    assert losses(alone) == usual(kind)
 
 
 def test_the_data_are_in_the_form_of_sharegpt(kind: str, tmp_path: Path) -> None:
@@ -78,13 +84,13 @@ def test_all_splits_are_given_instead_of_one(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rows_come_from_a_file_of_json_lines(kind: str, tmp_path: Path) -> None:
+def test_rows_come_from_a_file_of_json_lines(kind: str, usual: Any, tmp_path: Path) -> None:
     """Labels are numbers there, and there are columns that nobody asked for."""
     rows = [{**row, "id": number, "source": None} for number, row in enumerate(KINDS[kind][2](8))]
     rows = [{**row, "label": int(row["label"])} if "label" in row else row for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path), split="train")
-    assert losses(trained(kind, tmp_path, data)) == losses(trained(kind, tmp_path))
+    assert losses(trained(kind, tmp_path, data)) == usual(kind)
 
 
 def test_rows_come_from_pandas(kind: str, tmp_path: Path) -> None:
@@ -102,20 +108,20 @@ def test_rows_are_shuffled_filtered_and_joined(kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_rows_are_in_torch_format(kind: str, tmp_path: Path) -> None:
+def test_rows_are_in_torch_format(kind: str, usual: Any, tmp_path: Path) -> None:
     data = KINDS[kind][2](8)
-    assert losses(trained(kind, tmp_path, data.with_format("torch"))) == losses(trained(kind, tmp_path, data))
+    assert losses(trained(kind, tmp_path, data.with_format("torch"))) == usual(kind)
 
 
 @pytest.mark.slow
-def test_rows_are_made_by_a_transform(tmp_path: Path) -> None:
+def test_rows_are_made_by_a_transform(usual: Any, tmp_path: Path) -> None:
     """As `set_transform` makes them from other columns, when they are read."""
     rows = unpaired(8)
     stored = rows.rename_columns({"completion": "answer"})
     stored.set_transform(
         lambda batch: {**{k: v for k, v in batch.items() if k != "answer"}, "completion": batch["answer"]}
     )
-    assert losses(trained("bco", tmp_path, stored)) == losses(trained("bco", tmp_path, rows))
+    assert losses(trained("bco", tmp_path, stored)) == usual("bco")
 
 
 def test_an_answer_is_empty_and_another_equals_its_rival(kind: str, tmp_path: Path) -> None:
@@ -196,8 +202,8 @@ def test_the_model_is_evaluated_before_and_after(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_rows_are_tokenised_by_several_processes(kind: str, tmp_path: Path) -> None:
-    assert losses(trained(kind, tmp_path, dataset_num_proc=2)) == losses(trained(kind, tmp_path))
+def test_rows_are_tokenised_by_several_processes(kind: str, usual: Any, tmp_path: Path) -> None:
+    assert losses(trained(kind, tmp_path, dataset_num_proc=2)) == usual(kind)
 
 
 def test_everybody_likes_everything(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """A batch as one row without padding: the numbers of the padded one, by every trainer."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import Raised, run_ranks
 from transformers import BloomConfig, BloomForCausalLM, Lfm2Config, Lfm2ForCausalLM
 from trl_models import TRAINING, llama, pairs, sharp, sizes, tokenizer, unpaired
 
@@ -14,7 +15,7 @@ from fused_pref import trl
 # Libraries warn of what is not ours to change.
 pytestmark = pytest.mark.filterwarnings("default")
 TRAINERS = ("CPO", "DPO", "KTO", "BCO")
-STEPS = {"max_steps": 3, "learning_rate": 0.05, "optim": "sgd", "beta": 0.4, "per_device_train_batch_size": 4}
+STEPS = {"max_steps": 2, "learning_rate": 0.05, "optim": "sgd", "beta": 0.4, "per_device_train_batch_size": 4}
 # They count the padding, as TRL's CPO takes means of logits over it.
 OF_PADDING = ("total_flos", "logits/chosen", "logits/rejected")
 
@@ -54,12 +55,18 @@ def assert_same(packed: dict[str, Any], padded: dict[str, Any], name: str) -> No
                 assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", TRAINERS)
-def test_numbers_are_those_of_padded_rows(name: str, attention: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """The run of a trainer on padded rows, made once."""
+    return functools.cache(lambda name, attention: trained(name, tmp_path_factory.mktemp(name), attention=attention))
+
+
+# What attention is given does not depend on the trainer.
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in TRAINERS), ("DPO", "eager")])
+def test_numbers_are_those_of_padded_rows(name: str, attention: str, padded: Any, tmp_path: Path) -> None:
     seen: list[Any] = []
     packed = trained(name, tmp_path, attention=attention, padding_free=True, seen=seen)
-    assert_same(packed, trained(name, tmp_path, attention=attention), name)
+    assert_same(packed, padded(name, attention), name)
     rows = [inputs for inputs in seen if inputs.get("preference") is not None]
     assert rows
     for inputs in rows:
@@ -69,11 +76,11 @@ def test_numbers_are_those_of_padded_rows(name: str, attention: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_rows_of_some_tokens(name: str, tmp_path: Path) -> None:
+def test_rows_of_some_tokens(name: str, padded: Any, tmp_path: Path) -> None:
     """Sequences wherever they fit, in rows that are fewer than they are."""
     seen: list[Any] = []
     packed = trained(name, tmp_path, padding_free=True, padding_free_tokens=40, seen=seen)
-    assert_same(packed, trained(name, tmp_path), name)
+    assert_same(packed, padded(name, "sdpa"), name)
     shapes = [inputs["input_ids"].shape for inputs in seen if inputs.get("preference") is not None]
     assert shapes
     assert all(width <= 40 for _, width in shapes)
@@ -81,7 +88,6 @@ def test_rows_of_some_tokens(name: str, tmp_path: Path) -> None:
 
 
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "token weights": ("DPO", {"ld_alpha": 0.5}),
     "token weights in rows": ("DPO", {"ld_alpha": 0.5, "padding_free_tokens": 30}),
     "weights and sft": ("DPO", {"ld_alpha": 0.5, "use_weighting": True, "loss_type": ["sigmoid", "sft"]}),
     "precomputed references": ("DPO", {"precompute_ref_log_probs": True}),
@@ -104,23 +110,6 @@ def test_defaults(tmp_path: Path) -> None:
     packed, padded = (trained("DPO", tmp_path, bf16=True, padding_free=free) for free in (True, False))
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (packed, padded)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
-
-
-def on_rank(rank: int, folder: str) -> dict[str, Any]:
-    halves = {"ddp_backend": "gloo", "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
-    return {
-        name: [trained(name, Path(folder), **halves, padding_free=free) for free in (True, False)] for name in TRAINERS
-    }
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
-    """With repeats in the last batches, which BCO leaves out of evaluation."""
-    ranks = run_ranks(2, on_rank, str(tmp_path))
-    assert not any(isinstance(rank, Raised) for rank in ranks), ranks
-    for rank in ranks:
-        for name in TRAINERS:
-            assert_same(*rank[name], name)
 
 
 # Convolutions run over a row, whatever the positions; ALiBi counts from its start.

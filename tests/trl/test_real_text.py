@@ -21,7 +21,7 @@ from fused_pref import trl
 pytestmark = pytest.mark.filterwarnings("default")
 CATALOGUES = Path(pycountry.__file__).with_name("locales")
 LANGUAGES = {"ru": "Russian", "el": "Greek", "ja": "Japanese", "de": "German"}
-ROWS = 320
+ROWS = 80
 
 
 def translations() -> list[dict[str, str]]:

@@ -158,40 +158,41 @@ def test_delta_moves_once_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("update", ["step", "forward"])
+@pytest.mark.parametrize(("setup", "update"), [("defaults", "step"), ("fp32", "forward")])
 def test_resuming_goes_on_bit_for_bit(tmp_path: Path, setup: str, update: str) -> None:
     options = {
         "delta_kind": "ema",
         "delta_update": update,
         "save_strategy": "steps",
-        "save_steps": 3,
-        "max_steps": 6,
+        "save_steps": 2,
+        "max_steps": 5,  # an epoch has 4
         "setup": setup,
     }
     embedding = {"embedding_func": embedded}
     whole = made(tmp_path / "whole", options=embedding, **options)
     whole.train()
     resumed = made(tmp_path / "resumed", options=embedding, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for name in ("loss", "delta", "rewards/margins"):
         assert losses(resumed, name) == losses(whole, name)
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     for name, value in whole.reward_shift.state_dict().items():
         assert torch.equal(resumed.reward_shift.state_dict()[name], value)
-    saved = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    saved = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
     assert {"reward_shift.safetensors", "density_ratio.safetensors"} <= saved
     assert not any(name.endswith((".pkl", ".joblib")) for name in saved)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["reward_shift.safetensors", "density_ratio.safetensors"])
-def test_a_checkpoint_without_a_file_of_ours_is_refused(tmp_path: Path, name: str) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "options": {"embedding_func": embedded}}
+def test_a_checkpoint_without_a_file_of_ours_is_refused(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "options": {"embedding_func": embedded}}
     made(tmp_path, **options).train()
-    (tmp_path / "checkpoint-2" / name).unlink()
-    with pytest.raises(ValueError, match=f"has no {re.escape(name)}"):
-        made(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    names = "reward_shift.safetensors", "density_ratio.safetensors"
+    for checkpoint, name in zip(("checkpoint-1", "checkpoint-2"), names, strict=True):
+        (tmp_path / checkpoint / name).unlink()
+        with pytest.raises(ValueError, match=f"has no {re.escape(name)}"):
+            made(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / checkpoint))
 
 
 @pytest.mark.slow
@@ -242,7 +243,7 @@ def test_paired_and_conversational_data(tmp_path: Path, setup: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize(("setup", "label"), [("defaults", True), ("fp32", False)])
 def test_a_missing_class(tmp_path: Path, setup: str, label: bool) -> None:
     data = Dataset.from_list([{**row, "label": label} for row in unpaired(8)])
     trainer = made(tmp_path, data=data, max_steps=3, setup=setup)
@@ -266,7 +267,7 @@ def test_shuffled_sampling(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_exact_accumulation_is_one_big_batch(tmp_path: Path, setup: str) -> None:
     small = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 5}
-    options = {"max_steps": 2, "delta_kind": "fixed", "delta_value": 0.3, "learning_rate": 0.0, "setup": setup}
+    options = {"max_steps": 1, "delta_kind": "fixed", "delta_value": 0.3, "learning_rate": 0.0, "setup": setup}
     data = unpaired(12)  # the last of the three microbatches has 2 rows
     big = made(tmp_path, data, per_device_train_batch_size=12, **options)
     exact = made(tmp_path, data, exact_accumulation=True, **small, **options)

@@ -31,7 +31,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(fused_pref.trl, name, module)
         monkeypatch.delitem(sys.modules, f"fused_pref.trl.{name}")
     monkeypatch.setitem(sys.modules, "trl.experimental.cpo", None)  # type: ignore[arg-type]
-    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **options: None)
     return importlib.import_module("fused_pref.trl.cpo")
 
 

@@ -24,12 +24,6 @@ BETA = 0.2
 MICROBATCHES = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}
 
 
-@pytest.fixture(autouse=True)
-def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of a second begins with a collection of garbage, which takes as long here."""
-    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **options: None)
-
-
 def reference() -> Any:
     return llama(seed=3)
 

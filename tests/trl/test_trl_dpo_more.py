@@ -22,12 +22,6 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow]
 BETA = 0.2
 
 
-@pytest.fixture(autouse=True)
-def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of a second begins with a collection of garbage, which takes as long here."""
-    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **options: None)
-
-
 def made(folder: Path, kind: type = DPOTrainer, options: dict[str, Any] | None = None, **changes: Any) -> Any:
     steps = {"learning_rate": 0.02, "optim": "sgd", "lr_scheduler_type": "constant", "beta": BETA, "max_steps": 2}
     config = DPOConfig if kind is DPOTrainer else StockDPOConfig

@@ -29,7 +29,7 @@ def made(kind: type, folder: Path, make: Any = llama, options: dict[str, Any] | 
     """A trainer, whose rewards are of order one."""
     set_seed(0)
     setup = SETUPS[changes.pop("setup", "fp32")]
-    steps = {"max_steps": 4, "learning_rate": 0.05, "optim": "sgd"}
+    steps = {"max_steps": 2, "learning_rate": 0.05, "optim": "sgd"}
     sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "beta": 0.3}
     args = changes.pop("config", StockKTOConfig)(str(folder), **{**setup, **steps, **sizes, **changes})
     given = {"train_dataset": unpaired(), "eval_dataset": unpaired(6), "ref_model": sharp, **(options or {})}
@@ -57,17 +57,21 @@ def assert_rewards_matter(trainer: Any) -> None:
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 RUNS: dict[str, dict[str, Any]] = {
-    "kto": EVALUATED,
-    "weights, logged every other step": {"desirable_weight": 1.7, "undesirable_weight": 0.4, "logging_steps": 2},
+    "activation checkpointing": {"gradient_checkpointing": True, "max_steps": 4, **EVALUATED},
+    "weights, logged every other step": {
+        "desirable_weight": 1.7,
+        "undesirable_weight": 0.4,
+        "logging_steps": 2,
+        "max_steps": 4,
+    },
     "apo with weights": {**APO, **EVALUATED, "desirable_weight": 0.5, "undesirable_weight": 2.0},
     "microbatches, the last of them uneven": {
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 4,
-        "max_steps": 5,
+        "max_steps": 3,
     },
     "precomputed in other batches": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3, **EVALUATED},
-    "activation checkpointing": {"gradient_checkpointing": True},
-    "a synchronised reference": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5},
+    "a synchronised reference": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
 }
 
 
@@ -114,7 +118,7 @@ def test_router_losses(tmp_path: Path) -> None:
 
 def test_lora(tmp_path: Path) -> None:
     options = {"peft_config": LORA, "ref_model": None}
-    changes = {"learning_rate": 0.3, "beta": 1.0, "max_steps": 8}
+    changes = {"learning_rate": 0.3, "beta": 1.0, "max_steps": 6}
     ours, stock = (trained(kind, tmp_path, options=options, **changes) for kind in BOTH)
     assert_same_run(ours, stock, tolerance=2e-4)
     assert ours.ref_model is None
@@ -212,7 +216,13 @@ def test_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_resuming_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "exact_accumulation": True, "config": KTOConfig}
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+        "exact_accumulation": True,
+        "config": KTOConfig,
+    }
     options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     whole = trained(KTOTrainer, tmp_path / "whole", **options)
     resumed = made(KTOTrainer, tmp_path / "resumed", **options)
@@ -237,7 +247,7 @@ def test_exact_accumulation_is_one_big_batch(tmp_path: Path, name: str) -> None:
     for mine, theirs in zip(exact.state.log_history[:2], big.state.log_history[:2], strict=True):
         assert mine == pytest.approx(theirs, rel=close, abs=close / 10)
     assert (logged(exact, "kl")[0] > 0.1) == (loss_type == "kto")
-    if setup == "fp32":
+    if name == "kto in fp32":
         means = trained(KTOTrainer, tmp_path, options=options, **small, **changes)
         assert logged(means, "grad_norm")[0] != pytest.approx(logged(big, "grad_norm")[0], rel=100 * close)
 
