@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import Raised, run_ranks
 from shared import once
 from trl_models import TRAINING, llama, pairs, sharp, tokenizer, unpaired
 
@@ -83,7 +83,9 @@ def train_all(rank: int, folder: str) -> dict[str, Any]:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In one go: starting them takes time."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    return once("training on 2 ranks", lambda: run_ranks(2, train_all, folder))
+    ranks = once("training on 2 ranks", lambda: run_ranks(2, train_all, folder))
+    assert not any(isinstance(rank, Raised) for rank in ranks), ranks
+    return ranks
 
 
 def numbers(run: dict[str, Any]) -> list[dict[str, float]]:
