@@ -53,6 +53,10 @@ class ObjectiveModule(nn.Module):
         """Names of the tensors that a call takes after its named ones."""
         return ()
 
+    def names_in(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
+        """The same, with those that a call can do without where a batch has them."""
+        return self.tensor_names
+
     def call_keywords(self, **given: Any) -> dict[str, Any]:
         """The keywords of one call."""
         return {**self.keywords, **{name: value for name, value in given.items() if value is not None}}

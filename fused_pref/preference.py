@@ -129,17 +129,21 @@ class LinearPreferenceLoss(ObjectiveModule):
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """What the objective calls its tensors, those without a default: so a batch names them."""
+        return self.names_in({})
+
+    def names_in(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
+        """See :class:`ObjectiveModule`; tensors go by position, so one with a default needs all that come before."""
         function = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
         try:
             parameters = list(inspect.signature(function).parameters.values())[2 if self.keywords["unit"] == 2 else 1 :]
         except ValueError:  # of a builtin
             return ()
-        needed = [p for p in parameters if p.default is p.empty]
-        for p in needed:
+        needed = [i for i, p in enumerate(parameters) if p.default is p.empty or p.name in batch]
+        for p in (parameters[i] for i in needed):
             if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
                 expected = "a function that takes its tensors by position, none by keyword alone, with a name for each"
                 raise validate.fail("objective", expected, str(p), TypeError)
-        return tuple(p.name for p in needed)
+        return tuple(p.name for p in parameters[: needed[-1] + 1]) if needed else ()
 
     def forward(
         self,

@@ -7,6 +7,7 @@ done as ever. A forward without it, as in generation, is unchanged.
 """
 
 import contextlib
+import difflib
 import functools
 import inspect
 import types
@@ -33,6 +34,8 @@ from fused_pref.modules import ObjectiveModule
 __all__ = ["OutputHead", "Preference", "attach", "find_head", "preference_forward", "unwrap", "virtual_tokens"]
 
 LOSS = "a linear loss, whose parameters are named hidden, weight, labels, ..."
+# What a loss is given by the model.
+HEAD = ("hidden", "weight", "bias")
 
 
 class Preference:
@@ -72,6 +75,9 @@ class Preference:
         if not isinstance(keywords, Mapping):
             raise validate.fail("keywords", "a mapping of what the loss takes by name", keywords, TypeError)
         self.loss = loss.call if isinstance(loss, ObjectiveModule) else loss
+        # What the loss was made with: a module, or a function with some keywords fixed.
+        own = getattr(loss, "keywords", None)
+        self.own: Mapping[str, Any] = own if isinstance(own, Mapping) else {}
         self.tensors = tensors
         self.keywords = dict(keywords)
         self.virtual_tokens = validate.at_least("virtual_tokens", virtual_tokens, 0)
@@ -82,6 +88,7 @@ class Preference:
 
     def __call__(self, hidden: Tensor, head: OutputHead) -> Tensor:
         """The differentiable part of the loss's output, which is kept whole in ``output``."""
+        self.check_own(head)
         labels, *others = (tensor.to(hidden.device) for tensor in self.tensors)
         keywords = {name: _to(value, hidden.device) for name, value in self.keywords.items()}
         if keywords.get("cu_seqlens") is not None:
@@ -101,6 +108,15 @@ class Preference:
             **keywords,
         )
         return self.output if isinstance(self.output, Tensor) else self.output.loss
+
+    def check_own(self, head: OutputHead) -> None:
+        """Refuse a loss with another bias, softcap or logit scale than the model's."""
+        found = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
+        for name, unset in (("bias", None), ("softcap", None), ("logit_scale", 1.0)):
+            value = self.own.get(name, unset)
+            if value is not unset and value != unset and (name == "bias" or value != found[name]):
+                model = validate.describe(found[name])
+                raise validate.fail(name, f"left to the model, whose own is {model}", value)
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
         """Forward of an attached model: the loss's output, and the model's router loss where it gives one."""
@@ -173,14 +189,16 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
             head, so :func:`attach` the model yourself before you wrap it for several devices.
         batch: ``labels`` (S, T) int64, -100 where not scored, and whatever else the loss takes by name (``ref_logps``,
             ``desirable``, ``sample_weight``, ``cu_seqlens``, ...); everything else goes to the model: ``input_ids``
-            (S, T), ``attention_mask``, ... Of a ``LinearPreferenceLoss`` that is the tensors of its objective, by the
-            names of its parameters. Pairs come as chosen sequences first, then rejected. With ``cu_seqlens``,
-            ``input_ids`` is (1, N_total), ``position_ids`` are made where they are missing, and there is no mask but
-            one of ones or of 4 dimensions; with ``token_index`` beside it, as :class:`PackingCollator` makes it, it is
-            (R, L). An encoder-decoder model takes the prompts as ``input_ids``; its
-            ``decoder_input_ids`` are made from the labels where they are missing, and the labels are not shifted.
+            (S, T), ``attention_mask``, ... A ``LinearPreferenceLoss`` takes the tensors of its objective, by the names
+            of its parameters; one with a default may be missing. Pairs come as chosen sequences first, then rejected.
+            With ``cu_seqlens``, ``input_ids`` is (1, N_total), ``position_ids`` are made where they are missing, and
+            there is no mask but one of ones or of 4 dimensions; with ``token_index`` beside it, as
+            :class:`PackingCollator` makes it, it is (R, L). An encoder-decoder model takes the prompts as
+            ``input_ids``; its ``decoder_input_ids`` are made from the labels where they are missing, and the labels
+            are not shifted.
         loss: a linear module such as ``fp.LinearCPOLoss(beta=0.1)``, or a linear function, such as
-            ``functools.partial(fp.linear_cpo_loss, beta=0.1)``. Softcap, logit scale and bias are the model's.
+            ``functools.partial(fp.linear_cpo_loss, beta=0.1)``. Softcap, logit scale and bias are the model's, and a
+            loss that was made with others is refused.
 
     Returns:
         What the loss returns; where the model asks for a router loss (``output_router_logits``), its share is part of
@@ -193,6 +211,8 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     base = attach(model)
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch must be a mapping with labels and the model's inputs; got {type(batch).__name__}")
+    if isinstance(loss, type) and issubclass(loss, ObjectiveModule):
+        raise validate.fail("loss", f"an object, made by {loss.__name__}(...), not its class", loss, TypeError)
     try:
         parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
     except (TypeError, ValueError):  # no function, or a builtin
@@ -201,11 +221,16 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.kind not in variable}
     if list(parameters)[:2] != ["hidden", "weight"]:
         raise validate.fail("loss", LOSS, loss, TypeError)
+    if "objective" in parameters:
+        raise validate.fail(
+            "loss", "fp.LinearPreferenceLoss(objective), whose tensors a batch can name", loss, TypeError
+        )
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty][2:]
-    own = loss.tensor_names if isinstance(loss, ObjectiveModule) else ()
-    keywords = {name: batch[name] for name in parameters if name in batch and name not in required}
+    own = loss.names_in(batch) if isinstance(loss, ObjectiveModule) else ()
+    keywords = {name: batch[name] for name in parameters if name in batch and name not in (*required, *HEAD)}
     # What an objective of one's own calls its tensors may be an input of the model, or a keyword of the loss, too.
-    inputs_too = inspect.signature(base.forward).parameters if own else {}
+    inputs_too = inspect.signature(base.forward).parameters
+    refuse_misspelt(batch, {*parameters, *own} - {*HEAD}, {*inputs_too, *own})
     taken = {*parameters, "token_index", *(name for name in own if name not in inputs_too)}
     required += own
     missing = [name for name in required if name not in batch]
@@ -232,6 +257,14 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
         return output
     router_loss = getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
     return output._replace(loss=output.loss + router_loss.to(output.loss.device))
+
+
+def refuse_misspelt(batch: Mapping[str, Any], loss: set[str], model: set[str]) -> None:
+    """Refuse an entry whose name is almost that of a tensor of the loss: a model may take it, and ignore it."""
+    for name in batch:
+        close = difflib.get_close_matches(str(name), sorted(loss - {*batch}), 1, 0.85)
+        if close and name not in loss and name not in model:
+            raise ValueError(f"batch has {name}, which neither the loss nor the model takes: is it {close[0]}?")
 
 
 # A preference that an attached forward gives back, and no other does.

@@ -56,4 +56,8 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *HOMES]
+
+
 _require_trl()

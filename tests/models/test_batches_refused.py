@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import batch
+from families import V, batch, family
 from malformed import changed, complaint
 from torch import nn
 from trl_models import llama
@@ -25,7 +25,6 @@ LOSSES: dict[str, Any] = {
     "a number": 3,
     "a builtin": int,
     "a function of something else": len,
-    "a class": fp.LinearCPOLoss,
     "a function of logits": fp.cpo_loss,
     "a loss of logits": fp.BCOLoss(),
     "a layer": nn.Linear(2, 2),
@@ -81,6 +80,41 @@ def test_preferences() -> None:
 def test_what_is_no_linear_loss(loss: Any) -> None:
     arguments = {"model": MODEL, "batch": BATCH, "loss": loss}
     assert complaint(models.preference_forward, arguments, TypeError, "loss must be a linear loss.*; got ") == ""
+
+
+def test_what_is_almost_a_linear_loss() -> None:
+    arguments = {"model": MODEL, "batch": BATCH}
+    for loss, match in (
+        (fp.LinearCPOLoss, r"loss must be an object, made by LinearCPOLoss\(\.\.\.\), not its class; got <class"),
+        (functools.partial(fp.linear_preference_loss, objective=len), r"loss must be fp\.LinearPreferenceLoss.*; got "),
+        (fp.linear_preference_loss, r"loss must be fp\.LinearPreferenceLoss.*; got "),
+    ):
+        assert complaint(models.preference_forward, {**arguments, "loss": loss}, TypeError, match) == ""
+
+
+@pytest.mark.parametrize("make", [fp.LinearCPOLoss, functools.partial(functools.partial, fp.linear_cpo_loss)])
+def test_the_head_is_the_model_s(make: Callable[..., Any]) -> None:
+    """Softcap, scale and bias of the loss are refused, unless they are those of the model."""
+    for keywords, own in (
+        ({"softcap": 5.0}, "None"),
+        ({"logit_scale": 3.0}, "1.0"),
+        ({"bias": torch.zeros(V)}, "None"),
+    ):
+        (name,) = keywords
+        arguments = {"model": MODEL, "batch": batch(), "loss": make(**keywords)}
+        match = f"{name} must be left to the model, whose own is {own}; got "
+        assert complaint(models.preference_forward, arguments, ValueError, match) == ""
+    capped = family("gemma2")
+    plain = models.preference_forward(capped, batch(), fp.LinearCPOLoss()).loss
+    same = models.preference_forward(capped, batch(), make(softcap=capped.config.final_logit_softcapping)).loss
+    assert torch.equal(plain, same)
+
+
+def test_misspelt_entries() -> None:
+    for name, meant in (("sample_weights", "sample_weight"), ("token_weigth", "token_weight")):
+        match = f"batch has {name}, which neither the loss nor the model takes: is it {meant}"
+        assert complaint(scored, {**BATCH, name: torch.ones(4)}, ValueError, match) == ""
+    assert scored(**BATCH, num_items_in_batch=torch.tensor(4)).loss.isfinite()
 
 
 @pytest.mark.parametrize("given", [None, 3, "batch", [BATCH], (1, 2), torch.zeros(2)], ids=lambda x: type(x).__name__)

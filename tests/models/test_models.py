@@ -155,13 +155,22 @@ def test_tensors_of_an_own_objective_are_found_by_their_names() -> None:
     expected = fp.preference_loss(logits, given["labels"], Margin(), margin)
     torch.testing.assert_close(output.losses, expected.losses)
     assert output.loss.requires_grad
+    # What has a default may be in the batch, too; names of the head's own arguments are free.
+    floors = {"margin": margin, "floor": torch.tensor(3.0)}
+    raised = fp.preference_loss(logits, given["labels"], Margin(), *floors.values())
+    torch.testing.assert_close(models.preference_forward(model, {**given, **floors}, loss).losses, raised.losses)
+    weighted = fp.LinearPreferenceLoss(lambda sequences, weight, bias=0.0: sequences.average * weight + bias, unit=1)
+    weights = {"weight": torch.arange(1.0, 5.0), "bias": torch.ones(4)}
+    found = models.preference_forward(model, {**given, **weights}, weighted).losses
+    simple = fp.LinearPreferenceLoss(lambda sequences: sequences.average, unit=1)
+    averages = models.preference_forward(model, given, simple).losses
+    torch.testing.assert_close(found, averages * weights["weight"] + 1)
     # An input of the model stays one, and a keyword of the loss too.
     given["attention_mask"][0, :2] = 0
     masked = fp.LinearPreferenceLoss(
         lambda sequences, attention_mask: sequences.average * attention_mask.sum(1), unit=1
     )
-    plain = fp.LinearPreferenceLoss(lambda sequences: sequences.average, unit=1)
-    losses = models.preference_forward(model, given, plain).losses * given["attention_mask"].sum(1)
+    losses = models.preference_forward(model, given, simple).losses * given["attention_mask"].sum(1)
     torch.testing.assert_close(models.preference_forward(model, given, masked).losses, losses)
     referred = fp.LinearPreferenceLoss(lambda sequences, ref_logps: sequences.ref_logps - ref_logps, unit=1)
     given["ref_logps"] = torch.arange(len(given["labels"])).float()
