@@ -1,7 +1,6 @@
 """A DPO trainer that takes the place of TRL's."""
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -61,8 +60,7 @@ class DPOTrainer(RowTrainer, StockDPOTrainer, HeadTrainer):
     def __init__(
         self, *args: Any, objective: Callable[..., Tensor] | None = None, unit: int | None = 2, **kwargs: Any
     ) -> None:
-        given = inspect.signature(StockDPOTrainer.__init__).bind(self, *args, **kwargs).arguments
-        given.pop("self")
+        given = self.arguments(StockDPOTrainer, *args, **kwargs)
         config = given["args"] = self.checked(**{name: given.get(name) for name in CHECKED})
         self.take_options(config)
         model = given["model"]

@@ -1,7 +1,6 @@
 """A KTO trainer that takes the place of TRL's."""
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -61,8 +60,7 @@ class KTOTrainer(UnpairedTrainer):
         memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
-        given = inspect.signature(StockKTOTrainer.__init__).bind(self, *args, **kwargs).arguments
-        del given["self"]
+        given = self.arguments(StockKTOTrainer, *args, **kwargs)
         config = self.checked(**{name: given.get(name) for name in CHECKED})
         self.take_options(config, exact_accumulation=exact_accumulation, memory_budget=memory_budget)
         validate.choice("loss_type", config.loss_type, KTO_LOSS_TYPES)

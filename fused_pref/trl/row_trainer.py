@@ -1,5 +1,6 @@
 """What the trainers on TRL's row pipelines share: arguments checked, rows as stored, and what of a batch is whose."""
 
+import inspect
 from typing import Any, ClassVar
 
 from accelerate.utils import is_peft_model
@@ -24,13 +25,28 @@ class RowTrainer(ReferenceRows):
         columns: of the rows that a batch has beside TRL's, as tensors.
     """
 
-    configs: ClassVar[tuple[type, type]]
+    configs: ClassVar[tuple[Any, type]]
     forms: ClassVar[tuple[tuple[str, ...], ...]]
     trainer_inputs: ClassVar[tuple[str, ...]]
     columns: tuple[str, ...] = ()
     _name: Any
     _tokenizer: Any
     _signature_columns: Any
+
+    def arguments(self, stock: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the trainer was given, by the names of TRL's arguments.
+
+        Raises:
+            TypeError: an argument that TRL's trainer does not take, such as an option of the configuration.
+        """
+        try:
+            given = inspect.signature(stock).bind(*args, **kwargs)
+        except TypeError as error:
+            config = self.configs[0]
+            options = [name for name in kwargs if name in config.__dataclass_fields__]
+            hint = f"; {', '.join(options)} of fused_pref.trl.{config.__name__} is meant" if options else ""
+            raise TypeError(f"{type(self).__name__}() {error}{hint}") from None
+        return given.arguments
 
     def checked(
         self, model: Any, ref_model: Any, args: Any, train_dataset: Any, eval_dataset: Any, processing_class: Any

@@ -204,3 +204,12 @@ def test_embeddings(embed: Callable[[list[str]], Tensor], match: str) -> None:
     weights = PromptWeights(embed, None, ratio, batch_size=2, device=torch.device("cpu"))
     given = {"prompts": ["a", "b", "c"], "desirable": [True, False, False], "sample_size": 2, "seed": 0}
     assert complaint(weights.fit, given, ValueError, match) == ""
+
+
+@pytest.mark.parametrize(("trainer", "option"), [(DPOTrainer, "memory_budget"), (KTOTrainer, "padding_free")])
+def test_an_option_of_the_configuration_is_none_of_the_trainer(trainer: Any, option: str) -> None:
+    config = f"fused_pref.trl.{trainer.__name__.removesuffix('Trainer')}Config"
+    with pytest.raises(TypeError, match=rf"{trainer.__name__}\(\) got an unexpected .*; {option} of {config} is meant"):
+        trainer(MODEL, **{option: 1})
+    with pytest.raises(TypeError, match=rf"{trainer.__name__}\(\) got an unexpected keyword argument 'betta'$"):
+        trainer(MODEL, betta=1)
