@@ -1,7 +1,7 @@
 """A tile of logits in registers: rows of the hidden states times rows of the head's weight.
 
-:func:`logits_tile` is the product that the kernels of :mod:`fused_pref.ops.triton.linear` put their epilogues to;
-:class:`Operands` is what a launch gives it.
+:func:`logits_tile` is the product that the fused kernels of the head put their epilogues to;
+:class:`~fused_pref.ops.interface.Operands` is what a launch gives it.
 """
 
 import functools
