@@ -149,7 +149,7 @@ def discopop(w, l, beta, smoothing, gamma, tau):
 
 @triton.jit
 def pair_loss(w, l, beta, smoothing, gamma, tau, LOSS: tl.constexpr):
-    """The loss of this name, and its slopes in w and l: the one place that lists them."""
+    """The loss of this name, and its slopes in w and l: the only place in Triton that lists them."""
     if LOSS == "sigmoid" or LOSS == "sigmoid_norm" or LOSS == "aot" or LOSS == "aot_unpaired":
         return sigmoid(w, l, beta, smoothing, gamma, tau)
     elif LOSS == "simpo":
