@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -75,11 +75,14 @@ class Device:
 
 
 def _gpu(
-    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, **costs: float
-) -> Device:
-    memory, rates = gibibytes << 30, {2: half, 4: single, 8: single / 10}
-    sizes = Device("gpu", rates, bandwidth, measured, 4096, mixed=True, scratch=2**25, memory=memory, launch=5e-6)
-    return replace(sizes, processors=processors, **costs)
+    measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, *,
+    epilogue: float, by_index: float = 0.0,
+) -> Device:  # fmt: skip
+    sizes = {"columns": 4096, "scratch": 2**25, "memory": gibibytes << 30, "processors": processors}
+    rates = {2: half, 4: single, 8: single / 10}
+    return Device(
+        "gpu", rates, bandwidth, measured, mixed=True, epilogue=epilogue, by_index=by_index, launch=5e-6, **sizes
+    )
 
 
 CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, "2 cores with AMX", outputs=768 * 1024)
