@@ -50,12 +50,12 @@ class ObjectiveModule(nn.Module):
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the tensors that a call takes after its named ones."""
-        return ()
+        """Names of the tensors that a call takes after its named ones, and cannot do without."""
+        return self.names_in({})
 
     def names_in(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
         """The same, with those that a call can do without where a batch has them."""
-        return self.tensor_names
+        return ()
 
     def call_keywords(self, **given: Any) -> dict[str, Any]:
         """The keywords of one call."""

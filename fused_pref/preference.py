@@ -126,13 +126,8 @@ class LinearPreferenceLoss(ObjectiveModule):
         """See :class:`ObjectiveModule`."""
         return super().call(*tensors[:3], self.objective, *tensors[3:], **given)
 
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """What the objective calls its tensors, those without a default: so a batch names them."""
-        return self.names_in({})
-
     def names_in(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
-        """See :class:`ObjectiveModule`; tensors go by position, so one with a default needs all that come before."""
+        """What the objective calls its tensors; they go by position, so one with a default needs all before it."""
         function = self.objective.forward if isinstance(self.objective, nn.Module) else self.objective
         try:
             parameters = list(inspect.signature(function).parameters.values())[2 if self.keywords["unit"] == 2 else 1 :]

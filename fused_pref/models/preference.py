@@ -114,7 +114,7 @@ class Preference:
         found = {"bias": head.bias, "softcap": head.softcap, "logit_scale": head.logit_scale}
         for name, unset in (("bias", None), ("softcap", None), ("logit_scale", 1.0)):
             value = self.own.get(name, unset)
-            if value is not unset and value != unset and (name == "bias" or value != found[name]):
+            if value != unset and (name == "bias" or value != found[name]):
                 model = validate.describe(found[name])
                 raise validate.fail(name, f"left to the model, whose own is {model}", value)
 
@@ -230,8 +230,9 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     keywords = {name: batch[name] for name in parameters if name in batch and name not in (*required, *HEAD)}
     # What an objective of one's own calls its tensors may be an input of the model, or a keyword of the loss, too.
     inputs_too = inspect.signature(base.forward).parameters
-    refuse_misspelt(batch, {*parameters, *own} - {*HEAD}, {*inputs_too, *own})
     taken = {*parameters, "token_index", *(name for name in own if name not in inputs_too)}
+    unknown = [name for name in batch if name not in taken and name not in inputs_too]
+    refuse_misspelt(unknown, {*parameters, *own} - {*HEAD, *batch})
     required += own
     missing = [name for name in required if name not in batch]
     if missing:
@@ -259,11 +260,11 @@ def preference_forward(model: nn.Module, batch: Mapping[str, Any], loss: Callabl
     return output._replace(loss=output.loss + router_loss.to(output.loss.device))
 
 
-def refuse_misspelt(batch: Mapping[str, Any], loss: set[str], model: set[str]) -> None:
-    """Refuse an entry whose name is almost that of a tensor of the loss: a model may take it, and ignore it."""
-    for name in batch:
-        close = difflib.get_close_matches(str(name), sorted(loss - {*batch}), 1, 0.85)
-        if close and name not in loss and name not in model:
+def refuse_misspelt(unknown: list[Any], missing: set[str]) -> None:
+    """Refuse an entry that is almost one that the loss takes and a batch lacks: a model may take it, and ignore it."""
+    for name in unknown:
+        close = difflib.get_close_matches(str(name), sorted(missing), 1, 0.85)
+        if close:
             raise ValueError(f"batch has {name}, which neither the loss nor the model takes: is it {close[0]}?")
 
 
