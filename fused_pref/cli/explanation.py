@@ -12,6 +12,7 @@ from fused_pref.head.plans.planner import candidates, choose, least_budget
 from fused_pref.head.plans.problem import Plan, Problem
 from fused_pref.ops import backend, devices
 from fused_pref.ops.devices import GPUS, Device, device_of
+from fused_pref.ops.torch.matmul import arithmetic
 
 # Public shapes of language models: (D, V).
 MODELS = {
@@ -245,6 +246,7 @@ def explain(
         promised=memory_budget is not None,
         device=constants,
         late_scale=dtype == torch.float16,
+        upcasts=arithmetic(dtype, constants.name).upcast,
         gathered=positions > tokens,
         fused=fused,
         wide_range=dtype != torch.float16,

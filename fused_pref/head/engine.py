@@ -78,6 +78,7 @@ def problem_of(head: Head, rows: ValidRows) -> Problem:
         promised=call.spec.memory_budget is not None,
         device=device,
         late_scale=weight.dtype == torch.float16,
+        upcasts=head.arithmetic.upcast,
         gathered=rows.indices is not None or not head.hidden.is_contiguous() or head.dtype != head.hidden.dtype,
         unscored=_unscored(head, rows, positions) if head.logit_sum else 0,
         fused=fused,

@@ -102,6 +102,16 @@ def device_of(kind: str, architecture: str = "sm_90") -> Device:
     return CPU if kind == "cpu" else GPUS[architecture]
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has products of these 16-bit entries that serve: PyTorch's loops in their place are far slower.
+
+    Of float16 none serves: its sums may overflow.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return dtype == torch.bfloat16 and supported is not None and supported()
+
+
 # What gives the figures that were measured on a device in place of its constants; None: nothing does.
 measured: Callable[[torch.device, Device], Device] | None = None
 

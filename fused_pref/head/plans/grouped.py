@@ -51,17 +51,18 @@ class Grouped(Plan):
         single = groups == 1
         # dW is its own accumulator where its dtype is that of the sums.
         direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
-        workspace = p.chunk(rows, columns, p.q_itemsize(fused)) + p.copied(rows) + p.upcast(rows, p.hidden)
+        workspace = p.chunk(rows, columns, p.q_itemsize(fused)) + p.copied(rows)
         weight = hidden = 0
         if "weight" in p.gradients:
             workspace += 0 if direct else 4 * columns * p.hidden
             partial = 0 if single and direct else p.partial * min(columns, p.device.columns) * p.hidden
+            partial += p.wide_block(columns) if single and direct else 0
             weight = rows * p.hidden * p.scaled_itemsize + partial + p.transposed(rows, columns)
             weight = max(weight, p.target_sums(rows, p.weight_itemsize if direct else 4))
         if "hidden" in p.gradients:
             # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.
             workspace += max(4 * p.positions * p.hidden if p.late_scale else 0, p.wide_hidden)
-            hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.late_scale else 0)
+            hidden = rows * p.hidden * max(p.itemsize, 4 if p.device.mixed or p.upcasts else 0)
         workspace += max(weight, hidden) + p.scratch(rows, columns) + p.cast_weight
         products, mean = ("logits", *p.gradient_products), rounds(p.tokens, groups)
         seconds = p.product_seconds(mean, columns, products) + p.pass_seconds(mean, columns, fused=fused)

@@ -84,7 +84,8 @@ class Head:
         self.hidden_dtype = hidden.dtype
         if call.shard is not None:
             self.hidden_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.targets_apart = call.dtype.itemsize == 2 and (self.triton or hidden.device.type == "cpu")
+        rounds = hidden.device.type == "cpu" and not self.arithmetic.upcast
+        self.targets_apart = call.dtype.itemsize == 2 and (self.triton or rounds)
         self.kernels: RowOps = torch_chunk
         if self.triton:
             from fused_pref.ops.triton import chunk as triton_chunk
@@ -141,7 +142,7 @@ class Head:
             given = (self.operands(h), statistics, targets, self.transform, self.ignore_index)
             return out[:, : self.columns], self.fused.exponentials(out, *given, logit_sum=self.logit_sum)
         z = self.project(memory, h)
-        q = overlay(z, self.dtype)
+        q = overlay(z, self.arithmetic.q)
         out = q if self.shard is None else None
         self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum, out=out)
         if self.shard is not None:

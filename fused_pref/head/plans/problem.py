@@ -34,6 +34,8 @@ class Problem:
         local: whether the coefficients of a unit depend on that unit alone and are known in the forward.
         units: rows of each pair (or sequence) that a group must not cut; empty if not known.
         late_scale: whether dW stays float32 until the upstream gradient is known (float16, which would underflow).
+        upcasts: whether products of 16-bit entries are float32 ones, of a float32 chunk (float16, and bfloat16 on CPUs
+            that have no products of it).
         gathered: whether the rows are copied out of the hidden states.
         unscored: rows that are projected for the means of the logits alone, before anything else.
         cast_weight: bytes of the weight's copy in the dtype of the products (autocast), 0 if none.
@@ -61,6 +63,7 @@ class Problem:
     budget: int
     device: Device
     late_scale: bool = False
+    upcasts: bool = False
     gathered: bool = True
     unscored: int = 0
     cast_weight: int = 0
@@ -92,36 +95,31 @@ class Problem:
     @property
     def logits_itemsize(self) -> int:
         """Bytes of an entry of the logits at work."""
-        return max(self.itemsize, 4) if self.device.mixed else self.itemsize
+        return max(self.itemsize, 4) if self.device.mixed or self.upcasts else self.itemsize
 
     @property
     def narrow(self) -> bool:
-        """Whether products of 16-bit entries come out in 16 bits, too."""
-        return self.itemsize == 2 and not self.device.mixed
+        """Whether products of 16-bit entries come out in 16 bits, too; their operands then lie by rows."""
+        return self.itemsize == 2 and not self.device.mixed and not self.upcasts
 
     @property
     def partial(self) -> int:
         """Bytes of an entry of a product that is then added in float32 (0: it is added in place)."""
-        return (4 if self.late_scale else self.itemsize) if self.narrow else 0
+        return self.itemsize if self.narrow else 0
 
     @property
     def scaled_itemsize(self) -> int:
         """Bytes of an entry of the rows that dW is a product with."""
-        return 4 if self.late_scale and not self.device.mixed else self.itemsize
+        return 4 if self.upcasts else self.itemsize
 
-    def upcast(self, rows: int, features: int) -> int:
-        """Bytes of a block of operands that is made float32 for a product (float16 where there is no mixed one)."""
-        block = min(self.device.columns, rows) + features
-        return 4 * block * min(self.device.columns, self.vocabulary) if self.late_scale and not self.device.mixed else 0
-
-    @property
-    def rows_first(self) -> bool:
-        """Whether an operand that lies by columns is copied into rows first (bfloat16 on a CPU)."""
-        return self.narrow and not self.late_scale
+    def wide_block(self, columns: int) -> int:
+        """Bytes of a block of a 16-bit dW that comes out in float32."""
+        wide = self.upcasts and self.weight_itemsize == 2
+        return 4 * min(columns, self.device.columns) * self.hidden if wide else 0
 
     def transposed(self, rows: int, columns: int) -> int:
         """Bytes of a block of logits that is copied into rows of the vocabulary for dW (bfloat16 on a CPU)."""
-        turns = self.rows_first and "weight" in self.gradients
+        turns = self.narrow and "weight" in self.gradients
         return rows * min(columns, self.device.columns) * self.itemsize if turns else 0
 
     def target_sums(self, rows: int, itemsize: int) -> int:
@@ -135,15 +133,20 @@ class Problem:
         return self.sum_itemsize * self.positions * self.hidden if "hidden" in self.gradients else 0
 
     def scratch(self, rows: int, columns: int) -> int:
-        """Bytes of the blocks of elementwise work on a chunk, on the rows and on the weight, and of numbers per row."""
+        """Bytes of the blocks of elementwise work on a chunk, on the rows and on the weight, and of numbers per row.
+
+        Before that, a block of rows and one of the weight may have been made float32 for a product.
+        """
         chunk = max(rows * columns, self.positions * self.hidden)
         # The mean of the weight takes a 16th of it at a time.
         weight = min(self.vocabulary, max(64, self.vocabulary // 16)) * self.hidden
-        return min(self.device.scratch, max(self.itemsize, 4) * (3 * chunk + weight) + 256 * self.positions + 8192)
+        work = min(self.device.scratch, max(self.itemsize, 4) * (3 * chunk + weight) + 256 * self.positions + 8192)
+        upcast = min(self.device.columns, rows) + min(self.device.columns, columns)
+        return max(work, 4 * upcast * self.hidden) if self.upcasts else work
 
     def chunk(self, rows: int, columns: int, itemsize: int) -> int:
         """Bytes of a chunk of logits, or of Q."""
-        stride = row_stride(columns) if self.rows_first else columns
+        stride = row_stride(columns) if self.narrow else columns
         return self.device.allocation(rows * stride * itemsize)
 
     def copied(self, rows: int) -> int:
@@ -162,7 +165,8 @@ class Problem:
             "weight": (columns, self.hidden, rows),
         }
         slow = max(1.0, min(self.device.columns, self.vocabulary) / columns)
-        return sum(self.device.product_seconds(*sizes[product], self.itemsize, slow) for product in products)
+        itemsize = self.scaled_itemsize
+        return sum(self.device.product_seconds(*sizes[product], itemsize, slow) for product in products)
 
     def chunk_seconds(self, rows: int, columns: int) -> float:
         """Time of a chunk's passes over memory: raw logits written, read, and written over."""

@@ -128,7 +128,7 @@ class Skipping(Plan):
             selected = tile.nonzero()[:, 0]
             x, own, targets = h[selected], factor[selected], rows.targets[selected]
             z = head.project(memory, x, columns)
-            q = overlay(z, head.dtype)
+            q = overlay(z, head.arithmetic.q)
             head.kernels.gradient(q, z, statistics[:, selected], targets, columns.start, head.transform)
             if dw is not None:
                 scaled, scale = scaled_rows(head, x, own)

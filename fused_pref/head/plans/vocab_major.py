@@ -46,9 +46,9 @@ class VocabMajor(Plan):
         count = rounds(p.vocabulary, columns)
         again = count - saved
         sums = rows * p.hidden * max(p.itemsize, 4) + p.wide_hidden if hidden else 0
-        fixed = p.copied(rows) + p.scratch(rows, columns) + p.cast_weight + p.upcast(rows, p.hidden) + sums
-        partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
-        late = max(p.partial * rows * p.hidden if hidden else 0, partial + p.transposed(rows, columns))
+        fixed = p.copied(rows) + p.scratch(rows, columns) + p.cast_weight + sums
+        partial = p.partial * columns * p.hidden if p.weight_itemsize > 2 else p.wide_block(columns)
+        late = max(p.partial * rows * p.hidden if hidden else 0, partial + p.transposed(rows, columns) if weight else 0)
         backward = late + (rows * p.hidden * p.scaled_itemsize if weight else 0)
         chunks = p.chunk(rows, min(saved * columns, p.vocabulary), p.logits_itemsize)
         chunks += p.chunk(rows, columns, p.q_itemsize(fused)) if again else 0
@@ -124,7 +124,7 @@ class VocabMajor(Plan):
                 head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
             else:
                 z = chunks[0] if memory is None or columns.start < kept else head.project(memory, h, columns)
-                q = overlay(z, head.dtype)
+                q = overlay(z, head.arithmetic.q)
                 head.kernels.gradient(q, z, statistics, rows.targets, columns.start, head.transform)
             if db is not None:
                 db[columns] = head.bias_gradient(q, factor)

@@ -1,7 +1,8 @@
 """GEMMs of the head (cuBLAS, oneDNN), in the dtypes and the memory that a device allows.
 
-A device with ``mixed`` products gives float32 results of 16-bit entries. Elsewhere a 16-bit product comes out rounded
-once; where several of them are summed, partial results are added in float32.
+A device with ``mixed`` products gives float32 results of 16-bit entries. A CPU may have none of them: there logits and
+Q are float32, and 16-bit rows are made float32 a block at a time. Elsewhere a 16-bit product comes out rounded once;
+where several of them are summed, partial results are added in float32.
 """
 
 import functools
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_pref.ops.devices import device_of
+from fused_pref.ops.devices import device_of, multiplies
 from fused_pref.ops.torch.chunk import ranges
 
 # Terms of an entry that a CPU's product may add up one after the other.
@@ -26,8 +27,10 @@ class Arithmetic:
 
     Attributes:
         mixed: in float32 though their entries are 16-bit.
-        upcast: of operands that are made float32 first: float16 results of large sums may overflow.
+        upcast: of operands that are made float32 first: a CPU without products of 16-bit entries, or float16, whose
+            sums may overflow.
         logits: dtype of the logits.
+        q: dtype of Q, which is written over them.
         product: the most exact dtype of a product.
         rows_first: whether an operand that lies by columns is copied into rows first: 16-bit columns cost a CPU's
             product half its speed.
@@ -38,6 +41,7 @@ class Arithmetic:
     mixed: bool
     upcast: bool
     logits: torch.dtype
+    q: torch.dtype
     product: torch.dtype
     rows_first: bool
     block: int
@@ -49,13 +53,14 @@ def arithmetic(dtype: torch.dtype, kind: str) -> Arithmetic:
     """Of this dtype on devices of this kind."""
     device = device_of(kind)
     mixed = dtype.itemsize == 2 and device.mixed
-    upcast = dtype == torch.float16 and not mixed
+    upcast = dtype.itemsize == 2 and not mixed and not multiplies(dtype)
     return Arithmetic(
         mixed=mixed,
         upcast=upcast,
-        logits=torch.float32 if mixed else dtype,
+        logits=torch.float32 if mixed or upcast else dtype,
+        q=torch.float32 if upcast else dtype,
         product=torch.float32 if mixed or upcast else dtype,
-        rows_first=dtype == torch.bfloat16 and not mixed,
+        rows_first=dtype == torch.bfloat16 and not mixed and not upcast,
         block=device.columns,
         scratch=device.scratch,
     )
@@ -68,6 +73,8 @@ def overlay(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Chunk ← h weightᵀ + bias; (n, v) from (n, D), (v, D), (v,)."""
+    if arithmetic(h.dtype, h.device.type).upcast:
+        return _project_upcast(logits, h, weight, bias)
     if logits.dtype != h.dtype:
         torch.mm(h, weight.t(), out_dtype=logits.dtype, out=logits)
         return logits if bias is None else logits.add_(bias)
@@ -76,15 +83,34 @@ def project(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return torch.addmm(bias, h, weight.t(), out=logits)
 
 
+def _project_upcast(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in float32, a block of rows and a block of the vocabulary at a time."""
+    block = arithmetic(h.dtype, h.device.type).block
+    for rows in ranges(h.shape[0], block):
+        own = h[rows].to(logits.dtype)
+        for columns in ranges(weight.shape[0], block):
+            torch.mm(own, weight[columns].to(logits.dtype).t(), out=logits[rows, columns])
+    return logits if bias is None else logits.add_(bias)
+
+
 def add_product(
     total: Tensor, a: Tensor, b: Tensor, *, fresh: bool, scale: Tensor | None = None, terms: int | None = None
 ) -> None:
     """Total ← a b, or total + a b if not ``fresh``; ``scale`` (0-d) multiplies the product in the dtype of ``total``.
 
-    ``terms`` is the number of terms of an entry once all products are in; None: those of this one.
+    ``terms`` is the number of terms of an entry once all products are in; None: those of this one. A 16-bit b is made
+    float32 a block at a time where a and the total are.
     Rows of ``total`` are worked in blocks where a partial result or an operand in memory of its own cannot be avoided.
     """
     terms, kind = a.shape[1] if terms is None else terms, arithmetic(a.dtype, a.device.type)
+    if a.dtype != b.dtype:
+        for part in ranges(a.shape[1], kind.block):
+            wide = b[part].to(a.dtype)
+            if fresh and part.start == 0:
+                torch.mm(a[:, part], wide, out=total)
+            else:
+                total.addmm_(a[:, part], wide)
+        return
     direct = scale is None and total.dtype == a.dtype and not kind.upcast
     # A product comes out in the dtype of its entries or in float32.
     if scale is None and kind.mixed and total.dtype == torch.float32:

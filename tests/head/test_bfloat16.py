@@ -1,0 +1,84 @@
+"""Bfloat16 heads on CPUs that have products of such entries, and on those that have none: both ways on any CPU."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from harness import make_hidden
+from head_cases import only, parity
+
+import fused_pref as fp
+from fused_pref.ops import devices
+from fused_pref.ops.torch import matmul
+
+# A plan for each, with the gradients it gives.
+PLANS = {
+    "grouped": ("cpo", "hwb"),
+    "vocab_major": ("bco-batch", "hwb"),
+    "frozen_head": ("cpo", "h"),
+    "logprob": ("cpo", ""),
+    "skipping": ("tokens", "hwb"),
+}
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """What was found of this CPU, before and after."""
+    matmul.arithmetic.cache_clear()
+    yield
+    matmul.arithmetic.cache_clear()
+
+
+@pytest.fixture(params=[True, False], ids=["own", "upcast"])
+def multiplies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU is taken to multiply bfloat16."""
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: request.param and dtype == torch.bfloat16)
+    return request.param
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans(plan: str, small: bool, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of 16 rows and columns every product has several, the last of them cut."""
+    objective, wanted = PLANS[plan]
+    monkeypatch.setattr(matmul, "device_of", lambda kind: devices.Device("cpu", {}, 1.0, "", columns=16))
+    batch = make_hidden(6, 9, 12, 83, dtype=torch.bfloat16, bias=True)
+    batch.wanted = wanted
+    keywords: dict[str, Any] = {"skip_mass": 0.0} if plan == "skipping" else {}
+    with only(plan, small=small):
+        parity(objective, batch, backend="torch", softcap=5.0, **keywords)
+    assert matmul.arithmetic(torch.bfloat16, "cpu").upcast is not multiplies
+
+
+def test_upcast_gradients_are_rounded_once(multiplies: bool) -> None:
+    """Float32 products of float32 chunks: dW is off by its own rounding alone, where Q is not rounded first."""
+    batch = make_hidden(4, 33, 64, 301, dtype=torch.bfloat16)
+    h, w = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    fp.linear_cpo_loss(h, w, batch.labels, backend="torch").loss.backward()
+    h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
+    fp.reference.linear_cpo_loss(h64, w64, batch.labels).loss.backward()
+    for leaf, exact in ((h, h64), (w, w64)):
+        ours, truth = (x.grad if x.grad is not None else x for x in (leaf, exact))
+        wrong = (ours.double() - truth).abs() > truth.abs() * 2**-8 * 1.01 + 1e-7
+        assert wrong.any() == multiplies
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, and a float32 chunk times 16-bit rows, fresh and added, in blocks of which the last is cut."""
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(matmul, "device_of", lambda kind: devices.Device("cpu", {}, 1.0, "", columns=16))
+    torch.manual_seed(0)
+    h, w, b = (torch.randn(shape).to(dtype) for shape in ((21, 7), (37, 7), (37,)))
+    logits = matmul.project(torch.empty(21, 40)[:, :37], h, w, b if bias else None)
+    truth = h.double() @ w.double().t() + (b.double() if bias else 0)
+    assert (logits - truth).abs().max() < 1e-5
+    for fresh, strided in itertools.product((True, False), (True, False)):
+        total, before = (torch.full((21, 7), 0.5) for _ in range(2))
+        a = logits if strided else logits.contiguous()
+        matmul.add_product(total, a, w, fresh=fresh)
+        truth = a.double() @ w.double() + (0 if fresh else before.double())
+        assert (total - truth).abs().max() < 1e-4
