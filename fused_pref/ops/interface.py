@@ -218,7 +218,6 @@ class RowOps(Protocol):
         transform: Transform,
         *,
         logit_sum: bool,
-        out: Tensor | None = None,
     ) -> None:
         """Update the running statistics of rows by a chunk (online softmax).
 
@@ -229,7 +228,23 @@ class RowOps(Protocol):
             first: the chunk's first column in the vocabulary.
             transform: of the logits.
             logit_sum: whether Σ z is wanted.
-            out: (n, v), may lie over the logits: receives Q; the chunk is then the whole vocabulary.
+        """
+        ...
+
+    def exponentials(
+        self,
+        out: Tensor,
+        logits: Tensor,
+        statistics: Tensor,
+        targets: Tensor,
+        transform: Transform,
+        ignore_index: int,
+        *,
+        logit_sum: bool,
+    ) -> FinishedRows:
+        """Use up the raw logits of whole rows: write their Q, up to a factor of each row, into ``out``.
+
+        ``out`` (n, V) may lie over the logits. The statistics are updated as by :meth:`update_statistics`.
         """
         ...
 
@@ -325,5 +340,5 @@ class FusedOps(Protocol):
         *,
         logit_sum: bool,
     ) -> FinishedRows:
-        """Write exp(z − pivot) of whole rows into ``out``, 0 at the targets, and their statistics."""
+        """As :meth:`RowOps.exponentials`: writes exp(z − pivot), 0 at the targets, and the statistics."""
         ...

@@ -340,7 +340,8 @@ def test_exponentials(
     head, targets, x = operands(*shape, dtype, kernel_device)
     rows, _, columns = shape
     truth, true_q = chunk.new_statistics(rows, x, torch.float64), x.clone()
-    chunk.update_statistics(truth, true_q, targets, 0, transform, logit_sum=False, out=true_q)
+    chunk.update_statistics(truth, x, targets, 0, transform, logit_sum=False)
+    chunk.gradient(true_q, x, truth, targets, 0, transform)
     statistics = torch.full((4, rows), NAN, device=x.device)
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
     done = linear.exponentials(q, head, statistics, targets, transform, IGNORE, logit_sum=True)

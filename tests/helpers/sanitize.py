@@ -70,7 +70,8 @@ def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Ite
     out, indices = torch.zeros(2 * N, D, device=device, dtype=dtype), torch.randperm(2 * N, device=device)[:N]
     # Most targets occur several times.
     repeated = targets % 5
-    yield "chunk", lambda: chunk.update_statistics(statistics, logits, targets, 0, softcap, logit_sum=True, out=narrow)
+    given = (statistics, targets, softcap, -100)
+    yield "chunk", lambda: chunk.exponentials(narrow, logits, *given, logit_sum=True)
     yield "targets of Q", lambda: chunk.take_targets(narrow, targets, 0)
     yield "log-probs of rows", lambda: chunk.finish(statistics, targets, columns, -100)
     yield "rows to their places", lambda: chunk.scatter_rows(out, rows, factor, indices, TargetRows(targets, q, weight))

@@ -143,11 +143,12 @@ class Head:
             return out[:, : self.columns], self.fused.exponentials(out, *given, logit_sum=self.logit_sum)
         z = self.project(memory, h)
         q = overlay(z, self.arithmetic.q)
-        out = q if self.shard is None else None
-        self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum, out=out)
-        if self.shard is not None:
-            self.shard.merge(statistics, logit_sum=self.logit_sum)
-            self.kernels.gradient(q, z, statistics, targets, 0, self.transform)
+        if self.shard is None:
+            given = (statistics, targets, self.transform, self.ignore_index)
+            return q, self.kernels.exponentials(q, z, *given, logit_sum=self.logit_sum)
+        self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum)
+        self.shard.merge(statistics, logit_sum=self.logit_sum)
+        self.kernels.gradient(q, z, statistics, targets, 0, self.transform)
         logp, one_minus_p = self.finish(statistics, targets)
         return q, FinishedRows(logp, one_minus_p, one_minus_p, None)
 

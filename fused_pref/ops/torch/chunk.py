@@ -21,6 +21,7 @@ from fused_pref.ops.interface import (
     SUM_SQ,
     TARGET_LOGIT,
     TARGET_SEEN,
+    FinishedRows,
     TargetRows,
     Transform,
 )
@@ -146,17 +147,57 @@ def softmax_(z: Tensor, row_max: Tensor, sum_exp: Tensor) -> None:
 
 
 def update_statistics(
-    statistics: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    first: int,
-    transform: Transform,
-    *,
-    logit_sum: bool,
-    out: Tensor | None = None,
+    statistics: Tensor, logits: Tensor, targets: Tensor, first: int, transform: Transform, *, logit_sum: bool
 ) -> None:
     """See :meth:`fused_pref.ops.interface.RowOps.update_statistics`."""
     here, column = _local(targets, first, logits.shape[1])
+    raw = _update(statistics, logits, here, column, transform, logit_sum)
+    _set_targets(logits, here, column, raw)
+
+
+def exponentials(
+    out: Tensor,
+    logits: Tensor,
+    statistics: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    *,
+    logit_sum: bool,
+) -> FinishedRows:
+    """See :meth:`fused_pref.ops.interface.RowOps.exponentials`: exp(z − maximum), at the targets minus their sum."""
+    here, column = _local(targets, 0, logits.shape[1])
+    narrow, divided = out.dtype != statistics.dtype, divides(out)
+    raw = _update(statistics, logits, here, column, transform, logit_sum, out, divided=divided)
+    logp, one_minus_p = finish(statistics, targets, logits.shape[1], ignore_index)
+    sums = torch.ones_like(one_minus_p) if divided else statistics[SUM_EXP].clamp(min=0.5)
+    target_q = transform_backward_(-sums, raw, transform) if transform.nonlinear else -sums
+    if narrow and not divided:
+        return FinishedRows(logp, one_minus_p, one_minus_p / sums, target_q.where(here, 0))
+    _set_targets(out, here, column, target_q.to(out.dtype))
+    return FinishedRows(logp, one_minus_p, one_minus_p / sums, None)
+
+
+def divides(out: Tensor) -> bool:
+    """Whether Q is divided by the sums at once: on a GPU a 16-bit Q holds its targets, which are exact as −1 alone."""
+    return out.dtype.itemsize == 2 and out.device.type != "cpu"
+
+
+def _update(
+    statistics: Tensor,
+    logits: Tensor,
+    here: Tensor,
+    column: Tensor,
+    transform: Transform,
+    logit_sum: bool,
+    out: Tensor | None = None,
+    *,
+    divided: bool = False,
+) -> Tensor:
+    """Update the statistics by a chunk, whose targets may be taken out; gives their raw logits, (n,).
+
+    ``out`` receives exp(z − maximum), 0 at the targets, times the slope of an activation; ``divided``: over its sum.
+    """
     raw = logits.gather(1, column[:, None])[:, 0]
     target_logit = transform_(raw.to(statistics.dtype, copy=True), transform)
     # The targets are taken out: once and for all where that can be said in raw logits.
@@ -165,9 +206,11 @@ def update_statistics(
         _set_targets(logits, here, column, -math.copysign(torch.inf, transform.slope))
     new = torch.empty_like(statistics)
     rows = (new.t(), here, column, logits if out is None else out)
-    for z, x, row, there, place, out_block in _blocks(logits, new.dtype, *rows):
+    # Raw logits that nobody asks for again are written over where they stand.
+    over = out is not None and at_once and out.dtype == new.dtype and out.data_ptr() == logits.data_ptr()
+    for buffer, x, row, there, place, out_block in _blocks(logits, new.dtype, *rows):
         row_max, sum_exp = row[:, ROW_MAX], row[:, SUM_EXP]
-        transform_(z.copy_(x), transform)
+        z = transform_(x if over else buffer.copy_(x), transform)
         if logit_sum:
             row[:, LOGIT_SUM] = z.sum(1)  # asked for with an activation only
         if not at_once:
@@ -175,18 +218,17 @@ def update_statistics(
         softmax_(z, row_max, sum_exp)
         if metrics:
             row[:, ENTROPY], row[:, SUM_SQ] = softmax_metrics(z, sum_exp)
-        if out is not None:
-            _normalise(out_block, x, z, sum_exp, there, place, transform)
-    if out is None:
-        _set_targets(logits, here, column, raw)
-    elif at_once:
-        _set_targets(out, here, column, -1.0)
+        if divided:
+            z.div_(sum_exp.clamp(min=0.5)[:, None])
+        if out is not None and not over:
+            out_block.copy_(z if at_once else transform_backward_(z, x, transform))
     new[TARGET_LOGIT] = target_logit.masked_fill(~here, 0)
     if not logit_sum:
         new[LOGIT_SUM] = 0
     if metrics:
         new[HIGHEST], new[TARGET_SEEN] = new[ROW_MAX], target_logit.masked_fill(~here, -torch.inf)
     statistics.copy_(merged(torch.stack((statistics, new))))
+    return raw
 
 
 def gradient(

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_pref.ops.interface import ENTROPY, TargetRows, Transform
+from fused_pref.ops.interface import ENTROPY, FinishedRows, TargetRows, Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import activation_backward, column_of, exp, transform
 from fused_pref.ops.triton.launch import launch
@@ -185,16 +185,9 @@ def _add_target_rows_kernel(
 
 
 def update_statistics(
-    statistics: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    first: int,
-    transform: Transform,
-    *,
-    logit_sum: bool,
-    out: Tensor | None = None,
+    statistics: Tensor, logits: Tensor, targets: Tensor, first: int, transform: Transform, *, logit_sum: bool
 ) -> None:
-    """See :meth:`fused_pref.ops.interface.RowOps.update_statistics`. One launch, two with ``out``."""
+    """See :meth:`fused_pref.ops.interface.RowOps.update_statistics`. One launch."""
     rows, columns = logits.shape
     if rows == 0:
         return
@@ -205,8 +198,23 @@ def update_statistics(
         **factors(transform), ALIGNED=aligned(logits), WITH_LOGIT_SUM=logit_sum,
         WITH_METRICS=len(statistics) > ENTROPY, BLOCK=config.block, **config.options,
     )  # fmt: skip
-    if out is not None:
-        gradient(out, logits, statistics, targets, first, transform)
+
+
+def exponentials(
+    out: Tensor,
+    logits: Tensor,
+    statistics: Tensor,
+    targets: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    *,
+    logit_sum: bool,
+) -> FinishedRows:
+    """See :meth:`fused_pref.ops.interface.RowOps.exponentials`. Three launches; Q is complete, but for 1 − p_y."""
+    update_statistics(statistics, logits, targets, 0, transform, logit_sum=logit_sum)
+    gradient(out, logits, statistics, targets, 0, transform)
+    logp, one_minus_p = finish(statistics, targets, logits.shape[1], ignore_index)
+    return FinishedRows(logp, one_minus_p, one_minus_p, None)
 
 
 def gradient(
