@@ -21,6 +21,7 @@ from fused_pref.head.plans import planner
 from fused_pref.head.plans.problem import Plan, Problem
 from fused_pref.ops.backend import architecture, taken_by_auto, triton_obstacle
 from fused_pref.ops.devices import Device, device_of
+from fused_pref.ops.torch.matmul import arithmetic, project
 from fused_pref.testing.parity import available
 
 EPILOG = """\
@@ -194,11 +195,12 @@ def measured(device: torch.device, sizes: Sizes, given: Device, timer: Timer) ->
 def product_rate(
     device: torch.device, sizes: Sizes, dtype: torch.dtype, rows: int, columns: int, timer: Timer
 ) -> float:
-    """Operations per second of a product of hidden states and a slice of the weight."""
+    """Operations per second of a product of hidden states and a slice of the weight, as the head makes it."""
     rows, columns = min(max(sizes.tokens, 256), rows), min(sizes.vocabulary, columns)
     a = torch.randn(rows, sizes.hidden, device=device).to(dtype)
     b = torch.randn(columns, sizes.hidden, device=device).to(dtype)
-    return 2 * rows * columns * sizes.hidden / timer(lambda: a @ b.T)
+    logits = torch.empty(rows, columns, dtype=arithmetic(dtype, device.type).logits, device=device)
+    return 2 * rows * columns * sizes.hidden / timer(lambda: project(logits, a, b, None))
 
 
 def copied(device: torch.device, size: int, timer: Timer) -> float:
