@@ -53,7 +53,7 @@ def accepts(keywords: type) -> Callable[[Function], Function]:
 
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[:-1]
-        own = {parameter.name for parameter in parameters}
+        own = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL}
         shown = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=keyword.default, annotation=annotation)
             for name, (annotation, keyword) in entries.items()
