@@ -15,14 +15,24 @@ class Keyword(NamedTuple):
     meaning: str
 
 
+class PerCall(Keyword):
+    """A keyword that belongs to a batch: modules take it at construction and per call."""
+
+
 @functools.cache
-def table(keywords: type) -> dict[str, tuple[Any, Keyword]]:
-    """Name → (type, :class:`Keyword`) of a keyword table, in the order of definition."""
+def table(keywords: type, *, per_call: bool = False) -> dict[str, tuple[Any, Keyword]]:
+    """Name → (type, :class:`Keyword`) of a keyword table, in the order of definition.
+
+    With ``per_call``, of the :class:`PerCall` ones alone, as modules take them there: None is what the module has.
+    """
     hints = get_type_hints(keywords, include_extras=True, localns={"RewardShift": Any})
     entries: dict[str, tuple[Any, Keyword]] = {}
     for name, hint in hints.items():
         annotation, keyword = get_args(hint)
-        entries[name] = (annotation, keyword)
+        if not per_call:
+            entries[name] = (annotation, keyword)
+        elif isinstance(keyword, PerCall):
+            entries[name] = (annotation | None, keyword._replace(default=None))
     return entries
 
 
@@ -38,10 +48,13 @@ def choices(keywords: type, name: str) -> tuple[str, ...]:
     return tuple(value for literal in literals for value in get_args(literal))
 
 
-def accepts(keywords: type) -> Callable[[Function], Function]:
-    """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table."""
-    entries = table(keywords)
-    filled = defaults(keywords)
+def accepts(keywords: type, *, per_call: bool = False) -> Callable[[Function], Function]:
+    """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table.
+
+    ``per_call`` is for the ``forward`` of a module, and as of :func:`table`; its docstring is left as it is.
+    """
+    entries = table(keywords, per_call=per_call)
+    filled = {name: keyword.default for name, (_, keyword) in entries.items()}
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -53,16 +66,18 @@ def accepts(keywords: type) -> Callable[[Function], Function]:
 
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[:-1]
-        own = {parameter.name for parameter in parameters}
+        own = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL}
         shown = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=keyword.default, annotation=annotation)
             for name, (annotation, keyword) in entries.items()
         ]
         call.__signature__ = signature.replace(parameters=parameters + shown)  # type: ignore[attr-defined]
-        lines = [
-            f"    {name} (default {keyword.default!r}): {keyword.meaning}." for name, (_, keyword) in entries.items()
-        ]
-        call.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nKeywords:\n" + "\n".join(lines)
+        if not per_call:
+            lines = [
+                f"    {name} (default {keyword.default!r}): {keyword.meaning}."
+                for name, (_, keyword) in entries.items()
+            ]
+            call.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nKeywords:\n" + "\n".join(lines)
         return cast(Function, call)
 
     return decorate

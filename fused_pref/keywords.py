@@ -1,9 +1,10 @@
 """Every public keyword, once: name, type, default and meaning.
 
-A keyword table is a ``TypedDict`` whose values are annotated with :class:`Keyword`. Functions, their references,
-their linear twins and their modules name the table they take (``**keywords: Unpack[CPOKeywords]`` for the type
-checker, ``@accepts(CPOKeywords)`` for the runtime), so that a default cannot differ between them. For editors
-``python3 dev.py stubs`` writes the keywords out, into ``.pyi`` files beside the modules.
+A keyword table is a ``TypedDict`` whose values are annotated with :class:`Keyword`, or with :class:`PerCall` where the
+``forward`` of a module takes the keyword, too. Functions, their references, their linear twins and their modules name
+the table they take (``**keywords: Unpack[CPOKeywords]`` for the type checker, ``@accepts(CPOKeywords)`` for the
+runtime), so that a default cannot differ between them. For editors ``python3 dev.py stubs`` writes the keywords out,
+into ``.pyi`` files beside the modules.
 See :mod:`fused_pref.keyword_tables`.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from fused_pref.keyword_tables import Keyword as Keyword
+from fused_pref.keyword_tables import PerCall as PerCall
 from fused_pref.keyword_tables import accepts as accepts
 from fused_pref.keyword_tables import choices as choices
 from fused_pref.keyword_tables import defaults as defaults
@@ -52,7 +54,7 @@ class TokenKeywords(TypedDict, total=False):
     ]
     cu_seqlens: Annotated[
         Tensor | None,
-        Keyword(
+        PerCall(
             None,
             "int32 or int64 (S+1,) boundaries of packed sequences, from 0 to N_total, never falling; inputs are then "
             "(N_total, ...) and a sequence may be empty",
@@ -99,7 +101,7 @@ class LogitsKeywords(TokenKeywords, total=False):
 class LinearKeywords(TokenKeywords, total=False):
     """Keywords of the functions of hidden states and a weight."""
 
-    bias: Annotated[Tensor | None, Keyword(None, "(V,) of the head, in the dtype of the weight; differentiable")]
+    bias: Annotated[Tensor | None, PerCall(None, "(V,) of the head, in the dtype of the weight; differentiable")]
     memory_budget: Annotated[
         int | None,
         Keyword(
@@ -153,7 +155,7 @@ class ObjectiveKeywords(TypedDict, total=False):
 
     token_weight: Annotated[
         Tensor | None,
-        Keyword(
+        PerCall(
             None,
             "factors on the log-probs of the labels, of their shape, floating and finite; without gradient. A token of "
             "weight 0 contributes exactly 0. Averages divide by the number of scored tokens. ref_logps must be "
@@ -177,11 +179,11 @@ class PairKeywords(TypedDict, total=False):
     beta: Annotated[float, Keyword(0.1, "factor > 0 on log-prob differences; for ipo the regularisation strength")]
     pair_normalizer: Annotated[
         Number | Tensor | None,
-        Keyword(None, "replaces the number of pairs B in means over pairs (> 0; number or 0-d tensor)"),
+        PerCall(None, "replaces the number of pairs B in means over pairs (> 0; number or 0-d tensor)"),
     ]
     token_normalizer: Annotated[
         Number | Tensor | None,
-        Keyword(None, "replaces the number of scored chosen tokens in the NLL (>= 0; number or 0-d tensor)"),
+        PerCall(None, "replaces the number of scored chosen tokens in the NLL (>= 0; number or 0-d tensor)"),
     ]
 
 
@@ -249,7 +251,7 @@ class BCOKeywords(TypedDict, total=False):
         "RewardShift | float | Tensor", Keyword(0.0, "reward shift: a RewardShift, a finite number or a 0-d tensor")
     ]
     sample_weight: Annotated[
-        Tensor | None, Keyword(None, "(S,) factors >= 0 on the losses, as from DensityRatio; None: 1")
+        Tensor | None, PerCall(None, "(S,) factors >= 0 on the losses, as from DensityRatio; None: 1")
     ]
     reduction: Annotated[
         Literal["mean", "class_mean"],
@@ -257,11 +259,11 @@ class BCOKeywords(TypedDict, total=False):
     ]
     sequence_normalizer: Annotated[
         Number | Tensor | None,
-        Keyword(None, 'replaces the number of sequences S in reduction="mean" (> 0; number or 0-d tensor)'),
+        PerCall(None, 'replaces the number of sequences S in reduction="mean" (> 0; number or 0-d tensor)'),
     ]
     class_normalizer: Annotated[
         tuple[Number | Tensor, Number | Tensor] | None,
-        Keyword(None, 'replaces (n+, n-), the class counts, in reduction="class_mean" (>= 0; numbers or 0-d tensors)'),
+        PerCall(None, 'replaces (n+, n-), the class counts, in reduction="class_mean" (>= 0; numbers or 0-d tensors)'),
     ]
 
 
@@ -270,7 +272,7 @@ class KTOKeywords(TypedDict, total=False):
 
     kl: Annotated[
         float | Tensor,
-        Keyword(
+        PerCall(
             0.0,
             "estimate of KL(policy || reference) in nats, clamped by the caller: a finite number or a 0-d tensor, "
             "through which no gradient flows; no effect on apo_zero_unpaired",
@@ -284,7 +286,7 @@ class KTOKeywords(TypedDict, total=False):
     undesirable_weight: Annotated[float, Keyword(1.0, "factor >= 0 on the losses of undesirable sequences, finite")]
     sequence_normalizer: Annotated[
         Number | Tensor | None,
-        Keyword(None, "replaces the number of sequences S in the mean (> 0; number or 0-d tensor)"),
+        PerCall(None, "replaces the number of sequences S in the mean (> 0; number or 0-d tensor)"),
     ]
 
 
@@ -300,11 +302,11 @@ class PreferenceKeywords(TypedDict, total=False):
         ),
     ]
     ref_logps: Annotated[
-        Tensor | None, Keyword(None, "(S,) floating, the reference model's log-probs summed over the completions")
+        Tensor | None, PerCall(None, "(S,) floating, the reference model's log-probs summed over the completions")
     ]
     normalizer: Annotated[
         Number | Tensor | None,
-        Keyword(None, "replaces the number of units in the mean (> 0; number or 0-d tensor); not with unit=None"),
+        PerCall(None, "replaces the number of units in the mean (> 0; number or 0-d tensor); not with unit=None"),
     ]
 
 

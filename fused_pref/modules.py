@@ -26,8 +26,6 @@ from fused_pref.losses.unpaired import bco_normalizers, bco_spec, kto_numbers, k
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
 from fused_pref.spec import linear_spec, logits_spec
 
-Normalizer = float | Tensor | None
-
 
 class ObjectiveModule(nn.Module):
     """Keeps an objective's keywords; one that is given per call, not None, takes precedence.
@@ -97,25 +95,10 @@ class CPOLoss(ObjectiveModule):
     def __init__(self, **keywords: Unpack[CPOLogitsKeywords]) -> None:
         super().__init__(keywords, cpo_spec, logits_spec, pair_normalizers)
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
-    ) -> PairOutput:
+    @accepts(CPOLogitsKeywords, per_call=True)
+    def forward(self, logits: Tensor, labels: Tensor, **given: Any) -> PairOutput:
         """See :func:`fused_pref.cpo_loss`."""
-        return self.call(
-            logits,
-            labels,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            pair_normalizer=pair_normalizer,
-            token_normalizer=token_normalizer,
-        )
+        return self.call(logits, labels, **given)
 
 
 class DPOLoss(ShiftModule):
@@ -127,27 +110,10 @@ class DPOLoss(ShiftModule):
     def __init__(self, **keywords: Unpack[DPOLogitsKeywords]) -> None:
         super().__init__(keywords, dpo_spec, logits_spec, dpo_normalizers, dpo_shift)
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        ref_logps: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
-    ) -> PairOutput:
+    @accepts(DPOLogitsKeywords, per_call=True)
+    def forward(self, logits: Tensor, labels: Tensor, ref_logps: Tensor, **given: Any) -> PairOutput:
         """See :func:`fused_pref.dpo_loss`."""
-        return self.call(
-            logits,
-            labels,
-            ref_logps,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            pair_normalizer=pair_normalizer,
-            token_normalizer=token_normalizer,
-        )
+        return self.call(logits, labels, ref_logps, **given)
 
 
 class BCOLoss(ShiftModule):
@@ -159,31 +125,10 @@ class BCOLoss(ShiftModule):
     def __init__(self, **keywords: Unpack[BCOLogitsKeywords]) -> None:
         super().__init__(keywords, bco_spec, logits_spec, bco_normalizers)
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        desirable: Tensor,
-        ref_logps: Tensor,
-        *,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        sample_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
-        class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
-    ) -> BCOOutput:
+    @accepts(BCOLogitsKeywords, per_call=True)
+    def forward(self, logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **given: Any) -> BCOOutput:
         """See :func:`fused_pref.bco_loss`."""
-        return self.call(
-            logits,
-            labels,
-            desirable,
-            ref_logps,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            sample_weight=sample_weight,
-            sequence_normalizer=sequence_normalizer,
-            class_normalizer=class_normalizer,
-        )
+        return self.call(logits, labels, desirable, ref_logps, **given)
 
 
 class KTOLoss(ObjectiveModule):
@@ -195,29 +140,10 @@ class KTOLoss(ObjectiveModule):
     def __init__(self, **keywords: Unpack[KTOLogitsKeywords]) -> None:
         super().__init__(keywords, kto_spec, logits_spec, kto_numbers)
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        desirable: Tensor,
-        ref_logps: Tensor,
-        *,
-        kl: float | Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
-    ) -> KTOOutput:
+    @accepts(KTOLogitsKeywords, per_call=True)
+    def forward(self, logits: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **given: Any) -> KTOOutput:
         """See :func:`fused_pref.kto_loss`."""
-        return self.call(
-            logits,
-            labels,
-            desirable,
-            ref_logps,
-            kl=kl,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            sequence_normalizer=sequence_normalizer,
-        )
+        return self.call(logits, labels, desirable, ref_logps, **given)
 
 
 class LinearCPOLoss(ObjectiveModule):
@@ -229,29 +155,10 @@ class LinearCPOLoss(ObjectiveModule):
     def __init__(self, **keywords: Unpack[CPOLinearKeywords]) -> None:
         super().__init__(keywords, cpo_spec, linear_spec, pair_normalizers)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        *,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
-    ) -> PairOutput:
+    @accepts(CPOLinearKeywords, per_call=True)
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **given: Any) -> PairOutput:
         """See :func:`fused_pref.linear_cpo_loss`."""
-        return self.call(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            pair_normalizer=pair_normalizer,
-            token_normalizer=token_normalizer,
-        )
+        return self.call(hidden, weight, labels, **given)
 
 
 class LinearDPOLoss(ShiftModule):
@@ -263,31 +170,10 @@ class LinearDPOLoss(ShiftModule):
     def __init__(self, **keywords: Unpack[DPOLinearKeywords]) -> None:
         super().__init__(keywords, dpo_spec, linear_spec, dpo_normalizers, dpo_shift)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        ref_logps: Tensor,
-        *,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
-    ) -> PairOutput:
+    @accepts(DPOLinearKeywords, per_call=True)
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, **given: Any) -> PairOutput:
         """See :func:`fused_pref.linear_dpo_loss`."""
-        return self.call(
-            hidden,
-            weight,
-            labels,
-            ref_logps,
-            bias=bias,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            pair_normalizer=pair_normalizer,
-            token_normalizer=token_normalizer,
-        )
+        return self.call(hidden, weight, labels, ref_logps, **given)
 
 
 class LinearBCOLoss(ShiftModule):
@@ -299,35 +185,12 @@ class LinearBCOLoss(ShiftModule):
     def __init__(self, **keywords: Unpack[BCOLinearKeywords]) -> None:
         super().__init__(keywords, bco_spec, linear_spec, bco_normalizers)
 
+    @accepts(BCOLinearKeywords, per_call=True)
     def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        desirable: Tensor,
-        ref_logps: Tensor,
-        *,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        sample_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
-        class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **given: Any
     ) -> BCOOutput:
         """See :func:`fused_pref.linear_bco_loss`."""
-        return self.call(
-            hidden,
-            weight,
-            labels,
-            desirable,
-            ref_logps,
-            bias=bias,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            sample_weight=sample_weight,
-            sequence_normalizer=sequence_normalizer,
-            class_normalizer=class_normalizer,
-        )
+        return self.call(hidden, weight, labels, desirable, ref_logps, **given)
 
 
 class LinearKTOLoss(ObjectiveModule):
@@ -339,30 +202,9 @@ class LinearKTOLoss(ObjectiveModule):
     def __init__(self, **keywords: Unpack[KTOLinearKeywords]) -> None:
         super().__init__(keywords, kto_spec, linear_spec, kto_numbers)
 
+    @accepts(KTOLinearKeywords, per_call=True)
     def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        desirable: Tensor,
-        ref_logps: Tensor,
-        *,
-        kl: float | Tensor | None = None,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, desirable: Tensor, ref_logps: Tensor, **given: Any
     ) -> KTOOutput:
         """See :func:`fused_pref.linear_kto_loss`."""
-        return self.call(
-            hidden,
-            weight,
-            labels,
-            desirable,
-            ref_logps,
-            kl=kl,
-            bias=bias,
-            cu_seqlens=cu_seqlens,
-            token_weight=token_weight,
-            sequence_normalizer=sequence_normalizer,
-        )
+        return self.call(hidden, weight, labels, desirable, ref_logps, **given)

@@ -8,8 +8,6 @@ from fused_pref.keywords import DPOLossType, Number
 from fused_pref.losses.reward_shift import RewardShift
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
 
-Normalizer = float | Tensor | None
-
 class ObjectiveModule(nn.Module):
     function: Callable[..., Any]
     keywords: Any
@@ -60,10 +58,10 @@ class CPOLoss(ObjectiveModule):
         logits: Tensor,
         labels: Tensor,
         *,
-        cu_seqlens: Tensor | None = None,
+        pair_normalizer: Number | Tensor | None = None,
+        token_normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
+        cu_seqlens: Tensor | None = None,
     ) -> PairOutput: ...
 
 class DPOLoss(ShiftModule):
@@ -99,10 +97,10 @@ class DPOLoss(ShiftModule):
         labels: Tensor,
         ref_logps: Tensor,
         *,
-        cu_seqlens: Tensor | None = None,
+        pair_normalizer: Number | Tensor | None = None,
+        token_normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
+        cu_seqlens: Tensor | None = None,
     ) -> PairOutput: ...
 
 class BCOLoss(ShiftModule):
@@ -135,11 +133,11 @@ class BCOLoss(ShiftModule):
         desirable: Tensor,
         ref_logps: Tensor,
         *,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
-        class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
+        sequence_normalizer: Number | Tensor | None = None,
+        class_normalizer: tuple[Number | Tensor, Number | Tensor] | None = None,
+        token_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> BCOOutput: ...
 
 class KTOLoss(ObjectiveModule):
@@ -173,9 +171,9 @@ class KTOLoss(ObjectiveModule):
         ref_logps: Tensor,
         *,
         kl: float | Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        sequence_normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
+        cu_seqlens: Tensor | None = None,
     ) -> KTOOutput: ...
 
 class LinearCPOLoss(ObjectiveModule):
@@ -215,11 +213,11 @@ class LinearCPOLoss(ObjectiveModule):
         weight: Tensor,
         labels: Tensor,
         *,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        pair_normalizer: Number | Tensor | None = None,
+        token_normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
+        cu_seqlens: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> PairOutput: ...
 
 class LinearDPOLoss(ShiftModule):
@@ -261,11 +259,11 @@ class LinearDPOLoss(ShiftModule):
         labels: Tensor,
         ref_logps: Tensor,
         *,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        pair_normalizer: Number | Tensor | None = None,
+        token_normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        pair_normalizer: Normalizer = None,
-        token_normalizer: Normalizer = None,
+        cu_seqlens: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> PairOutput: ...
 
 class LinearBCOLoss(ShiftModule):
@@ -304,12 +302,12 @@ class LinearBCOLoss(ShiftModule):
         desirable: Tensor,
         ref_logps: Tensor,
         *,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        token_weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
-        class_normalizer: tuple[float | Tensor, float | Tensor] | None = None,
+        sequence_normalizer: Number | Tensor | None = None,
+        class_normalizer: tuple[Number | Tensor, Number | Tensor] | None = None,
+        token_weight: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> BCOOutput: ...
 
 class LinearKTOLoss(ObjectiveModule):
@@ -349,8 +347,8 @@ class LinearKTOLoss(ObjectiveModule):
         ref_logps: Tensor,
         *,
         kl: float | Tensor | None = None,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        sequence_normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        sequence_normalizer: Normalizer = None,
+        cu_seqlens: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> KTOOutput: ...

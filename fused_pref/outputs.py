@@ -18,6 +18,7 @@ class OutputAttributes:
         sum_sq: (S,), mean of the logarithm of the sum of squared probabilities.
     """
 
+    lengths: Tensor
     dropped_mass: Tensor | None = None
     entropy: Tensor | None = None
     accuracy: Tensor | None = None
@@ -27,10 +28,9 @@ class OutputAttributes:
         """Means over scored tokens: entropy of all, accuracy in the first ``chosen`` sequences (None: not given)."""
         if self.entropy is None or self.accuracy is None:
             return {}
-        lengths: Tensor = self.lengths  # type: ignore[attr-defined] - of the classes that have outputs
-        found = {"entropy": _token_mean(self.entropy, lengths)}
+        found = {"entropy": _token_mean(self.entropy, self.lengths)}
         if chosen is not None:
-            found["mean_token_accuracy"] = _token_mean(self.accuracy[:chosen], lengths[:chosen])
+            found["mean_token_accuracy"] = _token_mean(self.accuracy[:chosen], self.lengths[:chosen])
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,7 +76,6 @@ class PairOutput(OutputAttributes, _PairFields):
         delta: 0-d, the reward shift that bco_pair used; None without it; not one of the tuple's items.
     """
 
-    lengths: Tensor
     delta: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
@@ -127,7 +126,6 @@ class BCOOutput(OutputAttributes, _BCOFields):
     """
 
     desirable: Tensor
-    lengths: Tensor
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-d tensors under the names TRL logs, on the device of the loss; nothing is synchronised.
@@ -164,7 +162,6 @@ class KTOOutput(OutputAttributes, _KTOFields):
     """
 
     desirable: Tensor
-    lengths: Tensor
 
     def metrics(self) -> dict[str, Tensor]:
         """As of :class:`BCOOutput`, with ``kl`` in place of ``delta``."""

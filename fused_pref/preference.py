@@ -13,7 +13,7 @@ from fused_pref import validate
 from fused_pref.head.inputs import Inputs, LinearInputs, LogitsInputs, on_all_ranks
 from fused_pref.keywords import PreferenceKeywords, PreferenceLinearKeywords, PreferenceLogitsKeywords, accepts, choices
 from fused_pref.losses.open import OpenObjective
-from fused_pref.modules import Normalizer, ObjectiveModule
+from fused_pref.modules import ObjectiveModule
 from fused_pref.outputs import PreferenceOutput
 from fused_pref.spec import linear_spec, logits_spec
 
@@ -97,19 +97,10 @@ class PreferenceLoss(ObjectiveModule):
         """See :class:`ObjectiveModule`."""
         return super().call(*tensors[:2], self.objective, *tensors[2:], **given)
 
-    def forward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        *tensors: Tensor,
-        ref_logps: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        normalizer: Normalizer = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> PreferenceOutput:
+    @accepts(PreferenceLogitsKeywords, per_call=True)
+    def forward(self, logits: Tensor, labels: Tensor, *tensors: Tensor, **given: Any) -> PreferenceOutput:
         """See :func:`fused_pref.preference_loss`."""
-        given = {"ref_logps": ref_logps, "token_weight": token_weight, "normalizer": normalizer}
-        return self.call(logits, labels, *tensors, **given, cu_seqlens=cu_seqlens)
+        return self.call(logits, labels, *tensors, **given)
 
 
 class LinearPreferenceLoss(ObjectiveModule):
@@ -140,21 +131,12 @@ class LinearPreferenceLoss(ObjectiveModule):
                 raise validate.fail("objective", expected, str(p), TypeError)
         return tuple(p.name for p in parameters[: needed[-1] + 1]) if needed else ()
 
+    @accepts(PreferenceLinearKeywords, per_call=True)
     def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        *tensors: Tensor,
-        ref_logps: Tensor | None = None,
-        token_weight: Tensor | None = None,
-        normalizer: Normalizer = None,
-        bias: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *tensors: Tensor, **given: Any
     ) -> PreferenceOutput:
         """See :func:`fused_pref.linear_preference_loss`."""
-        given = {"ref_logps": ref_logps, "token_weight": token_weight, "normalizer": normalizer, "bias": bias}
-        return self.call(hidden, weight, labels, *tensors, **given, cu_seqlens=cu_seqlens)
+        return self.call(hidden, weight, labels, *tensors, **given)
 
 
 def constants(keywords: Mapping[str, Any]) -> tuple[int, float | Tensor | None]:

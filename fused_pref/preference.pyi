@@ -5,7 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fused_pref.keywords import Number
-from fused_pref.modules import Normalizer, ObjectiveModule
+from fused_pref.modules import ObjectiveModule
 from fused_pref.outputs import PreferenceOutput
 
 Objective = Callable[..., Tensor]
@@ -89,8 +89,8 @@ class PreferenceLoss(ObjectiveModule):
         labels: Tensor,
         *tensors: Tensor,
         ref_logps: Tensor | None = None,
+        normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        normalizer: Normalizer = None,
         cu_seqlens: Tensor | None = None,
     ) -> PreferenceOutput: ...
 
@@ -131,10 +131,10 @@ class LinearPreferenceLoss(ObjectiveModule):
         labels: Tensor,
         *tensors: Tensor,
         ref_logps: Tensor | None = None,
+        normalizer: Number | Tensor | None = None,
         token_weight: Tensor | None = None,
-        normalizer: Normalizer = None,
-        bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> PreferenceOutput: ...
 
 def constants(keywords: Mapping[str, Any]) -> tuple[int, float | Tensor | None]: ...

@@ -1,7 +1,7 @@
 """Griffe extension: docstrings as the reference shows them.
 
-A function with ``**keywords: Unpack[Table]`` gets the keywords of the table, with types, defaults and meanings, as
-``accepts`` gives them to ``help()``; and roles (``:func:`cpo_loss```) become links to what the reference documents.
+A function that ``accepts`` a table gets its keywords, with types, defaults and meanings, as in ``help()``; and roles
+(``:func:`cpo_loss```) become links to what the reference documents.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from fused_pref import keywords
 
 PAGES = Path(__file__).parents[1] / "api"
 DOCUMENTED = {name for page in PAGES.glob("*.md") for name in re.findall(r"^::: (\S+)", page.read_text("utf-8"), re.M)}
-UNPACK = re.compile(r"Unpack\[(\w+)\]")
+ACCEPTS = re.compile(r"accepts\((\w+)(, per_call=True)?\)")
 ROLE = re.compile(r":\w+:`([^`]+)`")
 # Names that share a description, and what belongs to it.
 SHARED = re.compile(r"^( +)([a-z*][\w*]*(?:, [a-z*][\w*]*)+):(.*(?:\n\1 +.*)*)", re.MULTILINE)
@@ -27,21 +27,20 @@ class Keywords(griffe.Extension):
 
     def on_function(self, *, func: griffe.Function, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """Put the keywords of a table in the place of ``**keywords``."""
-        given = func.parameters
-        last = given[len(given) - 1] if len(given) else None
-        match = last and UNPACK.search(str(last.annotation))
-        if not last or not match:
+        match = ACCEPTS.search(" ".join(str(decorator.value) for decorator in func.decorators))
+        if not match:
             return
         # `add` refuses a name twice, and the table takes the place of the last one.
-        del given[last.name]
+        given, per_call = func.parameters, bool(match[2])
+        del given[given[len(given) - 1].name]
         lines = ["Args: Keywords"]
-        for name, (annotation, keyword) in _table(match[1]).items():
+        for name, (annotation, keyword) in _table(match[1], per_call=per_call).items():
             kind = griffe.ParameterKind.keyword_only
             given.add(griffe.Parameter(name, annotation=annotation, kind=kind, default=repr(keyword.default)))
             lines.append(f"    {name}: {keyword.meaning}.")
         # A class says what its constructor takes.
         owner = func.parent if func.name == "__init__" else func
-        if owner and owner.docstring:
+        if owner and owner.docstring and not per_call:
             before, after = _split(owner.docstring.value)
             owner.docstring.value = "\n".join([before, *lines, "", after]).strip()
 
@@ -52,11 +51,12 @@ class Keywords(griffe.Extension):
             obj.docstring.value = SHARED.sub(_apart, text)
 
 
-def _table(name: str) -> dict[str, tuple[str, keywords.Keyword]]:
+def _table(name: str, *, per_call: bool) -> dict[str, tuple[str, keywords.Keyword]]:
     """Name → (type as it is written, keyword)."""
     table = getattr(keywords, name)
     hints = get_type_hints(table, localns={"RewardShift": fused_pref.RewardShift})
-    return {name: (_written(hints[name]), keyword) for name, (_, keyword) in keywords.table(table).items()}
+    found = keywords.table(table, per_call=per_call)
+    return {name: (_written(hints[name] | None if per_call else hints[name]), found[name][1]) for name in found}
 
 
 def _written(hint: Any) -> str:

@@ -17,7 +17,7 @@ MODULES = tuple(
 )
 HEADER = "# Written by `python3 dev.py stubs` from {}; do not edit.\n"
 ELLIPSIS = ast.Expr(ast.Constant(...))
-Keyword = tuple[str, ast.expr, ast.expr]
+Keyword = tuple[str, ast.expr, ast.expr, str]
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def _tree(path: Path) -> ast.Module:
 
 @functools.cache
 def keywords(table: str) -> tuple[Keyword, ...]:
-    """(name, type, default) of the keywords of a table, those of its bases first."""
+    """(name, type, default, kind) of the keywords of a table, those of its bases first."""
     (found,) = (node for node in KEYWORDS.body if isinstance(node, ast.ClassDef) and node.name == table)
     entries: dict[str, Keyword] = {}
     for base in found.bases:
@@ -42,8 +42,20 @@ def keywords(table: str) -> tuple[Keyword, ...]:
             assert isinstance(keyword, ast.Call)
             if isinstance(hint, ast.Constant) and isinstance(hint.value, str):
                 hint = ast.parse(hint.value, mode="eval").body
-            entries[node.target.id] = (node.target.id, hint, keyword.args[0])
+            entries[node.target.id] = (node.target.id, hint, keyword.args[0], ast.unparse(keyword.func))
     return tuple(entries.values())
+
+
+def accepted(decorator: ast.Call) -> list[tuple[str, ast.expr, ast.expr]]:
+    """(name, type, default) of the keywords that ``accepts`` gives a function."""
+    found, none = keywords(ast.unparse(decorator.args[0])), ast.Constant(None)
+    if not decorator.keywords:
+        return [(name, hint, default) for name, hint, default, _ in found]
+    per_call = [(name, hint) for name, hint, _, kind in found if kind == "PerCall"]
+    return [
+        (name, hint if ast.unparse(hint).endswith("| None") else ast.BinOp(hint, ast.BitOr(), none), none)
+        for name, hint in per_call
+    ]
 
 
 KEYWORDS = _tree(ROOT / "fused_pref" / "keywords.py")
@@ -71,7 +83,7 @@ def _function(node: ast.FunctionDef) -> ast.FunctionDef:
     only, values, last = list(given.kwonlyargs), list(given.kw_defaults), given.kwarg
     for decorator in node.decorator_list:
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "accepts":
-            for name, hint, default in keywords(ast.unparse(decorator.args[0])):
+            for name, hint, default in accepted(decorator):
                 only.append(ast.arg(name, hint))
                 values.append(default)
             last = None

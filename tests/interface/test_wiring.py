@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from malformed import FUNCTIONS, MODULES, built, refusal, valid
 
 import fused_pref as fp
@@ -164,6 +165,14 @@ def test_other_keywords_are_refused(name: str) -> None:
         for keyword in foreign:
             message = f"{name}{'.__init__' * (name in MODULES)}() got an unexpected keyword argument {keyword!r}"
             assert refusal(TypeError, message, call, **{keyword: 0.1}) == ""
+
+
+@pytest.mark.parametrize("name", [name for name in (*FUNCTIONS, *MODULES) if "preference" in name.lower()])
+def test_tensors_of_an_objective_go_by_position(name: str) -> None:
+    """Under the name that the signature shows for them, they would be lost."""
+    call, shown = (built(name)(), f"{name}.forward") if name in MODULES else (getattr(fp, name), name)
+    message = f"{shown}() got an unexpected keyword argument 'tensors'"
+    assert refusal(TypeError, message, call, **valid(name), tensors=(torch.zeros(4),)) == ""
 
 
 @pytest.mark.parametrize("name", MODULES)
