@@ -91,7 +91,7 @@ class PreferenceLoss(ObjectiveModule):
     @accepts(PreferenceLogitsKeywords)
     def __init__(self, objective: Objective, **keywords: Unpack[PreferenceLogitsKeywords]) -> None:
         super().__init__(keywords, logits_spec, constants)
-        self.objective: Any = _without_parameters(objective)
+        self.objective: Any = _callable(objective)
 
     def call(self, *tensors: Tensor, **given: Any) -> PreferenceOutput:
         """See :class:`ObjectiveModule`."""
@@ -111,7 +111,7 @@ class LinearPreferenceLoss(ObjectiveModule):
     @accepts(PreferenceLinearKeywords)
     def __init__(self, objective: Objective, **keywords: Unpack[PreferenceLinearKeywords]) -> None:
         super().__init__(keywords, linear_spec, constants)
-        self.objective: Any = _without_parameters(objective)
+        self.objective: Any = _callable(objective)
 
     def call(self, *tensors: Tensor, **given: Any) -> PreferenceOutput:
         """See :class:`ObjectiveModule`."""
@@ -182,16 +182,12 @@ _outside_graphs: Any = torch._disable_dynamo(_evaluate)  # type: ignore[attr-def
 
 
 def _callable(objective: Any) -> Any:
+    """A function; a module with parameters is warned of, because they get no gradient."""
     if not callable(objective):
         raise validate.fail("objective", "a function of Sequences", objective, TypeError)
-    return objective
-
-
-def _without_parameters(objective: Any) -> Any:
-    """A function; a module with parameters is warned of, because they get no gradient."""
     if isinstance(objective, nn.Module) and any(parameter.requires_grad for parameter in objective.parameters()):
         warnings.warn("the parameters of objective get no gradient: gradients go to the head alone", stacklevel=4)
-    return _callable(objective)
+    return objective
 
 
 def _per_unit(name: str, value: Any, units: int | None, inputs: Inputs) -> Tensor:

@@ -204,7 +204,8 @@ def tensor(
     It holds its values one by one. ``symbol`` is the shape in the symbols of the documentation, as ``"(S, T)"``.
     """
     if not isinstance(value, Tensor):
-        raise fail(name, _kind_of(symbol, dtypes), value, TypeError)
+        error = fail(name, _kind_of(symbol, dtypes), value, TypeError)
+        raise TypeError(f"{error}: pass its .weight") if isinstance(value, torch.nn.Module) else error
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a plain tensor; got a DTensor: call .full_tensor() to gather it, inside FSDP run the head "

@@ -116,7 +116,12 @@ class OpenObjective:
             sequences = [Sequences(*half) for half in zip(*halves, strict=True)]  # type: ignore[arg-type]
         else:
             sequences = [Sequences(*columns)]
-        losses = self.function(*sequences, *self.tensors)
+        try:
+            losses = self.function(*sequences, *self.tensors)
+        except TypeError as error:
+            if refs is None and "NoneType" in str(error):
+                raise TypeError(f"objective failed without ref_logps, which are None if not given: {error}") from error
+            raise
         shape = (sums.shape[0] // self.unit,) if self.unit else ()
         symbol = {2: "(b,), one a pair", 1: "(s,), one a sequence", 0: "()"}[self.unit]
         if not isinstance(losses, Tensor) or not losses.is_floating_point():

@@ -60,6 +60,10 @@ TENSORS: list[tuple[Callable[[torch.Tensor], Any], type[Exception], str]] = [
             (lambda x: None, "None"),
             (lambda x: 3, "3"),
             (lambda x: "x", "'x'"),
+            (
+                lambda x: torch.nn.Linear(2, 3),
+                "Linear(in_features=2, out_features=3, bias=True): pass its .weight",
+            ),
             (lambda x: [0.0], "[0.0]"),
             (lambda x: x[:1, :2].numpy(), "array([[0., 0.]], dtype=float32)"),
             (lambda x: x > 0, "a bool tensor of shape (2, 3) on cpu"),

@@ -49,11 +49,30 @@ def test_losses_of_any_floating_dtype(unit: int | None) -> None:
 
 
 def test_parameters_of_an_objective_are_warned_of() -> None:
-    module = torch.nn.Linear(2, 2)
+    module: torch.nn.Module = torch.nn.Linear(2, 2)
     with pytest.warns(UserWarning, match="the parameters of objective get no gradient"):
         fp.LinearPreferenceLoss(module)
+    batch = make_batch(4, 5, 9, mask="none")
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, chosen: fp.Sequences, rejected: fp.Sequences) -> torch.Tensor:
+            return self.bias[0] * (rejected.logps - chosen.logps)
+
+    module = Scaled(2, 2)
+    with pytest.warns(UserWarning, match="the parameters of objective get no gradient"):
+        fp.preference_loss(batch.logits, batch.labels, module)
     module.requires_grad_(False)
-    fp.PreferenceLoss(module)
+    fp.preference_loss(batch.logits, batch.labels, fp.PreferenceLoss(module).objective)
+
+
+def test_a_reference_that_was_not_given() -> None:
+    batch = make_batch(4, 5, 9, mask="none")
+
+    def objective(chosen: fp.Sequences, rejected: fp.Sequences) -> torch.Tensor:
+        return rejected.logps - rejected.ref_logps + chosen.logps  # type: ignore[operator]
+
+    with pytest.raises(TypeError, match="objective failed without ref_logps, which are None if not given: unsupported"):
+        fp.preference_loss(batch.logits, batch.labels, objective)
 
 
 def test_a_nan_of_weight_0_is_not_hidden(backend: str) -> None:
