@@ -16,6 +16,7 @@ COMMANDS = {
         "what compiled code and the plans predict, for GPUs that need not be there",
     ),
     "replay": ("benchmarks.replay.command", "what every plan and loss launches and allocates on a GPU, without one"),
+    "host": ("benchmarks.host", "what a launch costs the host, in parts, without a GPU"),
     "report": ("benchmarks.report.command", "everything this machine can tell, within minutes, kept as it is finished"),
 }
 

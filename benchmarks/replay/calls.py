@@ -59,7 +59,7 @@ def replay(call: Call, target: str) -> Replayed:
     taken: list[Plan] = []
 
     def choose(problem: Problem) -> Plan:
-        taken.append(_forced(problem, *call.plan) if call.plan else planner.choose(problem))
+        taken.append(forced(problem, *call.plan) if call.plan else planner.choose(problem))
         return taken[-1]
 
     leaves, arguments, keywords = _arguments(call, machine)
@@ -78,7 +78,7 @@ def replay(call: Call, target: str) -> Replayed:
     return Replayed(call, machine, taken[0] if taken else None, returned)
 
 
-def _forced(problem: Problem, name: str, fused: bool) -> Plan:
+def forced(problem: Problem, name: str, fused: bool) -> Plan:
     """The fastest plan of this name within the budget."""
     allowed = replace(problem, promised=True)
     fitting = [p for p in planner.candidates(allowed) if (p.name, p.fused) == (name, fused)]

@@ -212,6 +212,7 @@ class Machine:
         with contextlib.ExitStack() as stack:
             for owner, name, value in (
                 (torch.cuda, "device", self.device),
+                (torch.cuda, "current_device", lambda: self.current),
                 (torch, "get_autocast_dtype", lambda kind: torch.bfloat16),
                 (engine, "device_at", lambda device: gpu),
                 (budget, "memory_of", lambda device: gpu.memory),
@@ -290,7 +291,7 @@ class _Dispatch(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if func.namespace == "fused_pref":
             with self, _Python(machine):  # what it does is seen, too
-                return _implementation(name)(*args, **kwargs)
+                return implementation(name)(*args, **kwargs)
         if computes(func):
             machine.operations.append(name)
         with torch._C.DisableTorchFunction():  # here tensors say where they really are
@@ -300,7 +301,7 @@ class _Dispatch(TorchDispatchMode):
         return result
 
 
-def _implementation(name: str) -> Any:
+def implementation(name: str) -> Any:
     """The Python function of a custom op of the library."""
     return OPDEFS[f"fused_pref::{name}"]._init_fn
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -53,13 +54,23 @@ def taken_by_auto(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] in HIP
 
 
+def properties(device: torch.device) -> Any:
+    """What PyTorch says of a CUDA device; remembered by number, because it takes as long as half a launch to say."""
+    return torch.cuda.get_device_properties(device) if device.index is None else _properties(device.index)
+
+
+@functools.cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
+
+
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations and costs a device uses; an unknown one uses those of an older one."""
     if device.type != "cuda":
         return EMULATED or "sm_90"
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
+    major = properties(device).major
     # Other generations, of consumer cards too, have no more shared memory than the tiles of sm_80 need.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 

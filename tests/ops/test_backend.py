@@ -108,6 +108,15 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert configs.choose(table, CPU, torch.float32, 17) == configs.INTERPRETER
 
 
+def test_properties_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each device; without a number that is whichever is the current one, which may change."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or len(asked))
+    first, second, current = torch.device("cuda:90"), torch.device("cuda:91"), torch.device("cuda")
+    assert [backends.properties(device) for device in (first, second, first, current, current)] == [1, 2, 1, 3, 4]
+    assert asked == [90, 91, current, current]
+
+
 @pytest.mark.parametrize(
     ("hip", "capability", "expected"),
     [(None, (8, 0), "sm_80"), (None, (8, 9), "sm_80"), (None, (9, 0), "sm_90"), (None, (10, 0), "sm_100"),
@@ -117,6 +126,6 @@ def test_architecture(
     hip: str | None, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability[0]))
     assert configs.architecture(torch.device("cuda")) == expected
     assert configs.architecture(torch.device("xpu")) == "sm_90"

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from fused_pref.cli import tune
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.launch import launch, on
+from fused_pref.ops.triton.launch import cdiv, launch, next_power_of_2, on
 
 PACKAGE = Path(__file__).parents[2] / "fused_pref"
 # Compiles kernels, and launches none.
@@ -23,12 +24,13 @@ class Driver:
     """A stub of a driver with several devices, of which one is the current."""
 
     def __init__(self) -> None:
-        self.current = FIRST
+        self.current, self.entered = FIRST, 0
         self.launched: list[tuple[torch.device, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
         before, self.current = self.current, device
+        self.entered += 1
         yield
         self.current = before
 
@@ -45,6 +47,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     stub = Driver()
     monkeypatch.setattr(torch.cuda, "device", stub.device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: stub.current.index)
     return stub
 
 
@@ -52,6 +55,17 @@ def test_a_launch_is_on_the_device_of_its_tensors(driver: Driver) -> None:
     launch(driver, (3,), SECOND, 1, BLOCK=2)
     assert driver.launched == [(SECOND, (3,), (1,), {"BLOCK": 2})]
     assert driver.current == FIRST
+
+
+def test_the_current_device_is_not_entered(driver: Driver) -> None:
+    launch(driver, (3,), FIRST)
+    assert driver.entered == 0
+    with on(SECOND):
+        launch(driver, (3,), SECOND)
+        launch(driver, (3,), FIRST)
+        launch(driver, (3,), torch.device("cuda"))  # whichever that is
+    assert driver.entered == 3
+    assert [device for device, *_ in driver.launched] == [FIRST, SECOND, FIRST, torch.device("cuda")]
 
 
 def test_a_cpu_has_no_current_device(driver: Driver) -> None:
@@ -77,6 +91,13 @@ def test_a_search_times_the_device_of_the_tensors(
 
     tune.search(step, timer=timer)
     assert timed == [SECOND]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 127, 128, 129, 2**31 - 1, 2**31 + 1])
+def test_sizes_are_those_of_triton(size: int) -> None:
+    assert next_power_of_2(size) == triton.next_power_of_2(size)
+    for number in (0, size - 1, size, size + 1, 7 * size):
+        assert cdiv(number, size) == triton.cdiv(number, size)
 
 
 def direct(text: str, *, kernels: bool) -> list[int]:

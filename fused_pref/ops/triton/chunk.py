@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_pref.ops.interface import ENTROPY, FinishedRows, TargetRows, Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import activation_backward, column_of, exp, transform
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch
 from fused_pref.ops.triton.logprob import aligned, factors
 from fused_pref.ops.triton.softmax import entr, finished, row_softmax
 
@@ -239,7 +239,7 @@ def take_targets(q: Tensor, targets: Tensor, first: int) -> Tensor:
     taken = torch.empty(rows, dtype=torch.float32, device=q.device)
     if rows:
         launch(
-            _take_targets_kernel, (triton.cdiv(rows, configs.ROWS.block),), q.device,
+            _take_targets_kernel, (cdiv(rows, configs.ROWS.block),), q.device,
             q, targets, taken, rows, columns, first, q.stride(0), targets.stride(0), BLOCK=configs.ROWS.block,
             **configs.ROWS.options,
         )  # fmt: skip
@@ -252,7 +252,7 @@ def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int)
     logp, one_minus_p = torch.empty((2, rows), dtype=torch.float32, device=targets.device).unbind()
     if rows:
         launch(
-            _finish_kernel, (triton.cdiv(rows, configs.ROWS.block),), targets.device,
+            _finish_kernel, (cdiv(rows, configs.ROWS.block),), targets.device,
             statistics, targets, logp, one_minus_p, rows, columns, ignore_index, statistics.stride(0),
             targets.stride(0), BLOCK=configs.ROWS.block, **configs.ROWS.options,
         )  # fmt: skip
@@ -290,7 +290,7 @@ def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> N
     ends = torch.searchsorted(ordered, ordered, right=True)
     config = configs.choose(configs.BACKWARD, dw.device, dw.dtype, features)
     launch(
-        _add_target_rows_kernel, (rows, triton.cdiv(features, config.block)), dw.device,
+        _add_target_rows_kernel, (rows, cdiv(features, config.block)), dw.device,
         dw, h, factor, ordered, ends, order, features, dw.shape[0], dw.stride(0), *h.stride(), BLOCK=config.block,
         **config.options,
     )  # fmt: skip

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-import triton
 
-from fused_pref.ops.backend import architecture, interpreted
+from fused_pref.ops.backend import architecture, interpreted, properties
+from fused_pref.ops.triton.launch import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ INTERPRETER_PROCESSORS = 4
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors or compute units of a device."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        return properties(device).multi_processor_count
     return INTERPRETER_PROCESSORS
 
 
@@ -180,7 +180,7 @@ def choose(table: dict[tuple[str, int], Config], device: torch.device, dtype: to
     if interpreted(device):
         return INTERPRETER
     config = table[architecture(device), dtype.itemsize]
-    return Config(min(config.block, max(1024, triton.next_power_of_2(columns))), config.num_warps)
+    return Config(min(config.block, max(1024, next_power_of_2(columns))), config.num_warps)
 
 
 def tile(

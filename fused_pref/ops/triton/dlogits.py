@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import column_of, exp, row_offset, transform, transform_backward
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch
 from fused_pref.ops.triton.logprob import aligned, factors, geometry
 
 
@@ -78,7 +78,7 @@ def token_logps_bwd(
 
     def with_config(config: configs.Config) -> None:
         launch(
-            _token_logps_bwd_kernel, (rows, triton.cdiv(columns, config.block)), logits.device,
+            _token_logps_bwd_kernel, (rows, cdiv(columns, config.block)), logits.device,
             logits, targets, statistics, grad_logp, dlogits,
             rows=rows, ignore_index=ignore_index, **geometry(logits), **strides, **factors(transform),
             ALIGNED=aligned(logits) and aligned(dlogits), BLOCK=config.block, **config.options,

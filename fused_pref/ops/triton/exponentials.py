@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_pref.ops.interface import ENTROPY, FinishedRows, Operands, Transform
 from fused_pref.ops.triton import configs, gemm
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch, next_power_of_2
 from fused_pref.ops.triton.logprob import factors
 from fused_pref.ops.triton.mainloop import seen_targets
 from fused_pref.ops.triton.softmax import finished, first_moment, normalised
@@ -211,7 +211,7 @@ def exponentials(
         operands.hidden, operands.weight, operands.bias, operands.indices, targets, partials, pivots, statistics, *done,
         rows, operands.columns, operands.hidden.shape[1], operands.hidden.stride(0), operands.weight.stride(0),
         *partials.shape[:2], statistics.stride(0), ignore_index, **factors(transform), WITH_LOGIT_SUM=logit_sum,
-        SPLITS=max(2, triton.next_power_of_2(partials.shape[0])), **target_options(operands),
+        SPLITS=max(2, next_power_of_2(partials.shape[0])), **target_options(operands),
     )  # fmt: skip
     if metrics:
         join_metrics(statistics, partials, torch.cat((torch.zeros_like(pivots)[None], partials[:, 1])))
@@ -232,10 +232,10 @@ def _two_passes(
 
     def with_tile(tile: configs.Tile) -> Tensor:
         split_columns = columns_of_a_split(operands, tile)
-        splits = triton.cdiv(operands.columns, split_columns)
+        splits = cdiv(operands.columns, split_columns)
         partials = torch.empty((splits, 6 if metrics else 3, operands.rows), dtype=torch.float32, device=out.device)
         launch(
-            _linear_exponentials_kernel, (triton.cdiv(operands.rows, tile.rows) * splits,), out.device,
+            _linear_exponentials_kernel, (cdiv(operands.rows, tile.rows) * splits,), out.device,
             indices=operands.indices, targets=targets, partials=partials, pivots=low, out=out, splits=splits,
             split_columns=split_columns, width=out.shape[1], out_stride=out.stride(0), **flags,
             **gemm.arguments(operands, tile), **factors(transform), **tile.options,
@@ -250,7 +250,7 @@ def _two_passes(
     # This kernel also holds what tells it whether to do anything: smaller tiles leave registers for that.
     small, splits = replace(tile, rows=min(tile.rows, 64)), partials.shape[0]
     launch(
-        _linear_exponentials_again_kernel, (triton.cdiv(operands.rows, small.rows) * splits,), out.device,
+        _linear_exponentials_again_kernel, (cdiv(operands.rows, small.rows) * splits,), out.device,
         indices=operands.indices, targets=targets, partials=partials, pivots=high, before=low, out=out,
         splits=splits, split_columns=columns_of_a_split(operands, tile), width=out.shape[1],
         out_stride=out.stride(0), **flags, **gemm.arguments(operands, small), **factors(transform),

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_pref.ops.interface import Operands, Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import transform
+from fused_pref.ops.triton.launch import cdiv
 
 
 @triton.jit
@@ -168,6 +169,8 @@ def tuned_tile(
 ) -> configs.Tile:
     """The tile of a table, or what a search prefers; ``flattened``: the kernel has that form, too."""
     default, hidden = tile_of(operands, table, transform, metrics=metrics), operands.hidden
+    if configs.chooser is None:
+        return default
     flags = {
         transform.activation: transform.nonlinear,
         "bias": operands.bias is not None,
@@ -222,16 +225,16 @@ def vocabulary_splits(
     """
 
     def steps(splits: int) -> int:
-        return triton.cdiv(blocks * splits, processors) * triton.cdiv(tiles, splits)
+        return cdiv(blocks * splits, processors) * cdiv(tiles, splits)
 
     def moved(splits: int) -> float:
         # Those at work may begin and end within a group.
-        rows = min(blocks, triton.cdiv(processors, splits) + group)
+        rows = min(blocks, cdiv(processors, splits) + group)
         weight = tiles * column_bytes * max(1.0, blocks * splits / processors)
         fits = rows * row_bytes + splits * column_bytes <= cache
         return weight + row_bytes * (blocks if fits else rows * steps(splits))
 
-    most = max(triton.cdiv(8 * processors, blocks), triton.cdiv(processors, min(group, blocks)))
+    most = max(cdiv(8 * processors, blocks), cdiv(processors, min(group, blocks)))
     counts = range(1, max(1, min(tiles, most)) + 1)
     enough = 1.02 * min(map(steps, counts))
     return min((n for n in counts if steps(n) <= enough), key=moved)
@@ -239,8 +242,9 @@ def vocabulary_splits(
 
 def describable(x: Tensor) -> bool:
     """Whether blocks of x can be read through a descriptor: rows of whole 16 bytes."""
-    reach = 0 < x.stride(0) * x.element_size() < 2**40
-    return x.numel() > 0 and x.stride(1) == 1 and configs.rows_aligned(x) and reach and x.data_ptr() % 16 == 0
+    stride, step = x.stride()
+    apart = stride * x.element_size()
+    return step == 1 and 0 < apart < 2**40 and apart % 16 == 0 and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
 def described(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
@@ -263,5 +267,6 @@ def constants(x: Tensor, tile: configs.Tile) -> dict[str, Any]:
 
 def precision(dtype: torch.dtype) -> str:
     """Of float32 products: exact unless PyTorch was told otherwise."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not torch.version.hip
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -17,7 +17,7 @@ from fused_pref.ops.interface import Operands, Transform
 from fused_pref.ops.triton import configs, gemm
 from fused_pref.ops.triton.exponentials import exponentials
 from fused_pref.ops.triton.helpers import activation_backward, exp, transform
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch
 from fused_pref.ops.triton.logprob import factors
 from fused_pref.ops.triton.statistics import update_statistics
 
@@ -75,7 +75,7 @@ def gradient(
 
     def with_tile(tile: configs.Tile) -> None:
         launch(
-            _linear_gradient_kernel, (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),), out.device,
+            _linear_gradient_kernel, (cdiv(rows, tile.rows) * cdiv(columns, tile.columns),), out.device,
             indices=operands.indices, count=count, targets=targets, statistics=statistics, out=out, first=first,
             statistics_stride=statistics.stride(0), out_stride=out.stride(0), **gemm.arguments(operands, tile),
             **factors(transform), **tile.options,

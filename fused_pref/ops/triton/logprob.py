@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import column_of, exp, row_offset, transform
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch, next_power_of_2
 from fused_pref.ops.triton.softmax import entr, joined, log_prob, row_softmax
 
 
@@ -132,9 +132,11 @@ def geometry(logits: Tensor) -> dict[str, int]:
 
 def aligned(x: Tensor) -> bool:
     """Whether every row of x begins and ends on a multiple of 16 bytes, so that it can be read 16 bytes at a time."""
-    apart = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    sizes = (x.shape[-1], *apart)
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in sizes)
+    *sizes, columns = x.shape
+    *strides, last = x.stride()
+    whole = 16 // x.element_size()
+    uneven = [stride for size, stride in zip(sizes, strides, strict=True) if size > 1 and stride % whole]
+    return last == 1 and x.data_ptr() % 16 == 0 and columns % whole == 0 and not uneven
 
 
 def factors(transform: Transform) -> dict[str, float | str]:
@@ -165,11 +167,11 @@ def token_logps_fwd(
     sizes, flags = geometry(logits), {"MEANS": logits_mean, **factors(transform)}
 
     def with_config(config: configs.Config) -> None:
-        chunks = triton.cdiv(columns, config.block)
+        chunks = cdiv(columns, config.block)
         # Four programs for every processor keep its memory busy; each has at least two blocks.
-        splits = max(1, min(triton.cdiv(4 * configs.processors(device), rows), chunks // 2))
-        split_columns = triton.cdiv(chunks, splits) * config.block
-        splits = triton.cdiv(columns, split_columns)
+        splits = max(1, min(cdiv(4 * configs.processors(device), rows), chunks // 2))
+        split_columns = cdiv(chunks, splits) * config.block
+        splits = cdiv(columns, split_columns)
         shape = (splits, 5 if metrics else 3, rows)
         partials = torch.empty(shape, dtype=torch.float32, device=device) if splits > 1 else None
         asked = (means if logits_mean else None, found if metrics else None)
@@ -180,7 +182,7 @@ def token_logps_fwd(
             ALIGNED=aligned(logits), BLOCK=config.block, **config.options,
         )  # fmt: skip
         if splits > 1:
-            combine = configs.Config(triton.next_power_of_2(splits), 1)
+            combine = configs.Config(next_power_of_2(splits), 1)
             launch(
                 _token_logps_combine_kernel, (rows,), device,
                 *arguments, rows=rows, splits=splits, ignore_index=ignore_index, **sizes, **flags,

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def scale_(gradients: list[Tensor], upstream: Tensor) -> None:
     numbers = [gradient.numel() for gradient in gradients]
     longest = max(gradients, key=Tensor.numel)
     config = configs.choose(configs.BACKWARD, longest.device, longest.dtype, longest.numel())
-    blocks = sum(triton.cdiv(number, config.block) for number in numbers)
+    blocks = sum(cdiv(number, config.block) for number in numbers)
     if blocks:
         missing = 3 - len(gradients)
         launch(

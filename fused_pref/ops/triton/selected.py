@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.gemm import constants, tile_order
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch
 
 
 # Counts are entries of one tensor: where they lie must not make code of its own.
@@ -125,7 +125,7 @@ def weight_product(
     """
     columns, features = out.shape
     tile = _tile(q, hidden)
-    grid = (triton.cdiv(columns, tile.rows) * triton.cdiv(features, tile.columns),)
+    grid = (cdiv(columns, tile.rows) * cdiv(features, tile.columns),)
     launch(
         _selected_weight_kernel, grid, out.device,
         q, hidden, indices, count, scale, out, columns, features, q.stride(0), hidden.stride(0), out.stride(0),
@@ -137,7 +137,7 @@ def hidden_product(sums: Tensor, q: Tensor, weight: Tensor, indices: Tensor, cou
     """Add Q weight of the selected rows to the rows ``indices`` of ``sums`` (N_total, D) float32. One launch."""
     columns, features = weight.shape
     tile = _tile(q, weight)
-    grid = (triton.cdiv(q.shape[0], tile.rows) * triton.cdiv(features, tile.columns),)
+    grid = (cdiv(q.shape[0], tile.rows) * cdiv(features, tile.columns),)
     launch(
         _selected_hidden_kernel, grid, sums.device,
         q, weight, indices, count, sums, q.shape[0], columns, features, q.stride(0), weight.stride(0), sums.stride(0),
@@ -149,7 +149,7 @@ def bias_product(out: Tensor, q: Tensor, factor: Tensor, indices: Tensor, count:
     """Write Qᵀ factor of the selected rows into ``out`` (v,) float32; factor (N_total,) float32. One launch."""
     config = configs.SELECTED_BIAS
     launch(
-        _selected_bias_kernel, (triton.cdiv(out.shape[0], config.block),), out.device,
+        _selected_bias_kernel, (cdiv(out.shape[0], config.block),), out.device,
         q, factor, indices, count, out, out.shape[0], q.stride(0), ROWS=16, BLOCK=config.block, **config.options,
     )  # fmt: skip
 

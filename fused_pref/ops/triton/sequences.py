@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import sequence_of
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def targets_of(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> 
     sequences = cu_seqlens.shape[0] - 1 if packed else labels.shape[0]
     if labels.numel():
         launch(
-            _targets_kernel, (triton.cdiv(labels.numel(), configs.REDUCTION.block),), labels.device,
+            _targets_kernel, (cdiv(labels.numel(), configs.REDUCTION.block),), labels.device,
             labels, cu_seqlens, targets, rows=labels.numel(), length=labels.shape[-1], sequences=sequences,
             steps=sequences.bit_length(), labels_stride_s=0 if packed else labels.stride(0),
             labels_stride_t=labels.stride(-1), ignore_index=ignore_index,

@@ -11,7 +11,7 @@ from fused_pref.ops.interface import ENTROPY, LOGIT_SUM, ROW_MAX, SUM_EXP, TARGE
 from fused_pref.ops.metrics import merged_metrics
 from fused_pref.ops.triton import configs, gemm, mainloop
 from fused_pref.ops.triton.helpers import transform
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import cdiv, launch, next_power_of_2
 from fused_pref.ops.triton.logprob import factors
 from fused_pref.ops.triton.softmax import normalised
 
@@ -166,10 +166,10 @@ def statistics_partials(
     """
     rows, device = operands.rows, operands.hidden.device
     split_columns = split_columns or columns_of_a_split(operands, tile)
-    splits = triton.cdiv(operands.columns, split_columns)
+    splits = cdiv(operands.columns, split_columns)
     partials = torch.empty((splits, 6 if metrics else 3, rows), dtype=torch.float32, device=device)
     launch(
-        _linear_statistics_kernel, (triton.cdiv(rows, tile.rows) * splits,), device,
+        _linear_statistics_kernel, (cdiv(rows, tile.rows) * splits,), device,
         indices=operands.indices, targets=targets, partials=partials, first=first, splits=splits,
         split_columns=split_columns, WITH_LOGIT_SUM=logit_sum, WITH_METRICS=metrics, FLATTENED=tile.flattened,
         **gemm.arguments(operands, tile), **factors(transform), **tile.options,
@@ -180,9 +180,9 @@ def statistics_partials(
 def columns_of_a_split(operands: Operands, tile: configs.Tile) -> int:
     """Columns that a program walks, whole tiles: what keeps the device busy."""
     device, width = operands.hidden.device, operands.hidden.shape[1] * operands.hidden.itemsize
-    blocks, tiles = triton.cdiv(operands.rows, tile.rows), triton.cdiv(operands.columns, tile.columns)
+    blocks, tiles = cdiv(operands.rows, tile.rows), cdiv(operands.columns, tile.columns)
     sizes = (tile.group, tile.rows * width, tile.columns * width, configs.cache(device))
-    return triton.cdiv(tiles, gemm.vocabulary_splits(blocks, tiles, configs.processors(device), *sizes)) * tile.columns
+    return cdiv(tiles, gemm.vocabulary_splits(blocks, tiles, configs.processors(device), *sizes)) * tile.columns
 
 
 def target_logits(statistics: Tensor, operands: Operands, targets: Tensor, first: int, transform: Transform) -> None:
@@ -198,5 +198,5 @@ def target_logits(statistics: Tensor, operands: Operands, targets: Tensor, first
 
 def target_options(operands: Operands) -> dict[str, Any]:
     """BLOCK of the device function ``target_logit``, and the options of its launch."""
-    block = min(configs.TARGET_PRODUCT.block, triton.next_power_of_2(operands.hidden.shape[1]))
+    block = min(configs.TARGET_PRODUCT.block, next_power_of_2(operands.hidden.shape[1]))
     return {"BLOCK": block, **configs.TARGET_PRODUCT.options}
