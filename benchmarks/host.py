@@ -25,7 +25,6 @@ from triton.runtime import driver
 
 import fused_pref as fp
 from benchmarks.replay.calls import forced
-from benchmarks.replay.machine import implementation
 from benchmarks.static.gpus import table
 from fused_pref.cli.kernels.compile import TARGETS, AbsentDevice
 from fused_pref.cli.kernels.report import compile_obstacle
@@ -85,9 +84,6 @@ class Recorder(TorchDispatchMode):
         self.within: Called | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fused_pref":
-            with self:  # what it does is seen, too
-                return implementation(func._schema.name.split("::")[1])(*args, **(kwargs or {}))
         if self.within is not None:
             self.within.operations.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))

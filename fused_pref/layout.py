@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_pref.opaque import opaque
 from fused_pref.spec import Spec
 
 
@@ -22,7 +23,7 @@ def targets_of(labels: Tensor, cu_seqlens: Tensor | None, spec: Spec) -> Tensor:
         return labels.contiguous()
     ignore_index = spec.ignore_index
     if spec.backend == "triton":
-        return targets_op(labels, cu_seqlens, ignore_index)
+        return shifted_labels(labels, cu_seqlens, ignore_index)
     if cu_seqlens is None:
         return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
     total = labels.shape[0]
@@ -32,17 +33,12 @@ def targets_of(labels: Tensor, cu_seqlens: Tensor | None, spec: Spec) -> Tensor:
     return F.pad(labels[1:], (0, 1), value=ignore_index).masked_fill(ends[1:], ignore_index)
 
 
-@torch.library.custom_op("fused_pref::targets", mutates_args=())
-def targets_op(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+@opaque(fake=lambda labels, *others: labels.new_empty(labels.shape))
+def shifted_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
     """:func:`targets_of` with ``shift`` by a Triton kernel."""
     from fused_pref.ops.triton import sequences
 
     return sequences.targets_of(labels, cu_seqlens, ignore_index)
-
-
-@targets_op.register_fake
-def _(labels, cu_seqlens, ignore_index):  # type: ignore[no-untyped-def]
-    return labels.new_empty(labels.shape)
 
 
 def weights_of(token_weight: Tensor, cu_seqlens: Tensor | None, spec: Spec, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fused_pref import validate
 from fused_pref.keywords import LinearKeywords, LogitsKeywords, TokenKeywords, choices, defaults
+from fused_pref.opaque import argument
 from fused_pref.ops.interface import Transform
 
 BACKENDS = choices(TokenKeywords, "backend")
@@ -27,6 +28,7 @@ def transform_of(keywords: Mapping[str, Any]) -> Transform:
     return Transform("linear", scale / temperature) if c is None else Transform("tanh", scale / c, c / temperature)
 
 
+@argument
 @dataclass(frozen=True)
 class Spec:
     """Validated constants of a call; ``backend`` becomes the one that is chosen.

@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -289,9 +288,6 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         machine, kwargs = self.machine, kwargs or {}
         name = func._schema.name.split("::")[1]
-        if func.namespace == "fused_pref":
-            with self, _Python(machine):  # what it does is seen, too
-                return implementation(name)(*args, **kwargs)
         if computes(func):
             machine.operations.append(name)
         with torch._C.DisableTorchFunction():  # here tensors say where they really are
@@ -299,11 +295,6 @@ class _Dispatch(TorchDispatchMode):
             operands = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             machine.add(operands, [value for value in tree_leaves(result) if isinstance(value, Tensor)], name)
         return result
-
-
-def implementation(name: str) -> Any:
-    """The Python function of a custom op of the library."""
-    return OPDEFS[f"fused_pref::{name}"]._init_fn
 
 
 def _instead(func: Any, args: Any, kwargs: Any) -> Any:

@@ -6,15 +6,64 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_pref.head.custom_ops import token_logps_bwd, token_logps_fwd
 from fused_pref.head.engine import score, working
 from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.head.plans.problem import Plan
 from fused_pref.head.plans.shard import Shard
 from fused_pref.layout import ValidRows
 from fused_pref.losses.scores import expand_packed
+from fused_pref.opaque import opaque
+from fused_pref.ops.interface import ACCUMULATOR
+from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import block_rows, ranges
 from fused_pref.spec import Spec
+
+
+def fake_metrics(spec: Spec, logp: Tensor) -> Tensor:
+    """Of positions shaped like their log-probs."""
+    return logp.new_empty((3, *logp.shape) if spec.token_metrics else (3, 0))
+
+
+def _fake_token_logps(logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor, ...]:
+    logp = logits.new_empty(targets.shape, dtype=ACCUMULATOR[logits.dtype])
+    return logp, logp.new_empty((3, *targets.shape)), torch.empty_like(logp), fake_metrics(spec, logp)
+
+
+@opaque(fake=_fake_token_logps)
+def token_logps_fwd(logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob of the label that each position scores.
+
+    Returns:
+        logp, shape of ``targets``: 0 where nothing is scored, NaN for a label outside the vocabulary;
+        statistics (3, *targets.shape): what the gradient needs of each row, by the same backend;
+        mean of z over the vocabulary, shape of ``targets``: 0 where ``logits_mean`` does not ask for it;
+        with ``token_metrics`` those of :func:`fused_pref.ops.metrics.token_metrics`, (3, *targets.shape), else (3, 0).
+        Float32, float64 for float64 logits.
+    """
+    constants, metrics = (spec.ignore_index, spec.transform), spec.token_metrics
+    if spec.backend == "triton":
+        from fused_pref.ops.triton import logprob
+
+        return logprob.token_logps_fwd(logits, targets, spec.logits_mean, *constants, metrics=metrics)
+    dtype = ACCUMULATOR[logits.dtype]
+    return torch_chunk.token_logps_fwd(logits, targets, *constants, spec.logits_mean, metrics, dtype)
+
+
+@opaque(fake=lambda *arguments: None, changes=1)
+def token_logps_bwd(
+    dlogits: Tensor, logits: Tensor, targets: Tensor, statistics: Tensor, grad_logp: Tensor, spec: Spec
+) -> None:
+    """Write the gradient of the logits, a_n (onehot − softmax) with a_n = ``grad_logp``, shaped like ``targets``.
+
+    ``dlogits`` may be the logits; rows that score nothing are 0.
+    """
+    arguments = (dlogits, logits, targets, statistics, grad_logp, spec.ignore_index, spec.transform)
+    if spec.backend == "triton":
+        from fused_pref.ops.triton import dlogits as kernel
+
+        kernel.token_logps_bwd(*arguments)
+    else:
+        torch_chunk.token_logps_bwd(*arguments)
 
 
 class TokenLogpsFunction(torch.autograd.Function):
@@ -22,13 +71,10 @@ class TokenLogpsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`fused_pref.head.custom_ops.token_logps_fwd`."""
-        t = spec.transform
-        constants = (spec.backend, spec.ignore_index, t.activation, t.inner, t.outer)
-        asked = (spec.logits_mean, spec.token_metrics)
-        logp, statistics, means, metrics = token_logps_fwd(logits, targets, *asked, *constants)
+        """See :func:`token_logps_fwd`."""
+        logp, statistics, means, metrics = token_logps_fwd(logits, targets, spec)
         ctx.save_for_backward(logits, targets, statistics)
-        ctx.constants, ctx.inplace, ctx.overwritten = constants, spec.inplace_backward, False
+        ctx.spec, ctx.overwritten = spec, False
         ctx.mark_non_differentiable(means, metrics)
         if not torch.compiler.is_compiling():
             # Else zeros would be filled in as the gradient of the means. Dynamo lacks this, and drops them itself.
@@ -37,7 +83,7 @@ class TokenLogpsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        """See :func:`fused_pref.head.custom_ops.token_logps_bwd`."""
+        """See :func:`token_logps_bwd`."""
         if grads[0] is None:
             return None, None, None
         if ctx.overwritten:
@@ -45,15 +91,15 @@ class TokenLogpsFunction(torch.autograd.Function):
                 "inplace_backward=True: the logits were overwritten by their gradient; backward once, or leave "
                 "inplace_backward out (see docs/faq.md#errors)"
             )
-        logits, *batch = ctx.saved_tensors
-        inplace = ctx.inplace and not torch.compiler.is_compiling()
+        logits, targets, statistics = ctx.saved_tensors
+        inplace = ctx.spec.inplace_backward and not torch.compiler.is_compiling()
         with torch.no_grad():
             dlogits = logits.detach()
             if inplace:
                 ctx.overwritten = True
             else:
                 dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-            token_logps_bwd(dlogits, logits, *batch, grads[0], *ctx.constants)
+            token_logps_bwd(dlogits, logits, targets, statistics, grads[0], ctx.spec)
         if torch.is_grad_enabled():
             dlogits = OnceDifferentiableFunction.apply(dlogits, logits)
         return dlogits, None, None

@@ -24,7 +24,7 @@ from fused_pref.head.plans.head import GRADIENTS, HeadCall
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.vocab_parallel import Agreement, agreed
 from fused_pref.layout import sequence_sums, targets_of, weighted, weights_of
-from fused_pref.losses.scores import Scores, Tokens, mean_sums, narrow, sequence_scores_op
+from fused_pref.losses.scores import Scores, Tokens, mean_sums, narrow, sequence_scores
 from fused_pref.ops import backend
 from fused_pref.ops.interface import ACCUMULATOR
 from fused_pref.outputs import PreferenceOutput
@@ -76,8 +76,7 @@ class Inputs(ABC):
         """What :meth:`tokens` gives, log-probs times their weights, summed per sequence."""
         spec, batch = self.spec, (self.targets, self.cu_seqlens)
         if spec.backend == "triton":
-            scores = Scores(*sequence_scores_op(logp, means, *batch, spec.logits_mean, spec.ignore_index))
-            scores = scores if spec.logits_mean else scores._replace(totals=None, positions=None)
+            scores = sequence_scores(logp, means, *batch, spec.logits_mean, spec.ignore_index)
         else:
             counts = sequence_sums(self.targets != spec.ignore_index, self.cu_seqlens).long()
             sums = sequence_sums(logp, self.cu_seqlens)
@@ -87,7 +86,8 @@ class Inputs(ABC):
             summed = sum_over_ranks(torch.stack([part.double() for part in known]), self.cp_group)
             both = [total.to(part.dtype, copy=True) for total, part in zip(summed, known, strict=True)]
             scores = Scores(*both, *(None,) * (len(scores) - len(both)))
-        validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
+        if validate.checking():
+            validate.values("the log-prob of each sequence", scores.sums, torch.isfinite, "finite")
         return scores
 
     def evaluate(
@@ -249,7 +249,7 @@ class LinearInputs(Inputs):
         """See :class:`Inputs`."""
         call, batch = self.begin_call(0), (self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
         if torch.compiler.is_compiling():
-            found: Any = custom_ops.CompiledTokenLogpsFunction.apply(*batch, custom_ops.encode(call, []))
+            found: Any = custom_ops.CompiledTokenLogpsFunction.apply(*batch, call)
             return Tokens(*found)
         return Tokens(*LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch)))  # type: ignore[misc]
 
@@ -266,15 +266,13 @@ class LinearInputs(Inputs):
         call = self.begin_call(unit)
         if compiling:
             # In a graph the objective is evaluated on the whole batch.
-            detached, tensors = [None if tensor is None else tensor.detach() for tensor in batch], []
-            constants = custom_ops.encode((call, objective), tensors)
-            logp, means, metrics, *parts = custom_ops.linear_known_gradients(
-                *detached, self.weights, tensors, constants
-            )
+            detached = [None if tensor is None else tensor.detach() for tensor in batch]
+            arguments: Any = (*detached, self.weights, call, objective.settled())
+            logp, means, metrics, *gradients = custom_ops.linear_known_gradients(*arguments)
             found = Tokens(logp, means, metrics)
             scores = self.scores(logp if self.weights is None else weighted(logp, self.weights), means)
             output, _ = objective.evaluate(scores, self.spec.backend, self.dtype)
-            lengths, gradients = scores.counts, custom_ops.wanted_only(tuple(parts))
+            lengths = scores.counts
         else:
             head, rows, plan = begin(call, *batch, self.weights)
             if not isinstance(plan, Grouped):

@@ -55,6 +55,10 @@ class OpenObjective:
     normalizer: float | Tensor | None
     wanted: bool
 
+    def settled(self) -> "OpenObjective":
+        """Itself: the function keeps its own state."""
+        return self
+
     def for_parts(self, counts: Tensor) -> "OpenObjective":
         """The same, whose parts are normalised by the whole batch; counts (S,) of its scored tokens."""
         number = max(counts.shape[0] // self.unit, 1) if self.normalizer is None else self.normalizer

@@ -20,7 +20,8 @@ from torch import Tensor
 from fused_pref import validate
 from fused_pref.keywords import CPOKeywords, DPOKeywords, choices
 from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
+from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate
+from fused_pref.opaque import argument, opaque
 from fused_pref.ops.interface import ALPHA_CLAMP, PairSpec, PairTerm, ShiftMemory
 from fused_pref.outputs import PairOutput
 
@@ -189,6 +190,7 @@ def transformed(x: Tensor, spec: PairSpec) -> tuple[Tensor, Tensor]:
     return -torch.expm1(clamped) / spec.alpha, torch.exp(clamped) * (power <= ALPHA_CLAMP)
 
 
+@argument
 @dataclass(frozen=True)
 class PairObjective:
     """CPO or DPO with its tensors: a value that is evaluated on a batch, or once on each group of its pairs.
@@ -217,14 +219,17 @@ class PairObjective:
         )
         return 0 if moves or True in [term.matched for term in self.spec.terms] else 2
 
+    def settled(self) -> "PairObjective":
+        """The same with the δ of now."""
+        return replace(self, delta=self.delta.current()) if isinstance(self.delta, RewardShift) else self
+
     def for_parts(self, counts: Tensor) -> "PairObjective":
         """The same with the δ of now, whose parts are normalised by the whole batch; counts (S,) of scored tokens."""
         pairs, tokens = counts.shape[0] // 2, self.token_normalizer
         if tokens is None and self.spec.nll_weight and self.spec.nll_reduction == "token":
             tokens = counts[:pairs].sum()
         number = pairs if self.pair_normalizer is None else self.pair_normalizer
-        delta = self.delta.current() if isinstance(self.delta, RewardShift) else self.delta
-        return replace(self, pair_normalizer=number, token_normalizer=tokens, delta=delta)
+        return replace(self.settled(), pair_normalizer=number, token_normalizer=tokens)
 
     def part(self, members: tuple[slice, ...]) -> "PairObjective":
         """Of these runs of sequences, from :meth:`for_parts`."""
@@ -306,14 +311,14 @@ class PairObjective:
     def _evaluate_triton(self, scores: Scores) -> tuple[PairOutput, Tensor]:
         partners = [self._partners(term, scores.sums) for term in self.spec.terms if term.matched]
         delta: Any = self.delta
-        loss, scalars, logps, rewards, slope = pair_objective_op(
-            *scores,
+        loss, scalars, logps, rewards, slope = pair_objective(
+            scores,
             self.ref_logps,
             torch.stack(partners) if partners else None,
-            *split(self.pair_normalizer),
-            *split(self.token_normalizer),
-            *split(delta),
-            self.spec.text,
+            self.pair_normalizer,
+            self.token_normalizer,
+            delta,
+            self.spec,
         )
         nll, *means = scalars.unbind()
         sides: list[Any] = [*logps.chunk(2), *rewards.chunk(2), *(means if scores.totals is not None else (None, None))]
@@ -343,37 +348,23 @@ def pair_normalizers(keywords: Mapping[str, Any]) -> tuple[float | Tensor | None
     )
 
 
-@torch.library.custom_op("fused_pref::pair_objective", mutates_args=())
-def pair_objective_op(
-    sums: Tensor,
-    counts: Tensor,
-    totals: Tensor | None,
-    positions: Tensor | None,
+def _fake_objective(scores: Scores, *others: Any) -> tuple[Tensor, ...]:
+    sums = scores.sums
+    loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
+    return loss, scalars, logps, torch.empty_like(logps), torch.empty_like(sums)
+
+
+@opaque(fake=_fake_objective)
+def pair_objective(
+    scores: Scores,
     ref_logps: Tensor | None,
     partners: Tensor | None,
-    pair_number: float | None,
-    pair_tensor: Tensor | None,
-    token_number: float | None,
-    token_tensor: Tensor | None,
-    delta_number: float | None,
-    delta_tensor: Tensor | None,
-    spec: str,
+    pair_normalizer: float | Tensor | None,
+    token_normalizer: float | Tensor | None,
+    delta: float | Tensor | None,
+    spec: PairSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.ops.triton.pairs.pair_objective`."""
     from fused_pref.ops.triton import pairs
 
-    return pairs.pair_objective(
-        Scores(sums, counts, totals, positions),
-        ref_logps,
-        partners,
-        pair_number if pair_tensor is None else pair_tensor,
-        token_number if token_tensor is None else token_tensor,
-        delta_number if delta_tensor is None else delta_tensor,
-        PairSpec.of_text(spec),
-    )
-
-
-@pair_objective_op.register_fake
-def _(sums, *arguments):  # type: ignore[no-untyped-def]
-    loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
-    return loss, scalars, logps, torch.empty_like(logps), torch.empty_like(sums)
+    return pairs.pair_objective(scores, ref_logps, partners, pair_normalizer, token_normalizer, delta, spec)

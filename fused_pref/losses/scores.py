@@ -1,7 +1,7 @@
 """Sums per sequence of what was computed per token, what the objectives are functions of, and their arithmetic.
 
 The torch backend takes plain operations (:mod:`fused_pref.layout`), which any compiler can see through; the Triton
-backend one launch, as a custom op.
+backend one launch, which is opaque to it.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_pref import layout
+from fused_pref.opaque import argument, opaque
 from fused_pref.ops.interface import LARGEST
 
 
@@ -23,6 +24,7 @@ class Tokens(NamedTuple):
     dropped: Tensor | None = None  # what ``skip_mass`` leaves out of the gradient; None: not asked for
 
 
+@argument
 class Scores(NamedTuple):
     """Per-sequence sums of a batch: what the objectives are functions of."""
 
@@ -79,11 +81,6 @@ def narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
     return saturate(value, dtype).to(dtype)
 
 
-def split(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
-    """A number or tensor as the two arguments that an op takes for it."""
-    return (None, value) if isinstance(value, Tensor) else (value, None)
-
-
 def logistic_loss(x: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """−(1−ε) logσ(x) − ε logσ(−x) and its derivative (the conservative form of label smoothing)."""
     loss = -(1 - smoothing) * F.logsigmoid(x)
@@ -102,41 +99,37 @@ def expand_packed(
 ) -> Tensor:
     """Each sequence's value (S,), times ``upstream`` (0-d) in float64, at its positions, (N_total,)."""
     if backend == "triton":
-        return expand_op(values, upstream, cu_seqlens, total)
+        tokens = values.new_empty(total, dtype=dtype)
+        expand(tokens, values, upstream, cu_seqlens)
+        return tokens
     scaled = values if upstream is None else values * upstream
     return torch.repeat_interleave(scaled.to(dtype), cu_seqlens.diff().long(), output_size=total)
 
 
-@torch.library.custom_op("fused_pref::sequence_scores", mutates_args=())
-def sequence_scores_op(
-    logp: Tensor,
-    means: Tensor,
-    targets: Tensor,
-    cu_seqlens: Tensor | None,
-    logits_mean: str | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of :class:`Scores`; ``totals`` and ``positions`` are not set with ``logits_mean=None``."""
-    from fused_pref.ops.triton import sequences
-
-    return sequences.sequence_scores(logp, means, targets, cu_seqlens, logits_mean, ignore_index)
-
-
-@sequence_scores_op.register_fake
-def _(logp, means, targets, cu_seqlens, *constants):  # type: ignore[no-untyped-def]
+def _fake_scores(
+    logp: Tensor, means: Tensor, targets: Tensor, cu_seqlens: Tensor | None, logits_mean: str | None, ignore_index: int
+) -> Scores:
     sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums, counts = (logp.new_empty(sequences, dtype=dtype) for dtype in (torch.float64, torch.int64))
-    return sums, counts, torch.empty_like(sums), torch.empty_like(counts)
+    if logits_mean is None:
+        return Scores(sums, counts, None, None)
+    return Scores(sums, counts, torch.empty_like(sums), torch.empty_like(counts))
 
 
-@torch.library.custom_op("fused_pref::expand", mutates_args=())
-def expand_op(values: Tensor, upstream: Tensor | None, cu_seqlens: Tensor, total: int) -> Tensor:
+@opaque(fake=_fake_scores)
+def sequence_scores(
+    logp: Tensor, means: Tensor, targets: Tensor, cu_seqlens: Tensor | None, logits_mean: str | None, ignore_index: int
+) -> Scores:
+    """The scores of a batch by a Triton kernel."""
+    from fused_pref.ops.triton import sequences
+
+    found = sequences.sequence_scores(logp, means, targets, cu_seqlens, logits_mean, ignore_index)
+    return Scores(*found) if logits_mean is not None else Scores(*found[:2], None, None)
+
+
+@opaque(fake=lambda *arguments: None, changes=1)
+def expand(tokens: Tensor, values: Tensor, upstream: Tensor | None, cu_seqlens: Tensor) -> None:
     """See :func:`fused_pref.ops.triton.sequences.expand`."""
     from fused_pref.ops.triton import sequences
 
-    return sequences.expand(values, upstream, cu_seqlens, total)
-
-
-@expand_op.register_fake
-def _(values, upstream, cu_seqlens, total):  # type: ignore[no-untyped-def]
-    return values.new_empty(total, dtype=torch.float32)
+    sequences.expand(tokens, values, upstream, cu_seqlens)

@@ -1,7 +1,7 @@
 """Objectives of single sequences: BCO and KTO. See :mod:`fused_pref.losses.pair` for what they are functions of."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from fused_pref import validate
 from fused_pref.keywords import BCOKeywords, KTOKeywords, choices
 from fused_pref.losses.reward_shift import RewardShift
-from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate, split
+from fused_pref.losses.scores import Scores, gather, logistic_loss, logits_means, narrow, ratio, saturate
+from fused_pref.opaque import argument, opaque
 from fused_pref.ops.interface import ShiftMemory, UnpairedSpec
 from fused_pref.outputs import BCOOutput, KTOOutput
 
@@ -81,6 +82,7 @@ def kto_numbers(keywords: Mapping[str, Any]) -> tuple[float | Tensor, float | Te
     return kl, None if sequences is None else validate.normalizer("sequence_normalizer", sequences)
 
 
+@argument
 @dataclass(frozen=True)
 class UnpairedObjective:
     """BCO or KTO with its tensors: a value that is evaluated on a batch, or once on each group of its sequences.
@@ -113,6 +115,10 @@ class UnpairedObjective:
         )
         return 0 if moves else 1
 
+    def settled(self) -> "UnpairedObjective":
+        """The same with the δ of now."""
+        return replace(self, shift=self.shift.current()) if isinstance(self.shift, RewardShift) else self
+
     def for_parts(self, counts: Tensor) -> "UnpairedObjective":
         """The same with the δ of now, whose parts are normalised by the whole batch; counts (S,) of scored tokens."""
         sequences, classes = self.sequence_normalizer, self.class_normalizer
@@ -120,8 +126,7 @@ class UnpairedObjective:
             sequences = counts.shape[0] if sequences is None else sequences
         elif classes is None:
             classes = (self.desirable.sum(), (~self.desirable).sum())
-        shift = self.shift.current() if isinstance(self.shift, RewardShift) else self.shift
-        return replace(self, shift=shift, sequence_normalizer=sequences, class_normalizer=classes)
+        return replace(self.settled(), sequence_normalizer=sequences, class_normalizer=classes)
 
     def part(self, members: tuple[slice, ...]) -> "UnpairedObjective":
         """Of these runs of sequences, from :meth:`for_parts`."""
@@ -190,84 +195,56 @@ class UnpairedObjective:
             self.shift.commit(state)
 
     def _evaluate_triton(self, scores: Scores) -> tuple[Output, Tensor]:
-        shift: Any = self.shift
-        memory: Any = (*[None] * 4, "fixed", None, 0.0)
+        shift, memory = self.shift, None
         if isinstance(shift, RewardShift):
-            memory = memory if shift.kind == "fixed" else shift.memory
-            shift = shift.value
-        loss, scalars, numbers, logps, rewards, slope = unpaired_objective_op(
-            scores.sums,
-            scores.totals,
-            scores.positions,
+            shift, memory = shift.value, None if shift.kind == "fixed" else shift.memory
+        loss, scalars, numbers, logps, rewards, slope = unpaired_objective(
+            memory,
+            scores,
             self.desirable,
             self.ref_logps,
             self.sample_weight,
-            *split(shift),
-            *memory,
-            *split(self.sequence_normalizer),
-            *(part for number in self.class_normalizer or (None, None) for part in split(number)),
-            *astuple(self.spec),
+            shift,
+            self.sequence_normalizer,
+            self.class_normalizer,
+            self.spec,
         )
         given, *means = scalars.unbind()
         fields: list[Any] = [*(means if scores.totals is not None else (None, None)), *numbers.unbind()]
         return OUTPUTS[self.spec.loss_type](loss, given, logps, rewards, *fields), slope
 
 
-@torch.library.custom_op(
-    "fused_pref::unpaired_objective", mutates_args=("shift_mean", "shift_count", "pending_sum", "pending_count")
-)
-def unpaired_objective_op(
-    sums: Tensor,
-    totals: Tensor | None,
-    positions: Tensor | None,
-    desirable: Tensor,
-    ref_logps: Tensor,
-    sample_weight: Tensor | None,
-    shift_number: float | None,
-    shift_tensor: Tensor | None,
-    shift_mean: Tensor | None,
-    shift_count: Tensor | None,
-    pending_sum: Tensor | None,
-    pending_count: Tensor | None,
-    kind: str,
-    update: str | None,
-    decay: float,
-    sequence_number: float | None,
-    sequence_tensor: Tensor | None,
-    positive_number: float | None,
-    positive_tensor: Tensor | None,
-    negative_number: float | None,
-    negative_tensor: Tensor | None,
-    loss_type: str,
-    beta: float,
-    reduction: str,
-    desirable_weight: float,
-    undesirable_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.ops.triton.objective.unpaired_objective`."""
-    from fused_pref.ops.triton import objective
-
-    shift: Any = shift_number if shift_tensor is None else shift_tensor
-    if shift_mean is not None and shift_count is not None and pending_sum is not None and pending_count is not None:
-        shift = ShiftMemory(shift_mean, shift_count, pending_sum, pending_count, kind, update, decay)
-    positive = positive_number if positive_tensor is None else positive_tensor
-    negative = negative_number if negative_tensor is None else negative_tensor
-    return objective.unpaired_objective(
-        sums,
-        totals,
-        positions,
-        desirable,
-        ref_logps,
-        sample_weight,
-        shift,
-        sequence_number if sequence_tensor is None else sequence_tensor,
-        None if positive is None or negative is None else (positive, negative),
-        UnpairedSpec(loss_type, beta, reduction, desirable_weight, undesirable_weight),
-    )
-
-
-@unpaired_objective_op.register_fake
-def _(sums, *arguments):  # type: ignore[no-untyped-def]
+def _fake_objective(memory: ShiftMemory | None, scores: Scores, *others: Any) -> tuple[Tensor, ...]:
+    sums = scores.sums
     loss, scalars, logps = (sums.new_empty(shape, dtype=torch.float32) for shape in ((), (3,), sums.shape))
     numbers = sums.new_empty(2, dtype=torch.int64)
     return loss, scalars, numbers, logps, torch.empty_like(logps), torch.empty_like(sums)
+
+
+@opaque(fake=_fake_objective, changes=1)
+def unpaired_objective(
+    memory: ShiftMemory | None,
+    scores: Scores,
+    desirable: Tensor,
+    ref_logps: Tensor,
+    sample_weight: Tensor | None,
+    shift: float | Tensor,
+    sequence_normalizer: float | Tensor | None,
+    class_normalizer: tuple[float | Tensor, float | Tensor] | None,
+    spec: UnpairedSpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`fused_pref.ops.triton.objective.unpaired_objective`; a ``memory`` has the shift and is updated."""
+    from fused_pref.ops.triton import objective
+
+    return objective.unpaired_objective(
+        scores.sums,
+        scores.totals,
+        scores.positions,
+        desirable,
+        ref_logps,
+        sample_weight,
+        shift if memory is None else memory,
+        sequence_normalizer,
+        class_normalizer,
+        spec,
+    )

@@ -6,13 +6,14 @@ the probability. A chunk becomes Q = q − onehot, whose target entry is exactly
 of what Q is multiplied with.
 """
 
-import ast
-from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fused_pref.opaque import argument
 
 FLOAT32 = torch.finfo(torch.float32)
 # Largest magnitude that every output dtype with an 8-bit exponent can hold.
@@ -35,6 +36,7 @@ ACCUMULATOR = {
 }
 
 
+@argument
 @dataclass(frozen=True)
 class Transform:
     """z = outer · f(inner · x) of a raw logit x, f an activation by name; z = inner · x for ``"linear"``.
@@ -68,6 +70,7 @@ class Transform:
         return 1.0 if self.nonlinear else self.inner
 
 
+@argument
 @dataclass(frozen=True)
 class PairTerm:
     """A weighted loss of an objective of pairs, and what enters it: by default the log-ratios of a pair.
@@ -91,6 +94,7 @@ class PairTerm:
     matched: bool = False
 
 
+@argument
 @dataclass(frozen=True)
 class PairSpec:
     """Validated hyperparameters of a pairwise objective.
@@ -118,24 +122,8 @@ class PairSpec:
     tau: float = 1.0
     jensen_shannon: bool = False
 
-    @cached_property
-    def text(self) -> str:
-        """The values as text, for ops, whose schema has no dataclasses; made so that a compiler can see through it."""
-        terms = ["(" + "".join([f"{getattr(term, name)!r}, " for name in TERM_FIELDS]) + "), " for term in self.terms]
-        return f"(({''.join(terms)}), " + "".join([f"{getattr(self, name)!r}, " for name in SPEC_FIELDS]) + ")"
 
-    @staticmethod
-    @lru_cache
-    def of_text(text: str) -> "PairSpec":
-        """The inverse of :attr:`text`."""
-        terms, *others = ast.literal_eval(text)
-        return PairSpec(tuple(PairTerm(*term) for term in terms), *others)
-
-
-TERM_FIELDS = tuple(field.name for field in fields(PairTerm))
-SPEC_FIELDS = tuple(field.name for field in fields(PairSpec))[1:]
-
-
+@argument
 @dataclass(frozen=True)
 class UnpairedSpec:
     """Validated hyperparameters of an objective of single sequences: ``"bco"``, or a loss type of KTO."""
@@ -147,6 +135,7 @@ class UnpairedSpec:
     undesirable_weight: float = 1.0
 
 
+@argument
 class ShiftMemory(NamedTuple):
     """State of a :class:`~fused_pref.losses.reward_shift.RewardShift`, and how a batch changes it.
 

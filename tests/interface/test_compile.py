@@ -83,16 +83,23 @@ def test_fullgraph_packed_and_inplace(device: str) -> None:
 
 
 def test_custom_ops_are_well_formed() -> None:
-    from fused_pref.head.custom_ops import token_logps_bwd, token_logps_fwd
+    from fused_pref.head.autograd import token_logps_fwd
+    from fused_pref.opaque import encode
+    from fused_pref.ops.interface import Transform
+    from fused_pref.spec import Spec
+
+    def check(name: str, changed: tuple[Any, ...], others: tuple[Any, ...]) -> None:
+        lists: tuple[list[Any], list[Any]] = ([], [])
+        texts = map(encode, (changed, others), lists)
+        op, checks = getattr(torch.ops.fused_pref, name), ("test_schema", "test_faketensor")
+        torch.library.opcheck(op, (*lists, *texts), test_utils=checks)
 
     batch = make_batch(2, 3, 7)
-    constants = ("torch", -100, "tanh", 1 / 3, 3.0)
-    forward = (batch.logits, batch.labels, "all", True, *constants)
-    logp, statistics, *_ = token_logps_fwd(*forward)
-    arguments = (torch.empty_like(batch.logits), batch.logits, batch.labels, statistics, logp, *constants)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(token_logps_fwd, forward, test_utils=checks)
-    torch.library.opcheck(token_logps_bwd, arguments, test_utils=checks)
+    spec = Spec("torch", True, -100, Transform("tanh", 1 / 3, 3.0), "all", token_metrics=True)
+    logp, statistics, *_ = token_logps_fwd(batch.logits, batch.labels, spec)
+    check("token_logps_fwd", (), (batch.logits, batch.labels, spec))
+    arguments = (batch.logits, batch.labels, statistics, logp, spec)
+    check("token_logps_bwd", (torch.empty_like(batch.logits),), arguments)
 
 
 @pytest.mark.slow

@@ -67,8 +67,9 @@ def test_memory_watch_notices(kernel_device: str, watch: Memory | None) -> None:
     if watch is None:
         pytest.skip("memory is watched by the interpreter")
     ends = torch.tensor([0, 9], device=kernel_device)
+    tokens, values = torch.empty(8, device=kernel_device), torch.ones(1, dtype=torch.float64, device=kernel_device)
     with pytest.raises(Exception, match="out of bounds"):
-        sequences.expand(torch.ones(1, dtype=torch.float64, device=kernel_device), None, ends, 8)
+        sequences.expand(tokens, values, None, ends)
 
 
 @pytest.mark.slow

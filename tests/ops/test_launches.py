@@ -138,7 +138,7 @@ def test_scratch_is_poisoned(kernel_device: str, monkeypatch: Any) -> None:
     pairs.pair_objective((sums, counts, totals, positions), ref, None, None, None, None, spec)
     bco = (None, 0.0, None, None, UnpairedSpec("bco", 0.1))
     objective.unpaired_objective(sums, totals, positions, desirable, ref, *bco)
-    sequences.expand(sums, None, ends, 24)
+    sequences.expand(torch.empty_like(logp), sums, None, ends)
     grad = torch.empty_like(logits)
     dlogits.token_logps_bwd(grad, logits, targets, statistics, logp, -100, Transform())
     sizes = {name: [tensor.numel() for tensor in tensors] for name, tensors in launched.items()}

@@ -284,9 +284,10 @@ def test_sequences() -> None:
     found = sequences.sequence_scores(tokens, tokens, own, ends, "all", IGNORE)
     assert all(map(torch.equal, expected, found))
     values = torch.randn(3, dtype=torch.float64)
-    with mock.patch.object(torch, "empty", lambda total, dtype, device: room(total, dtype)):
-        there = sequences.expand(values, torch.tensor(0.5), ends, first + 8)
-    assert torch.equal(there[first:], sequences.expand(values / 2, None, near, 8))
+    here, there = torch.empty(8), room(first + 8, torch.float32)
+    sequences.expand(there, values, torch.tensor(0.5), ends)
+    sequences.expand(here, values / 2, None, near)
+    assert torch.equal(there[first:], here)
 
 
 # Counts
@@ -365,7 +366,9 @@ def test_reductions_in_kernels(kernel_device: str) -> None:
     sums, counts, *_ = sequences.sequence_scores(logp, logp, labels, ends, "all", -1)
     torch.testing.assert_close(sums[0], logp.double().sum(), rtol=1e-12, atol=0)
     assert counts[0] == (labels == 0).sum()
-    assert torch.equal(sequences.expand(sums, None, ends, count), sums.float().expand(count))
+    tokens = torch.empty_like(logp)
+    sequences.expand(tokens, sums, None, ends)
+    assert torch.equal(tokens, sums.float().expand(count))
 
     sums = logp.double()
     positions = torch.ones(count, dtype=torch.int64, device=kernel_device)

@@ -238,9 +238,10 @@ def targets(dtype: torch.dtype, packed: bool) -> Tensor:
     return sequences.targets_of(labels, ends(packed), -100)
 
 
-def expand(dtype: torch.dtype) -> Tensor:
+def expand(dtype: torch.dtype) -> None:
     """Launch the way back from sequences to tokens."""
-    return sequences.expand(meta(SEQUENCES, dtype=dtype), meta(), meta(SEQUENCES + 1, dtype=torch.int32), 8192)
+    cu_seqlens = meta(SEQUENCES + 1, dtype=torch.int32)
+    sequences.expand(meta(8192), meta(SEQUENCES, dtype=dtype), meta(), cu_seqlens)
 
 
 def pair(

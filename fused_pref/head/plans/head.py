@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_pref.head.plans.shard import Shard
 from fused_pref.layout import ValidRows
+from fused_pref.opaque import argument
 from fused_pref.ops.devices import GPU
 from fused_pref.ops.interface import ACCUMULATOR, FinishedRows, FusedOps, Operands, RowOps, TargetRows
 from fused_pref.ops.torch import chunk as torch_chunk
@@ -28,6 +29,7 @@ def late_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
+@argument
 @dataclass(frozen=True)
 class HeadCall:
     """Everything about a call of the head but its tensors.

@@ -311,9 +311,10 @@ def token_logps_fwd(
     metrics: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.head.custom_ops.token_logps_fwd`; ``dtype`` is that of the token math."""
+    """See :func:`fused_pref.head.autograd.token_logps_fwd`; ``dtype`` is that of the token math."""
     source, labels = Rows(logits), targets.flatten()
-    scored, means = labels != ignore_index, torch.zeros(labels.shape, dtype=dtype, device=logits.device)
+    results = torch.zeros(targets.shape, dtype=dtype, device=logits.device)
+    scored, means = labels != ignore_index, results.view(-1)
     statistics = torch.zeros((8 if metrics else LOGIT_SUM, labels.shape[0]), dtype=dtype, device=logits.device)
     for rows in _row_numbers(scored, source.columns):
         z = source.read(rows).to(dtype)
@@ -334,11 +335,13 @@ def token_logps_fwd(
         for rows in _row_numbers(~scored, source.columns):
             z = source.read(rows).to(dtype)
             means[rows] = (z if transform.identity else transform_(z, transform)).mean(1)
-    logp, one_minus_p = finish(statistics, labels, source.columns, ignore_index)
-    found = token_metrics(statistics, logp, one_minus_p).where(scored, 0) if metrics else means.new_empty(3, 0)
-    shape = targets.shape
-    logp, means, found = logp.view(shape), means.view(shape), found.view(3, *shape) if metrics else found
-    return logp, statistics[:LOGIT_SUM].view(LOGIT_SUM, *shape), means, found
+    # Results are no views: autograd refuses to change a view that a Function has made.
+    statistics = statistics.view(len(statistics), *targets.shape)
+    logp, one_minus_p = finish(statistics, targets, source.columns, ignore_index)
+    found = means.new_empty(3, 0)
+    if metrics:
+        found = token_metrics(statistics, logp, one_minus_p).where(targets != ignore_index, 0)
+    return logp, statistics[:LOGIT_SUM], results, found
 
 
 def token_logps_bwd(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_pref.ops.interface import Transform
 from fused_pref.ops.triton import configs
 from fused_pref.ops.triton.helpers import column_of, exp, row_offset, transform, transform_backward
-from fused_pref.ops.triton.launch import cdiv, launch
+from fused_pref.ops.triton.launch import cdiv, launch, mark_changed
 from fused_pref.ops.triton.logprob import aligned, factors, geometry
 
 
@@ -89,3 +89,4 @@ def token_logps_bwd(
         key = ("token_logps_bwd", logits.device, logits.dtype, columns)
         default = configs.chosen(*key, default, configs.CANDIDATES, with_config)
     with_config(default)
+    mark_changed(dlogits)

@@ -10,6 +10,8 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fused_pref.ops.backend import DEVICES
 
@@ -47,3 +49,10 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
     """
     with on(device):
         kernel[grid](*arguments, **keywords)
+
+
+def mark_changed(*tensors: Tensor) -> None:
+    """Tell autograd of arguments that a kernel changes: where it has saved one, its backward then raises."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)

@@ -157,7 +157,7 @@ def token_logps_fwd(
     *,
     metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.head.custom_ops.token_logps_fwd`. One launch, and one to combine where rows are split."""
+    """See :func:`fused_pref.head.autograd.token_logps_fwd`. One launch, and one to combine where rows are split."""
     rows, columns, device = targets.numel(), logits.shape[-1], logits.device
     logp = torch.empty(targets.shape, dtype=torch.float32, device=device)
     statistics = torch.empty((3, *targets.shape), dtype=torch.float32, device=device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_pref.ops.interface import ShiftMemory, UnpairedSpec
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.launch import launch
+from fused_pref.ops.triton.launch import launch, mark_changed
 from fused_pref.ops.triton.losses import saturate, unpaired_loss
 
 
@@ -253,6 +253,7 @@ def unpaired_objective(
     negative_count, negative_pointer = value_and_pointer(negative, device)
     if isinstance(shift, ShiftMemory):
         *state, kind, update, decay = shift
+        mark_changed(*state)
         shift_value, shift_pointer = 0.0, None
     else:
         state, kind, update, decay = [None] * 4, "fixed", None, 0.0

@@ -143,12 +143,10 @@ def sequence_scores(
     return sums, counts, totals, positions
 
 
-def expand(values: Tensor, upstream: Tensor | None, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Each sequence's value (times ``upstream``, 0-d) at its positions, (N_total,) float32. One launch."""
-    tokens = torch.empty(total, dtype=torch.float32, device=values.device)
+def expand(tokens: Tensor, values: Tensor, upstream: Tensor | None, cu_seqlens: Tensor) -> None:
+    """Write each sequence's value (times ``upstream``, 0-d) to its positions of (N_total,) float32. One launch."""
     if values.shape[0]:
         launch(
             _expand_kernel, (values.shape[0],), values.device,
             values, upstream, cu_seqlens, tokens, BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
         )  # fmt: skip
-    return tokens
