@@ -1,12 +1,16 @@
 """The bytes that a step moves, as PyTorch's dispatcher sees them."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fused_pref.head import autograd
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # Of their largest operand they touch as many entries as their index has.
@@ -22,17 +26,29 @@ def computes(function: Any) -> bool:
 class Traffic(TorchDispatchMode):
     """Bytes of the operands of every operation that PyTorch dispatches, results included, each counted once.
 
-    A custom operation counts as one: what it keeps in registers or cache is not traffic. Kernels that are launched
-    outside of an operation are not seen.
+    A function of :meth:`whole` counts as one: what it keeps in registers or cache is not traffic. Kernels that are
+    launched outside of it are not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.nbytes = 0
+        self.nbytes, self.within = 0, False
+
+    def whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which counts as one operation."""
+
+        def call(*arguments: Any) -> Any:
+            self.within = True
+            result = function(*arguments)
+            self.within = False
+            self.nbytes += sum(occupied(x) for x in tree_leaves((arguments, result)) if isinstance(x, Tensor))
+            return result
+
+        return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if computes(func):
+        if computes(func) and not self.within:
             name = func._schema.name.split("::")[1]
             read = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
             written = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -53,7 +69,9 @@ def occupied(tensor: Tensor) -> int:
 
 
 def traffic(step: Callable[[], Any]) -> int:
-    """Bytes that one call moves; see :class:`Traffic`."""
-    with Traffic() as counted:
+    """Bytes that one call moves; see :class:`Traffic`. Our passes over logits are one operation each."""
+    with Traffic() as counted, contextlib.ExitStack() as stack:
+        for name in ("token_logps_fwd", "token_logps_bwd"):
+            stack.enter_context(mock.patch.object(autograd, name, counted.whole(getattr(autograd, name))))
         step()
     return counted.nbytes

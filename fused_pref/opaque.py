@@ -15,6 +15,7 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class", bound=type)
+FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 # What the first entry of a tuple in the text says that the others make.
 _MAKERS: dict[str, Callable[..., Any]] = {
@@ -52,7 +53,8 @@ def opaque(*, fake: Callable[..., Any], changes: int = 0, reads: bool = False) -
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            if not torch.compiler.is_compiling():
+            # Within a graph, or in a mode of tensors without values.
+            if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(FAKE) is None:
                 return function(*arguments)
             changed, tensors = [], []
             texts = encode(arguments[:changes], changed), encode(arguments[changes:], tensors)

@@ -73,6 +73,17 @@ def kernel_device(device: str) -> str:
     return device
 
 
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU is taken to multiply bfloat16, whichever it is: plans are the same everywhere."""
+    from fused_pref.ops.torch import matmul
+
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: dtype == torch.bfloat16)
+    matmul.arithmetic.cache_clear()
+    yield
+    matmul.arithmetic.cache_clear()
+
+
 # Of a test with more cases than this on a CPU, one in FEW is not slow.
 MANY, FEW = 24, 4
 

@@ -45,8 +45,7 @@ def token_logps_fwd(logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor
         from fused_pref.ops.triton import logprob
 
         return logprob.token_logps_fwd(logits, targets, spec.logits_mean, *constants, metrics=metrics)
-    dtype = ACCUMULATOR[logits.dtype]
-    return torch_chunk.token_logps_fwd(logits, targets, *constants, spec.logits_mean, metrics, dtype)
+    return torch_chunk.token_logps_fwd(logits, targets, *constants, spec.logits_mean, metrics)
 
 
 @opaque(fake=lambda *arguments: None, changes=1)

@@ -230,10 +230,12 @@ class RowOps(Protocol):
         ignore_index: int,
         *,
         logit_sum: bool,
+        apart: bool,
     ) -> FinishedRows:
         """Use up the raw logits of whole rows: write their Q, up to a factor of each row, into ``out``.
 
-        ``out`` (n, V) may lie over the logits. The statistics are updated as by :meth:`update_statistics`.
+        ``out`` (n, V) may lie over the logits. The statistics are updated as by :meth:`update_statistics`. ``apart``:
+        the targets' entries may be given apart.
         """
         ...
 

@@ -22,7 +22,7 @@ def test_the_tables() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     assert {len(row) for row in rows} == {len(HEADER)}
     assert [row[1] for row in rows if row[0] == "all"] == ["9", "9"]
-    assert {"chunk.update_statistics", "exponentials.exponentials", "per launch"} <= {row[0] for row in rows}
+    assert {"chunk.exponentials", "exponentials.exponentials", "per launch"} <= {row[0] for row in rows}
 
 
 def test_it_says_what_is_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:

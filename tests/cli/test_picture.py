@@ -14,6 +14,7 @@ from fused_pref.cli import figures, picture
 from fused_pref.cli.explanation import bytes_text
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("bfloat16_products")
 GPU = {"model": "llama-3-8b", "device": "sm_90"}
 SMALL = {"hidden": 64, "vocab": 1000, "device": "cpu", "tokens": 96, "sequences": 8}
 # keywords, what the picture says beside the explanation

@@ -71,7 +71,7 @@ def chunks(device: str, dtype: torch.dtype, N: int, D: int, columns: int) -> Ite
     # Most targets occur several times.
     repeated = targets % 5
     given = (statistics, targets, softcap, -100)
-    yield "chunk", lambda: chunk.exponentials(narrow, logits, *given, logit_sum=True)
+    yield "chunk", lambda: chunk.exponentials(narrow, logits, *given, logit_sum=True, apart=True)
     yield "targets of Q", lambda: chunk.take_targets(narrow, targets, 0)
     yield "log-probs of rows", lambda: chunk.finish(statistics, targets, columns, -100)
     yield "rows to their places", lambda: chunk.scatter_rows(out, rows, factor, indices, TargetRows(targets, q, weight))

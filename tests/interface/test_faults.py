@@ -153,6 +153,7 @@ def fail_in_turn(source: str, keywords: dict[str, Any], backend: str, dtype: tor
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("name", PLANS)
 def test_the_budget_that_an_error_names_fits(name: str) -> None:
     """Errors of the forward and of the backward say the plan, a smaller budget that is accepted, and the least."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness import make_batch, make_hidden, reference_logps
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_pref as fp
@@ -85,3 +86,12 @@ def test_autograd_knows_what_was_changed(backend: str, kernel_device: str) -> No
     for other in (squares, scaled):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             other.backward()
+
+
+def test_tensors_without_values() -> None:
+    """Under ``FakeTensorMode``, where no value can be looked at, functions are ops as in a graph."""
+    with FakeTensorMode():
+        logits, labels = torch.randn(4, 5, 9, requires_grad=True), torch.randint(0, 9, (4, 5))
+        fp.cpo_loss(logits, labels).loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == (4, 5, 9)

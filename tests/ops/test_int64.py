@@ -245,7 +245,7 @@ for given in (ends, None):
     lower(f"strides, {given is None}", lambda: sequences.sequence_scores(mine, mine, own, given, "all", -100))
     lower(f"strides, {given is None}", lambda: sequences.targets_of(own, given, -100))
 seen = (meta(4, n), labels, Transform(), -100)
-lower("strides", lambda: chunk.exponentials(meta(n, v), meta(n, v), *seen, logit_sum=True))
+lower("strides", lambda: chunk.exponentials(meta(n, v), meta(n, v), *seen, logit_sum=True, apart=True))
 lower("strides", lambda: chunk.take_targets(meta(n, v), labels, 0))
 lower("strides", lambda: chunk.finish(meta(4, n), labels, v, -100))
 lower("strides", lambda: chunk.scatter_rows(meta(n, d), meta(d, n).T, logp, labels.contiguous(), target_rows))

@@ -116,7 +116,7 @@ def test_chunk() -> None:
     logits, targets = torch.randn(3, 64), torch.tensor([3, 70, 63], dtype=torch.int32)
 
     def step(z: Tensor, y: Tensor, statistics: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        chunk.exponentials(out, z, statistics, y, SOFTCAP, IGNORE, logit_sum=True)
+        chunk.exponentials(out, z, statistics, y, SOFTCAP, IGNORE, logit_sum=True, apart=True)
         return statistics, out
 
     fresh = new_statistics(3, logits, torch.float32)

@@ -56,7 +56,6 @@ class Grouped(Plan):
         if "weight" in p.gradients:
             workspace += 0 if direct else 4 * columns * p.hidden
             partial = 0 if single and direct else p.partial * min(columns, p.device.columns) * p.hidden
-            partial += p.wide_block(columns) if single and direct else 0
             weight = rows * p.hidden * p.scaled_itemsize + partial + p.transposed(rows, columns)
             weight = max(weight, p.target_sums(rows, p.weight_itemsize if direct else 4))
         if "hidden" in p.gradients:

@@ -147,7 +147,7 @@ class Head:
         q = overlay(z, self.arithmetic.q)
         if self.shard is None:
             given = (statistics, targets, self.transform, self.ignore_index)
-            return q, self.kernels.exponentials(q, z, *given, logit_sum=self.logit_sum)
+            return q, self.kernels.exponentials(q, z, *given, logit_sum=self.logit_sum, apart=self.targets_apart)
         self.kernels.update_statistics(statistics, z, targets, 0, self.transform, logit_sum=self.logit_sum)
         self.shard.merge(statistics, logit_sum=self.logit_sum)
         self.kernels.gradient(q, z, statistics, targets, 0, self.transform)

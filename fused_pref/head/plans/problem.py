@@ -112,11 +112,6 @@ class Problem:
         """Bytes of an entry of the rows that dW is a product with."""
         return 4 if self.upcasts else self.itemsize
 
-    def wide_block(self, columns: int) -> int:
-        """Bytes of a block of a 16-bit dW that comes out in float32."""
-        wide = self.upcasts and self.weight_itemsize == 2
-        return 4 * min(columns, self.device.columns) * self.hidden if wide else 0
-
     def transposed(self, rows: int, columns: int) -> int:
         """Bytes of a block of logits that is copied into rows of the vocabulary for dW (bfloat16 on a CPU)."""
         turns = self.narrow and "weight" in self.gradients
@@ -135,7 +130,7 @@ class Problem:
     def scratch(self, rows: int, columns: int) -> int:
         """Bytes of the blocks of elementwise work on a chunk, on the rows and on the weight, and of numbers per row.
 
-        Before that, a block of rows and one of the weight may have been made float32 for a product.
+        Before and after that, blocks of rows and of the weight, or of a 16-bit dW, may be float32 for a product.
         """
         chunk = max(rows * columns, self.positions * self.hidden)
         # The mean of the weight takes a 16th of it at a time.

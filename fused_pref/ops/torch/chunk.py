@@ -1,7 +1,6 @@
 """The PyTorch backend: token log-probs of logits, and what the head does with a chunk of them, a block at a time.
 
-See :mod:`fused_pref.ops.interface`. Elementwise work on a large tensor is cut into blocks, so that no copy of it is
-made.
+See :mod:`fused_pref.ops.interface`. Elementwise work is cut into blocks, so that no copy of a large tensor is made.
 """
 
 import math
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_pref.ops.interface import (
+    ACCUMULATOR,
     ENTROPY,
     HIGHEST,
     LOGIT_SUM,
@@ -164,23 +164,19 @@ def exponentials(
     ignore_index: int,
     *,
     logit_sum: bool,
+    apart: bool,
 ) -> FinishedRows:
     """See :meth:`fused_pref.ops.interface.RowOps.exponentials`: exp(z − maximum), at the targets minus their sum."""
     here, column = _local(targets, 0, logits.shape[1])
-    narrow, divided = out.dtype != statistics.dtype, divides(out)
+    # A 16-bit Q that holds its targets is divided by the sum at once: they are exact as −1 alone.
+    divided = out.dtype != statistics.dtype and not apart
     raw = _update(statistics, logits, here, column, transform, logit_sum, out, divided=divided)
     logp, one_minus_p = finish(statistics, targets, logits.shape[1], ignore_index)
-    sums = torch.ones_like(one_minus_p) if divided else statistics[SUM_EXP].clamp(min=0.5)
+    sums = torch.ones_like(logp) if divided else statistics[SUM_EXP].clamp(min=0.5)
     target_q = transform_backward_(-sums, raw, transform) if transform.nonlinear else -sums
-    if narrow and not divided:
-        return FinishedRows(logp, one_minus_p, one_minus_p / sums, target_q.where(here, 0))
-    _set_targets(out, here, column, target_q.to(out.dtype))
-    return FinishedRows(logp, one_minus_p, one_minus_p / sums, None)
-
-
-def divides(out: Tensor) -> bool:
-    """Whether Q is divided by the sums at once: on a GPU a 16-bit Q holds its targets, which are exact as −1 alone."""
-    return out.dtype.itemsize == 2 and out.device.type != "cpu"
+    if not apart:
+        _set_targets(out, here, column, target_q.to(out.dtype))
+    return FinishedRows(logp, one_minus_p, one_minus_p / sums, target_q.where(here, 0) if apart else None)
 
 
 def _update(
@@ -204,7 +200,7 @@ def _update(
     at_once, metrics = not transform.nonlinear, len(statistics) > ENTROPY
     if at_once:
         _set_targets(logits, here, column, -math.copysign(torch.inf, transform.slope))
-    new = torch.empty_like(statistics)
+    new = torch.zeros_like(statistics)
     rows = (new.t(), here, column, logits if out is None else out)
     # Raw logits that nobody asks for again are written over where they stand.
     over = out is not None and at_once and out.dtype == new.dtype and out.data_ptr() == logits.data_ptr()
@@ -223,8 +219,6 @@ def _update(
         if out is not None and not over:
             out_block.copy_(z if at_once else transform_backward_(z, x, transform))
     new[TARGET_LOGIT] = target_logit.masked_fill(~here, 0)
-    if not logit_sum:
-        new[LOGIT_SUM] = 0
     if metrics:
         new[HIGHEST], new[TARGET_SEEN] = new[ROW_MAX], target_logit.masked_fill(~here, -torch.inf)
     statistics.copy_(merged(torch.stack((statistics, new))))
@@ -236,10 +230,17 @@ def gradient(
 ) -> None:
     """See :meth:`fused_pref.ops.interface.RowOps.gradient`."""
     here, column = _local(targets, first, logits.shape[1])
-    rows = (out, statistics[ROW_MAX], statistics[SUM_EXP], here, column)
-    for z, x, out_block, row_max, sum_exp, there, place in _blocks(logits, statistics.dtype, *rows):
+    # A row's sum is at least 1, or 0 with all of its exponentials.
+    rows = (out, statistics[ROW_MAX], statistics[SUM_EXP].clamp(min=0.5).reciprocal(), here, column)
+    for z, x, out_block, row_max, inverse, there, place in _blocks(logits, statistics.dtype, *rows):
         transform_(z.copy_(x), transform).sub_(row_max[:, None]).exp_()
-        _normalise(out_block, x, z, sum_exp, there, place, transform)
+        if transform.nonlinear:
+            _set_targets(z.mul_(inverse[:, None]), there, place, -1.0)
+            out_block.copy_(transform_backward_(z, x, transform))
+        elif out.dtype == z.dtype:
+            torch.mul(z, inverse[:, None], out=out_block)
+        else:
+            out_block.copy_(z.mul_(inverse[:, None]))  # faster than a product that narrows
     if not transform.nonlinear:
         _set_targets(out, here, column, -1.0)
 
@@ -303,16 +304,10 @@ def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int)
 
 
 def token_logps_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    transform: Transform,
-    logits_mean: str | None,
-    metrics: bool,
-    dtype: torch.dtype,
+    logits: Tensor, targets: Tensor, ignore_index: int, transform: Transform, logits_mean: str | None, metrics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.head.autograd.token_logps_fwd`; ``dtype`` is that of the token math."""
-    source, labels = Rows(logits), targets.flatten()
+    """See :func:`fused_pref.head.autograd.token_logps_fwd`."""
+    source, labels, dtype = Rows(logits), targets.flatten(), ACCUMULATOR[logits.dtype]
     results = torch.zeros(targets.shape, dtype=dtype, device=logits.device)
     scored, means = labels != ignore_index, results.view(-1)
     statistics = torch.zeros((8 if metrics else LOGIT_SUM, labels.shape[0]), dtype=dtype, device=logits.device)
@@ -386,13 +381,10 @@ def _row_numbers(wanted: Tensor, columns: int) -> Iterator[Tensor]:
 def _blocks(logits: Tensor, dtype: torch.dtype, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A buffer in the dtype of the token math, the chunk's rows, and those of other tensors, a block at a time."""
     number, columns = logits.shape
-    step = max(1, min(block_rows(logits.device, logits.shape[1]), number))
+    step = min(block_rows(logits.device, columns), number)
     buffer = torch.empty((step, columns), dtype=dtype, device=logits.device)
-    if number == 0:
-        return
-    for start in range(0, number, step):
-        part = slice(start, start + step)
-        yield buffer[: min(step, number - start)], *map(operator.itemgetter(part), (logits, *rows))
+    for part in ranges(number, step):
+        yield buffer[: part.stop - part.start], *map(operator.itemgetter(part), (logits, *rows))
 
 
 def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -400,24 +392,6 @@ def _local(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
     column = targets.long() - first
     here = (column >= 0) & (column < columns)
     return here, column.where(here, 0)
-
-
-def _normalise(
-    out: Tensor, x: Tensor, z: Tensor, sum_exp: Tensor, here: Tensor, column: Tensor, transform: Transform
-) -> None:
-    """Write z/sum_exp; with an activation Q at once, times its slope at the raw x.
-
-    ``sum_exp`` is at least 1, or 0 with all of z.
-    """
-    inverse = sum_exp.clamp(min=0.5).reciprocal_()[:, None]
-    if not transform.nonlinear:
-        if out.dtype == z.dtype:
-            torch.mul(z, inverse, out=out)
-        else:
-            out.copy_(z.mul_(inverse))  # faster than a product that narrows
-    else:
-        _set_targets(z.mul_(inverse), here, column, -1.0)
-        out.copy_(transform_backward_(z, x, transform))
 
 
 def _set_targets(x: Tensor, here: Tensor, column: Tensor, value: Tensor | float) -> None:

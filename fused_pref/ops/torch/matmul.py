@@ -103,7 +103,7 @@ def add_product(
     Rows of ``total`` are worked in blocks where a partial result or an operand in memory of its own cannot be avoided.
     """
     terms, kind = a.shape[1] if terms is None else terms, arithmetic(a.dtype, a.device.type)
-    if a.dtype != b.dtype:
+    if b.itemsize < a.itemsize:
         for part in ranges(a.shape[1], kind.block):
             wide = b[part].to(a.dtype)
             if fresh and part.start == 0:

@@ -209,8 +209,9 @@ def exponentials(
     ignore_index: int,
     *,
     logit_sum: bool,
+    apart: bool,
 ) -> FinishedRows:
-    """See :meth:`fused_pref.ops.interface.RowOps.exponentials`. Three launches; Q is complete, but for 1 − p_y."""
+    """See :meth:`fused_pref.ops.interface.RowOps.exponentials`. Three launches; Q has its targets."""
     update_statistics(statistics, logits, targets, 0, transform, logit_sum=logit_sum)
     gradient(out, logits, statistics, targets, 0, transform)
     logp, one_minus_p = finish(statistics, targets, logits.shape[1], ignore_index)
