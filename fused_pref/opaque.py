@@ -1,5 +1,7 @@
 """Functions that a compiler does not look into: in eager mode they are called as they are, in a graph each is one op.
 
+So is it where no graph is made, but tensors have no values: fake ones.
+
 An op gets tensors and one text. The text has the other arguments and, in place of a tensor, its number.
 """
 
@@ -15,7 +17,9 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class", bound=type)
-FAKE = torch._C._TorchDispatchModeKey.FAKE
+# Modes of tensors without values, and of tracing; and tensors that have values.
+TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 # What the first entry of a tuple in the text says that the others make.
 _MAKERS: dict[str, Callable[..., Any]] = {
@@ -53,8 +57,11 @@ def opaque(*, fake: Callable[..., Any], changes: int = 0, reads: bool = False) -
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            # Within a graph, or in a mode of tensors without values.
-            if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(FAKE) is None:
+            eager = not torch.compiler.is_compiling() and not any(map(torch._C._get_dispatch_mode, TRACING))
+            for argument in arguments if eager else ():
+                first = argument[0] if isinstance(argument, tuple) and argument else argument
+                eager = eager and (not isinstance(first, Tensor) or type(first) in PLAIN)
+            if eager:
                 return function(*arguments)
             changed, tensors = [], []
             texts = encode(arguments[:changes], changed), encode(arguments[changes:], tensors)

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -174,19 +175,29 @@ def _evaluate(
     if ref_logps is not None:
         ref_logps = inputs.per_sequence("ref_logps", ref_logps)
     wanted = inputs.differentiable
-    return inputs.evaluate(OpenObjective(_callable(objective), tensors, unit, ref_logps, normalizer, wanted))
+    # A linear head's call has a frame more.
+    function = _callable(objective, stacklevel=4 + len(arguments))
+    return inputs.evaluate(OpenObjective(function, tensors, unit, ref_logps, normalizer, wanted))
 
 
 # As `torch.compiler.disable`, which would import the compiler here.
 _outside_graphs: Any = torch._disable_dynamo(_evaluate)  # type: ignore[attr-defined] - torch calls it so itself
 
 
-def _callable(objective: Any) -> Any:
-    """A function; a module with parameters is warned of, because they get no gradient."""
+# Modules whose parameters have been warned of.
+_warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def _callable(objective: Any, stacklevel: int = 4) -> Any:
+    """A function; a module with parameters is warned of once, because they get no gradient."""
     if not callable(objective):
         raise validate.fail("objective", "a function of Sequences", objective, TypeError)
-    if isinstance(objective, nn.Module) and any(parameter.requires_grad for parameter in objective.parameters()):
-        warnings.warn("the parameters of objective get no gradient: gradients go to the head alone", stacklevel=4)
+    if not isinstance(objective, nn.Module) or objective in _warned:
+        return objective
+    if any(parameter.requires_grad for parameter in objective.parameters()):
+        _warned.add(objective)
+        text = "the parameters of objective get no gradient: gradients go to the head alone"
+        warnings.warn(text, stacklevel=stacklevel)
     return objective
 
 

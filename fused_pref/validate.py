@@ -205,7 +205,8 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         error = fail(name, _kind_of(symbol, dtypes), value, TypeError)
-        raise TypeError(f"{error}: pass its .weight") if isinstance(value, torch.nn.Module) else error
+        layer = name == "weight" and isinstance(getattr(value, "weight", None), Tensor)
+        raise TypeError(f"{error}: pass its .weight") if layer else error
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a plain tensor; got a DTensor: call .full_tensor() to gather it, inside FSDP run the head "

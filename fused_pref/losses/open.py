@@ -122,9 +122,9 @@ class OpenObjective:
             sequences = [Sequences(*columns)]
         try:
             losses = self.function(*sequences, *self.tensors)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             if refs is None and "NoneType" in str(error):
-                raise TypeError(f"objective failed without ref_logps, which are None if not given: {error}") from error
+                raise TypeError(f"objective failed; ref_logps was not given, and is None in it: {error}") from error
             raise
         shape = (sums.shape[0] // self.unit,) if self.unit else ()
         symbol = {2: "(b,), one a pair", 1: "(s,), one a sequence", 0: "()"}[self.unit]

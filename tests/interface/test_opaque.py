@@ -7,6 +7,7 @@ import torch
 from harness import make_batch, make_hidden, reference_logps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_pref as fp
@@ -89,9 +90,21 @@ def test_autograd_knows_what_was_changed(backend: str, kernel_device: str) -> No
 
 
 def test_tensors_without_values() -> None:
-    """Under ``FakeTensorMode``, where no value can be looked at, functions are ops as in a graph."""
-    with FakeTensorMode():
+    """Functions of fake tensors are ops as in a graph, within their mode and outside of it."""
+    with FakeTensorMode() as mode:
         logits, labels = torch.randn(4, 5, 9, requires_grad=True), torch.randint(0, 9, (4, 5))
         fp.cpo_loss(logits, labels).loss.backward()
     assert logits.grad is not None
     assert logits.grad.shape == (4, 5, 9)
+    assert fp.token_logps(logits, labels).shape == (4, 4)
+    with mode:
+        total = fp.token_logps(logits, labels).sum()
+    total.backward()
+
+
+def test_a_trace_holds_for_other_labels() -> None:
+    """With more scored tokens than those of the traced batch."""
+    batch, more = make_batch(4, 5, 9, mask="some"), make_batch(4, 5, 9, mask="none", seed=1)
+    graph = make_fx(lambda logits, labels: fp.cpo_loss(logits, labels, backend="torch").loss)
+    traced = graph(batch.logits, batch.labels)
+    assert torch.equal(traced(more.logits, more.labels), fp.cpo_loss(more.logits, more.labels, backend="torch").loss)

@@ -60,10 +60,6 @@ TENSORS: list[tuple[Callable[[torch.Tensor], Any], type[Exception], str]] = [
             (lambda x: None, "None"),
             (lambda x: 3, "3"),
             (lambda x: "x", "'x'"),
-            (
-                lambda x: torch.nn.Linear(2, 3),
-                "Linear(in_features=2, out_features=3, bias=True): pass its .weight",
-            ),
             (lambda x: [0.0], "[0.0]"),
             (lambda x: x[:1, :2].numpy(), "array([[0., 0.]], dtype=float32)"),
             (lambda x: x > 0, "a bool tensor of shape (2, 3) on cpu"),
@@ -306,6 +302,17 @@ def test_entries_of_a_state(name: str) -> None:
             validator(value)
         assert str(caught.value).startswith("state_dict['x'] must be ")
         assert str(caught.value).endswith(text)
+
+
+def test_a_layer_in_place_of_its_weight() -> None:
+    came = r"weight must be a float32 tensor \(V, D\); got Linear\(in_features=2, out_features=3, bias=True\)"
+    for name, layer, end in (
+        ("weight", torch.nn.Linear(2, 3), ": pass its .weight$"),
+        ("hidden", torch.nn.Linear(2, 3), r"\)$"),
+        ("weight", torch.nn.ReLU(), r"ReLU\(\)$"),
+    ):
+        with pytest.raises(TypeError, match=came + end if name == "weight" and layer.state_dict() else end):
+            validate.tensor(name, layer, "(V, D)", None, (torch.float32,))
 
 
 def test_entries_that_are_missing_are_not_looked_at() -> None:

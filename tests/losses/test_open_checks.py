@@ -59,10 +59,14 @@ def test_parameters_of_an_objective_are_warned_of() -> None:
             return self.bias[0] * (rejected.logps - chosen.logps)
 
     module = Scaled(2, 2)
-    with pytest.warns(UserWarning, match="the parameters of objective get no gradient"):
+    with pytest.warns(UserWarning, match="the parameters of objective get no gradient") as warned:
         fp.preference_loss(batch.logits, batch.labels, module)
-    module.requires_grad_(False)
-    fp.preference_loss(batch.logits, batch.labels, fp.PreferenceLoss(module).objective)
+    assert [entry.filename for entry in warned] == [__file__]
+    fp.PreferenceLoss(module)(batch.logits, batch.labels)  # once for a module
+    with pytest.warns(UserWarning, match="the parameters of objective get no gradient") as warned:
+        fp.linear_preference_loss(torch.randn(4, 5, 3), torch.randn(9, 3), batch.labels, Scaled(2, 2))
+    assert [entry.filename for entry in warned] == [__file__]
+    fp.PreferenceLoss(Scaled(2, 2).requires_grad_(False))
 
 
 def test_a_reference_that_was_not_given() -> None:
@@ -71,8 +75,10 @@ def test_a_reference_that_was_not_given() -> None:
     def objective(chosen: fp.Sequences, rejected: fp.Sequences) -> torch.Tensor:
         return rejected.logps - rejected.ref_logps + chosen.logps  # type: ignore[operator]
 
-    with pytest.raises(TypeError, match="objective failed without ref_logps, which are None if not given: unsupported"):
+    with pytest.raises(TypeError, match="objective failed; ref_logps was not given, and is None in it: unsupported"):
         fp.preference_loss(batch.logits, batch.labels, objective)
+    with pytest.raises(TypeError, match="ref_logps was not given, and is None in it: 'NoneType' object has no attr"):
+        fp.preference_loss(batch.logits, batch.labels, lambda w, l: w.logps - w.ref_logps.detach())
 
 
 def test_a_nan_of_weight_0_is_not_hidden(backend: str) -> None:

@@ -253,7 +253,8 @@ def unpaired_objective(
     negative_count, negative_pointer = value_and_pointer(negative, device)
     if isinstance(shift, ShiftMemory):
         *state, kind, update, decay = shift
-        mark_changed(*state)
+        if update is not None:
+            mark_changed(*state)
         shift_value, shift_pointer = 0.0, None
     else:
         state, kind, update, decay = [None] * 4, "fixed", None, 0.0
