@@ -135,9 +135,10 @@ class Problem:
         chunk = max(rows * columns, self.positions * self.hidden)
         # The mean of the weight takes a 16th of it at a time.
         weight = min(self.vocabulary, max(64, self.vocabulary // 16)) * self.hidden
-        work = min(self.device.scratch, max(self.itemsize, 4) * (3 * chunk + weight) + 256 * self.positions + 8192)
+        numbers = 256 * self.positions + 8192
+        work = min(self.device.scratch, max(self.itemsize, 4) * (3 * chunk + weight) + numbers)
         upcast = min(self.device.columns, rows) + min(self.device.columns, columns)
-        return max(work, 4 * upcast * self.hidden) if self.upcasts else work
+        return max(work, 4 * upcast * self.hidden + numbers) if self.upcasts else work
 
     def chunk(self, rows: int, columns: int, itemsize: int) -> int:
         """Bytes of a chunk of logits, or of Q."""
