@@ -41,7 +41,7 @@ def test_plans(name: str, objective: str, wanted: str, vocabulary: int, device: 
 @pytest.mark.parametrize("budget", [2, 4, 8])
 def test_memory_is_what_was_planned(budget: int) -> None:
     """By each plan that a budget of so many MiB leaves."""
-    sizes = {"hidden": 64, "vocab": 8192, "tokens": 512, "dtype": "bfloat16", "device": "cpu"}
+    sizes = {"hidden": 64, "vocab": 8192, "tokens": 512, "positions": 516, "dtype": "bfloat16", "device": "cpu"}
     found = fp.explain(objective="cpo", memory_budget=budget << 20, **sizes)
     hidden = torch.randn(4, 129, 64, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(8192, 64, dtype=torch.bfloat16, requires_grad=True)
