@@ -10,6 +10,7 @@ from harness import make_hidden
 from head_cases import only, parity
 
 import fused_pref as fp
+from benchmarks.measure import peak_bytes
 from fused_pref.ops import devices
 from fused_pref.ops.torch import matmul
 
@@ -82,3 +83,33 @@ def test_products(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatc
         matmul.add_product(total, a, w, fresh=fresh)
         truth = a.double() @ w.double() + (0 if fresh else before.double())
         assert (total - truth).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("wanted", ["hw", "h", ""])
+@pytest.mark.parametrize("objective", ["cpo", "logps"])
+@pytest.mark.parametrize("budget", [None, 7 * 2**20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_are_within_the_plan(
+    dtype: torch.dtype, budget: int | None, objective: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that are made float32, of a hidden size so large that they count: one of each at a time."""
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: False)
+    sizes: dict[str, Any] = {"hidden": 256, "vocab": 6000, "positions": 320, "sequences": 4, "tokens": 280}
+    batch = make_hidden(4, 80, 256, 6000, dtype=dtype, mask="none")
+    batch.labels[:, :10] = -100
+    h, w = batch.hidden.requires_grad_("h" in wanted), batch.weight.requires_grad_("w" in wanted)
+
+    def step() -> None:
+        if objective == "cpo":
+            total = fp.linear_cpo_loss(h, w, batch.labels, memory_budget=budget).loss
+        else:
+            total = fp.linear_token_logps(h, w, batch.labels, memory_budget=budget).sum()
+        if wanted:
+            total.backward()
+
+    gradients = [name for name in ("hidden", "weight") if name[0] in wanted]
+    sizes |= {"objective": objective, "dtype": dtype, "gradients": gradients, "memory_budget": budget}
+    planned = fp.explain(device="cpu", **sizes).peak_bytes
+    step()
+    h.grad = w.grad = None
+    assert peak_bytes(step, "cpu") - 2 * sum(x.numel() for x in (h, w) if x.requires_grad) <= planned

@@ -90,6 +90,7 @@ def _project_upcast(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | No
         own = h[rows].to(logits.dtype)
         for columns in ranges(weight.shape[0], block):
             torch.mm(own, weight[columns].to(logits.dtype).t(), out=logits[rows, columns])
+        del own
     return logits if bias is None else logits.add_(bias)
 
 
@@ -105,11 +106,11 @@ def add_product(
     terms, kind = a.shape[1] if terms is None else terms, arithmetic(a.dtype, a.device.type)
     if b.itemsize < a.itemsize:
         for part in ranges(a.shape[1], kind.block):
-            wide = b[part].to(a.dtype)
+            # Without a name for it: one block is alive at a time.
             if fresh and part.start == 0:
-                torch.mm(a[:, part], wide, out=total)
+                torch.mm(a[:, part], b[part].to(a.dtype), out=total)
             else:
-                total.addmm_(a[:, part], wide)
+                total.addmm_(a[:, part], b[part].to(a.dtype))
         return
     direct = scale is None and total.dtype == a.dtype and not kind.upcast
     # A product comes out in the dtype of its entries or in float32.
@@ -128,6 +129,7 @@ def add_product(
             product = _product(operand, b)
             product = product if scale is None else product.to(total.dtype).mul_(scale)
             total[part] = product if fresh else product + total[part]
+            del product
         elif a.device.type == "cpu" and terms > MAX_TERMS:
             _add_runs(total[part], operand, b, fresh=fresh)
         elif fresh:
