@@ -1,6 +1,6 @@
 """Functions that a compiler does not look into: in eager mode they are called as they are, in a graph each is one op.
 
-So is it where no graph is made, but tensors have no values: fake ones.
+In traces, and where tensors have no values (fake ones), each is one op, too.
 
 An op gets tensors and one text. The text has the other arguments and, in place of a tensor, its number.
 """
@@ -58,8 +58,8 @@ def opaque(*, fake: Callable[..., Any], changes: int = 0, reads: bool = False) -
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
             eager = not torch.compiler.is_compiling() and not any(map(torch._C._get_dispatch_mode, TRACING))
-            for argument in arguments if eager else ():
-                first = argument[0] if isinstance(argument, tuple) and argument else argument
+            for value in arguments if eager else ():
+                first = value[0] if isinstance(value, tuple) and value else value
                 eager = eager and (not isinstance(first, Tensor) or type(first) in PLAIN)
             if eager:
                 return function(*arguments)

@@ -102,7 +102,6 @@ def device_of(kind: str, architecture: str = "sm_90") -> Device:
     return CPU if kind == "cpu" else GPUS[architecture]
 
 
-@functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has products of these 16-bit entries that serve: PyTorch's loops in their place are far slower.
 
