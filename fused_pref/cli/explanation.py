@@ -80,7 +80,7 @@ class Explanation:
     def floor_seconds(self) -> float:
         """Time of the least products alone at the rate of large ones: one forward, one for each gradient."""
         products = 1 + len(self.problem.gradient_products)
-        return products * self._product(self.problem.tokens) / self.problem.device.rates[self.problem.itemsize]
+        return products * self._product(self.problem.tokens) / self.problem.device.rates[self.problem.operand_itemsize]
 
     @property
     def form_seconds(self) -> dict[str, float | None]:

@@ -39,6 +39,27 @@ def multiplies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
+@pytest.mark.parametrize(
+    ("name", "amx", "onednn", "faster"),
+    [
+        ("Intel Xeon", False, True, False),
+        ("Intel Xeon", True, True, True),
+        ("AMD EPYC 9B14", False, True, True),
+        ("AMD EPYC 7B13", False, False, False),
+        (None, None, True, True),
+    ],
+)
+def test_which_cpus_multiply(
+    name: str | None, amx: bool | None, onednn: bool, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what PyTorch says of the CPU; an ARM one has no AMX, and maybe no name."""
+    capabilities = {} if name is None else {"cpu_name": name, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn, raising=False)
+    assert devices.multiplies(torch.bfloat16) == faster
+    assert not devices.multiplies(torch.float16)
+
+
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("plan", PLANS)
 def test_plans(plan: str, small: bool, multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ class Grouped(Plan):
         if "weight" in p.gradients:
             workspace += 0 if direct else 4 * columns * p.hidden
             partial = 0 if single and direct else p.partial * min(columns, p.device.columns) * p.hidden
-            weight = rows * p.hidden * p.scaled_itemsize + partial + p.transposed(rows, columns)
+            weight = rows * p.hidden * p.operand_itemsize + partial + p.transposed(rows, columns)
             weight = max(weight, p.target_sums(rows, p.weight_itemsize if direct else 4))
         if "hidden" in p.gradients:
             # float32 hidden gradients wait for the upstream one beside those in the dtype of the hidden states.

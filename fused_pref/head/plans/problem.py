@@ -35,7 +35,7 @@ class Problem:
         units: rows of each pair (or sequence) that a group must not cut; empty if not known.
         late_scale: whether dW stays float32 until the upstream gradient is known (float16, which would underflow).
         upcasts: whether products of 16-bit entries are float32 ones, of a float32 chunk (float16, and bfloat16 on CPUs
-            that have no products of it).
+            that multiply it more slowly).
         gathered: whether the rows are copied out of the hidden states.
         unscored: rows that are projected for the means of the logits alone, before anything else.
         cast_weight: bytes of the weight's copy in the dtype of the products (autocast), 0 if none.
@@ -108,8 +108,8 @@ class Problem:
         return self.itemsize if self.narrow else 0
 
     @property
-    def scaled_itemsize(self) -> int:
-        """Bytes of an entry of the rows that dW is a product with."""
+    def operand_itemsize(self) -> int:
+        """Bytes of an entry of the operands as they are multiplied."""
         return 4 if self.upcasts else self.itemsize
 
     def transposed(self, rows: int, columns: int) -> int:
@@ -161,7 +161,7 @@ class Problem:
             "weight": (columns, self.hidden, rows),
         }
         slow = max(1.0, min(self.device.columns, self.vocabulary) / columns)
-        itemsize = self.scaled_itemsize
+        itemsize = self.operand_itemsize
         return sum(self.device.product_seconds(*sizes[product], itemsize, slow) for product in products)
 
     def chunk_seconds(self, rows: int, columns: int) -> float:

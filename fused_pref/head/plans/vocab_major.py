@@ -49,7 +49,7 @@ class VocabMajor(Plan):
         fixed = p.copied(rows) + p.scratch(rows, columns) + p.cast_weight + sums
         partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
         late = max(p.partial * rows * p.hidden if hidden else 0, partial + p.transposed(rows, columns))
-        backward = late + (rows * p.hidden * p.scaled_itemsize if weight else 0)
+        backward = late + (rows * p.hidden * p.operand_itemsize if weight else 0)
         chunks = p.chunk(rows, min(saved * columns, p.vocabulary), p.logits_itemsize)
         chunks += p.chunk(rows, columns, p.q_itemsize(fused)) if again else 0
         workspace = fixed + max(chunks + backward, p.target_sums(rows, p.weight_itemsize))

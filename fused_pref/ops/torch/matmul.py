@@ -1,8 +1,8 @@
 """GEMMs of the head (cuBLAS, oneDNN), in the dtypes and the memory that a device allows.
 
-A device with ``mixed`` products gives float32 results of 16-bit entries. A CPU may have none of them: there logits and
-Q are float32, and 16-bit rows are made float32 a block at a time. Elsewhere a 16-bit product comes out rounded once;
-where several of them are summed, partial results are added in float32.
+A device with ``mixed`` products gives float32 results of 16-bit entries. A CPU may multiply float32 faster than 16-bit
+entries: there logits and Q are float32, and 16-bit rows are made float32 a block at a time. Elsewhere a 16-bit product
+comes out rounded once; where several of them are summed, partial results are added in float32.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Arithmetic:
 
     Attributes:
         mixed: in float32 though their entries are 16-bit.
-        upcast: of operands that are made float32 first: a CPU without products of 16-bit entries, or float16, whose
-            sums may overflow.
+        upcast: of operands that are made float32 first: on a CPU that multiplies 16-bit entries more slowly, and
+            of float16, whose sums may overflow.
         logits: dtype of the logits.
         q: dtype of Q, which is written over them.
         product: the most exact dtype of a product.
@@ -86,11 +86,13 @@ def project(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> T
 def _project_upcast(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same in float32, a block of rows and a block of the vocabulary at a time."""
     block = arithmetic(h.dtype, h.device.type).block
+    # Memory that is new for each block would cost more than the conversion.
+    own, slices = (logits.new_empty((min(x.shape[0], block), x.shape[1])) for x in (h, weight))
     for rows in ranges(h.shape[0], block):
-        own = h[rows].to(logits.dtype)
+        left = own[: rows.stop - rows.start].copy_(h[rows])
         for columns in ranges(weight.shape[0], block):
-            torch.mm(own, weight[columns].to(logits.dtype).t(), out=logits[rows, columns])
-        del own
+            right = slices[: columns.stop - columns.start].copy_(weight[columns])
+            torch.mm(left, right.t(), out=logits[rows, columns])
     return logits if bias is None else logits.add_(bias)
 
 
@@ -105,12 +107,13 @@ def add_product(
     """
     terms, kind = a.shape[1] if terms is None else terms, arithmetic(a.dtype, a.device.type)
     if b.itemsize < a.itemsize:
+        copy = a.new_empty((min(b.shape[0], kind.block), b.shape[1]))
         for part in ranges(a.shape[1], kind.block):
-            # Without a name for it: one block is alive at a time.
+            block = copy[: part.stop - part.start].copy_(b[part])
             if fresh and part.start == 0:
-                torch.mm(a[:, part], b[part].to(a.dtype), out=total)
+                torch.mm(a[:, part], block, out=total)
             else:
-                total.addmm_(a[:, part], b[part].to(a.dtype))
+                total.addmm_(a[:, part], block)
         return
     direct = scale is None and total.dtype == a.dtype and not kind.upcast
     # A product comes out in the dtype of its entries or in float32.
