@@ -103,7 +103,10 @@ class ValidRows:
         """Float64 sum of each sequence's log-probs times their weights, (N,) → (S,)."""
         if self.weights is not None:
             values = weighted(values, self.weights)
-        return sequence_sums(values, F.pad(self.counts.cumsum(0), (1, 0)))
+        ends = self.counts.cumsum(0)
+        # Rows beyond ``max_valid_tokens`` were not projected: the sums are NaN in the end, whatever stands here.
+        ends = ends if self.overflow is None else ends.clamp(max=len(values))
+        return sequence_sums(values, F.pad(ends, (1, 0)))
 
     def expand(self, values: Tensor) -> Tensor:
         """Each sequence's slope at its rows times their weights, (S,) → (N,); 0 at padding."""

@@ -138,7 +138,7 @@ def draw_plane(axes: Any, explanation: Explanation) -> None:
         width = min(columns.size, p.vocabulary - saved)
         frame: dict[str, Any] = {"fill": False, "edgecolor": figures.INK, "linewidth": 1.6}
         axes.add_patch(Rectangle((saved, 0), width, height, clip_on=False, zorder=3, **frame))
-        size = bytes_text(rows.size * width * p.q_itemsize(plan.fused))
+        size = bytes_text(rows.size * width * (p.itemsize if plan.fused else p.logits_itemsize))
         handles.append(Patch(label=f"at work at a time: {rows.size:,} x {width:,} logits, {size}", **frame))
     axes.figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(LEFT / WIDTH, 2.2 / HEIGHT), **LEGEND)
 

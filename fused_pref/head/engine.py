@@ -163,10 +163,9 @@ def evaluate_groups(
                 known = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)
             logp, totals, metrics, gradients = plan.run(head, rows, slope)
             if rows.overflow is not None:
-                logp.masked_fill_(rows.overflow, torch.nan)
-            if head.metrics:
-                metrics = metrics.view(3, *targets.shape)
-                metrics = metrics if rows.overflow is None else metrics.masked_fill(rows.overflow, torch.nan)
+                for part in (logp, totals, metrics):
+                    part.masked_fill_(rows.overflow, torch.nan)
+            metrics = metrics.view(3, *targets.shape) if head.metrics else metrics
             if means is None:
                 means = means_of(head, rows, targets, totals.view(targets.shape), unscored)
                 late = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)

@@ -47,6 +47,19 @@ def test_a_call(call: Call, target: str) -> None:
         assert machine.peak - replayed.returned <= plan.workspace + SLACK
 
 
+@pytest.mark.parametrize("name", ["grouped", "vocab_major", "frozen_head"])
+def test_rows_of_q_are_aligned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an odd vocabulary, too; the workspace counts what that takes."""
+    monkeypatch.setattr(calls, "VOCABULARY", 50257)
+    replayed = replay(next(call for call in CALLS if call.plan == (name, True)), "sm_90")
+    assert replayed.plan is not None
+    assert replayed.machine.peak - replayed.returned <= replayed.plan.workspace + SLACK
+    found = [launched.bound.get("out_stride") for launched in replayed.machine.launches]
+    strides = [stride for stride in found if stride is not None]
+    assert strides
+    assert all(stride % 16 == 0 for stride in strides), strides
+
+
 def test_every_plan_is_replayed() -> None:
     forced = {call.plan for call in CALLS if call.plan}
     plans = {plan.name for plan in planner.Plan.__subclasses__()}

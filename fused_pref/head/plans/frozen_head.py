@@ -36,7 +36,7 @@ class FrozenHead(Plan):
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
         p, rows = problem, min(rows, problem.tokens)
         workspace = p.tokens * p.hidden * max(p.itemsize, 4) + p.scratch(rows, columns) + p.cast_weight
-        workspace += p.chunk(rows, columns, p.q_itemsize(fused)) + p.copied(rows)
+        workspace += p.chunk(rows, columns, fused=fused) + p.copied(rows)
         workspace += rows * p.hidden * max(p.itemsize, p.partial) + p.wide_hidden
         seconds = p.product_seconds(rows, columns, ("logits", "hidden")) + p.pass_seconds(rows, columns, fused=fused)
         return cls(rows, columns, 2.0, workspace, rounds(p.tokens, rows) * seconds, fused=fused)

@@ -51,7 +51,7 @@ class Grouped(Plan):
         single = groups == 1
         # dW is its own accumulator where its dtype is that of the sums.
         direct = not p.late_scale and (p.weight_itemsize >= 4 or single)
-        workspace = p.chunk(rows, columns, p.q_itemsize(fused)) + p.copied(rows)
+        workspace = p.chunk(rows, columns, fused=fused) + p.copied(rows)
         weight = hidden = 0
         if "weight" in p.gradients:
             workspace += 0 if direct else 4 * columns * p.hidden

@@ -139,8 +139,7 @@ class Head:
     ) -> tuple[Tensor, FinishedRows]:
         """Update the statistics of whole rows; gives their Q (n, V), up to a factor, and what is known of them then."""
         if fused:
-            width = padded(self.columns)
-            out = memory[: h.shape[0] * width].view(h.shape[0], width)
+            out = fused_chunk(memory, h.shape[0], self.columns)
             given = (self.operands(h), statistics, targets, self.transform, self.ignore_index)
             return out[:, : self.columns], self.fused.exponentials(out, *given, logit_sum=self.logit_sum)
         z = self.project(memory, h)
@@ -241,6 +240,11 @@ class Sums(NamedTuple):
             if head.shard is not None:
                 dh = head.shard.reduce(dh).to(head.hidden.dtype)
         return Gradients(dh, self.dw, None if self.db is None or head.bias is None else self.db.to(head.bias.dtype))
+
+
+def fused_chunk(memory: Tensor, rows: int, columns: int) -> Tensor:
+    """Room for Q by a fused product, (n, v) or wider: its rows begin at whole 32 bytes."""
+    return memory[: rows * padded(columns)].view(rows, padded(columns))
 
 
 def scaled_rows(head: Head, h: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:

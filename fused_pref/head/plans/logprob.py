@@ -54,7 +54,7 @@ class Logprob(Plan):
             elif copied:
                 seconds += rows * columns * p.hidden * p.device.by_index
         else:
-            workspace = p.scratch(rows, columns) + p.copied(rows) + p.chunk(rows, columns, p.logits_itemsize)
+            workspace = p.scratch(rows, columns) + p.copied(rows) + p.chunk(rows, columns)
             seconds = (
                 rounds(p.tokens, rows) * rounds(p.vocabulary, columns) * (seconds + p.chunk_seconds(rows, columns))
             )

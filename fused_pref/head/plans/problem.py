@@ -16,7 +16,7 @@ from typing_extensions import Self
 from fused_pref.head.plans.head import Gradients, Head
 from fused_pref.layout import ValidRows
 from fused_pref.ops.devices import Device
-from fused_pref.ops.torch.chunk import row_stride
+from fused_pref.ops.torch.chunk import padded, row_stride
 
 
 @dataclass(frozen=True)
@@ -140,18 +140,15 @@ class Problem:
         upcast = min(self.device.columns, rows) + min(self.device.columns, columns)
         return max(work, 4 * upcast * self.hidden + numbers) if self.upcasts else work
 
-    def chunk(self, rows: int, columns: int, itemsize: int) -> int:
-        """Bytes of a chunk of logits, or of Q."""
-        stride = row_stride(columns) if self.narrow else columns
+    def chunk(self, rows: int, columns: int, *, fused: bool = False) -> int:
+        """Bytes of a chunk of logits, or ``fused`` of Q alone."""
+        stride, itemsize = (padded(columns), self.itemsize) if fused else (columns, self.logits_itemsize)
+        stride = row_stride(stride) if self.narrow else stride
         return self.device.allocation(rows * stride * itemsize)
 
     def copied(self, rows: int) -> int:
         """Bytes of gathered rows."""
         return rows * self.hidden * self.itemsize if self.gathered else 0
-
-    def q_itemsize(self, fused: bool) -> int:
-        """Bytes of an entry of the chunk that the gradients' products read; not fused, raw logits came first."""
-        return self.itemsize if fused else self.logits_itemsize
 
     def product_seconds(self, rows: int, columns: int, products: tuple[str, ...]) -> float:
         """Time of these products on ``rows`` × ``columns`` logits, weight and rows read once for each."""

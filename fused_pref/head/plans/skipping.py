@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
+from fused_pref.head.plans.head import Gradients, Head, Sums, fused_chunk, scaled_rows
 from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, number, rounds
 from fused_pref.head.plans.vocab_major import VocabMajor
 from fused_pref.layout import ValidRows
 from fused_pref.ops.interface import ROW_MAX, SUM_EXP
 from fused_pref.ops.torch import chunk as torch_chunk
-from fused_pref.ops.torch.chunk import padded, ranges
+from fused_pref.ops.torch.chunk import ranges
 from fused_pref.ops.torch.matmul import add_product, overlay
 
 # Masses are counted in units of this, rounded up: sums of integers are exact in any order.
@@ -155,7 +155,7 @@ class Skipping(Plan):
         memory = head.new_chunk(len(rows.targets), self.columns, fused=True)
         for k, columns in enumerate(ranges(head.columns, self.columns)):
             width = columns.stop - columns.start
-            q = memory[: len(rows.targets) * padded(width)].view(len(rows.targets), padded(width))[:, :width]
+            q = fused_chunk(memory, len(rows.targets), width)[:, :width]
             operands, count = head.operands(h, columns, order[k]), counts[k]
             head.fused.gradient(q, operands, row_maxes[:, k], targets[k], columns.start, head.transform, count)
             if into.dw is not None:

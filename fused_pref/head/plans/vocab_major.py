@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fused_pref.head.plans.head import Gradients, Head, Sums, scaled_rows
+from fused_pref.head.plans.head import Gradients, Head, Sums, fused_chunk, scaled_rows
 from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, number, rounds
 from fused_pref.layout import ValidRows
 from fused_pref.ops.torch.chunk import ranges
@@ -50,8 +50,8 @@ class VocabMajor(Plan):
         partial = p.partial * columns * p.hidden if weight and p.weight_itemsize > 2 else 0
         late = max(p.partial * rows * p.hidden if hidden else 0, partial + p.transposed(rows, columns))
         backward = late + (rows * p.hidden * p.operand_itemsize if weight else 0)
-        chunks = p.chunk(rows, min(saved * columns, p.vocabulary), p.logits_itemsize)
-        chunks += p.chunk(rows, columns, p.q_itemsize(fused)) if again else 0
+        chunks = p.chunk(rows, min(saved * columns, p.vocabulary))
+        chunks += p.chunk(rows, columns, fused=fused) if again else 0
         workspace = fixed + max(chunks + backward, p.target_sums(rows, p.weight_itemsize))
         # Of a slice that is saved, and of one that is computed again.
         saved_seconds = p.product_seconds(rows, columns, ("logits", *gradients)) + p.chunk_seconds(rows, columns)
@@ -119,8 +119,7 @@ class VocabMajor(Plan):
         for columns in (*ranges(kept, kept), *ranges(head.columns, self.columns, kept)):
             if self.fused and memory is not None and columns.start >= kept:
                 width = columns.stop - columns.start
-                q = memory[: len(h) * width].view(len(h), width)
-                operands = head.operands(h, columns)
+                q, operands = fused_chunk(memory, len(h), width)[:, :width], head.operands(h, columns)
                 head.fused.gradient(q, operands, statistics, rows.targets, columns.start, head.transform)
             else:
                 z = chunks[0] if memory is None or columns.start < kept else head.project(memory, h, columns)
