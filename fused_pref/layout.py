@@ -73,8 +73,8 @@ class ValidRows:
         counts: (S,) int64 rows of each sequence.
         host_counts: the same on the host; empty under ``max_valid_tokens``, which asks the device nothing.
         padding: (N,) bool, rows beyond the valid ones; None where there is none.
-        weights: (N,) factors on the log-probs, in the dtype of the token math; None: 1.
         overflow: 0-d bool, whether there are more valid rows than ``max_valid_tokens``; None where there is no bound.
+        weights: (N,) factors on the log-probs, in the dtype of the token math; None: 1.
     """
 
     indices: Tensor | None
@@ -142,12 +142,8 @@ class ValidRows:
         return values.flatten() if self.indices is None else values.flatten().index_select(0, self.indices)
 
 
-def valid_rows(
-    targets: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int = 0, weights: Tensor | None = None
-) -> ValidRows:
-    """Find them among targets (S, T) or (N_total,), with their ``weights`` of that shape.
-
-    Their own targets are counted from the vocabulary's column ``first``.
+def valid_rows(targets: Tensor, cu_seqlens: Tensor | None, spec: Spec, first: int = 0) -> ValidRows:
+    """The rows of ``targets``, (S, T) or (N_total,), that score a label; their own targets are relative to ``first``.
 
     Without ``max_valid_tokens`` the host waits once for the number of rows of each sequence.
 
@@ -164,11 +160,9 @@ def valid_rows(
         host_counts = tuple(counts.tolist())
         number = sum(host_counts)
         if number == total:
-            weights = None if weights is None else weights.flatten()
-            return ValidRows(None, flat, counts, host_counts, weights=weights)
+            return ValidRows(None, flat, counts, host_counts)
         indices = torch.nonzero_static(scored.flatten(), size=number)[:, 0]
-        weights = None if weights is None else weights.flatten().index_select(0, indices)
-        return ValidRows(indices, flat.index_select(0, indices), counts, host_counts, weights=weights)
+        return ValidRows(indices, flat.index_select(0, indices), counts, host_counts)
     bound = min(most, total)
     number = counts.sum()
     if targets.device.type == "cpu" and number > bound:
@@ -178,5 +172,4 @@ def valid_rows(
     # Where there is padding there is a position that scores nothing: the padding points at it.
     spare = scored.flatten().to(torch.uint8).argmin() if total else indices.new_zeros(())
     indices = torch.where(padding, spare, indices)
-    weights = None if weights is None else weights.flatten().index_select(0, indices)
-    return ValidRows(indices, flat.index_select(0, indices), counts, (), padding, number > bound, weights)
+    return ValidRows(indices, flat.index_select(0, indices), counts, padding=padding, overflow=number > bound)

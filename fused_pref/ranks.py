@@ -34,8 +34,7 @@ def group_of(name: str, value: Any) -> Any:
 
 
 def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
-    """Sum of a tensor over the ranks of a group."""
-    values = values.clone()
+    """Sum a tensor over the ranks of a group, in place."""
     dist.all_reduce(values, group=group)
     return values
 

@@ -73,7 +73,10 @@ def cuts(explanation: Explanation) -> tuple[Cut, Cut]:
 
 def fill(explanation: Explanation) -> str:
     """What becomes of the logits that are not kept."""
-    return {"never": NEVER, "again": AGAIN, "needed": NEEDED, "once": ONCE}[explanation.plan.logits_fate]
+    plan = explanation.plan
+    if plan.fused and not explanation.problem.gradients:
+        return NEVER
+    return {"again": AGAIN, "needed": NEEDED, "once": ONCE}[plan.logits]
 
 
 def draw(explanation: Explanation, path: str | os.PathLike[str]) -> None:

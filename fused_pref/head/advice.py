@@ -1,7 +1,6 @@
 """What to say when memory runs out in a call of the linear head, or its default budget is too small."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,21 +10,6 @@ from fused_pref.head.plans.problem import Plan, Problem
 
 # What has been said; once a process is enough.
 _said: set[str] = set()
-
-
-def advise(error: RuntimeError, problem: Callable[[], Problem]) -> None:
-    """If memory has run out in a call, raise the error with the smaller ``memory_budget`` that there is; else nothing.
-
-    Args:
-        error: what came, whose message stands first.
-        problem: what the planner sees; asked for only then.
-
-    Raises:
-        torch.OutOfMemoryError, RuntimeError: as the error.
-    """
-    if ran_out(error):
-        kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
-        raise kind(f"{error}\n{advice(problem())}") from error
 
 
 def ran_out(error: RuntimeError) -> bool:

@@ -19,14 +19,15 @@ from fused_pref.ops.torch.chunk import block_rows, ranges
 from fused_pref.spec import Spec
 
 
-def fake_metrics(spec: Spec, logp: Tensor) -> Tensor:
-    """Of positions shaped like their log-probs."""
-    return logp.new_empty((3, *logp.shape) if spec.token_metrics else (3, 0))
+def fake_tokens(like: Tensor, targets: Tensor, dtype: torch.dtype, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty (logp, mean of z, metrics) of the positions, on the device of ``like``."""
+    logp = like.new_empty(targets.shape, dtype=dtype)
+    return logp, torch.empty_like(logp), logp.new_empty((3, *logp.shape) if spec.token_metrics else (3, 0))
 
 
 def _fake_token_logps(logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-    logp = logits.new_empty(targets.shape, dtype=ACCUMULATOR[logits.dtype])
-    return logp, logp.new_empty((3, *targets.shape)), torch.empty_like(logp), fake_metrics(spec, logp)
+    logp, means, metrics = fake_tokens(logits, targets, ACCUMULATOR[logits.dtype], spec)
+    return logp, logp.new_empty((3, *targets.shape)), means, metrics
 
 
 @opaque(fake=_fake_token_logps)
@@ -76,7 +77,8 @@ class TokenLogpsFunction(torch.autograd.Function):
         ctx.spec, ctx.overwritten = spec, False
         ctx.mark_non_differentiable(means, metrics)
         if not torch.compiler.is_compiling():
-            # Else zeros would be filled in as the gradient of the means. Dynamo lacks this, and drops them itself.
+            # Without this, autograd would make zeros as gradients of the means. Dynamo does not support the call, and
+            # drops those gradients itself.
             ctx.set_materialize_grads(False)
         return logp, means, metrics
 
@@ -176,7 +178,7 @@ class KnownSlopeFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logp: Tensor, cu_seqlens: Tensor | None, value: Tensor, slope: Tensor | None, backend: str
     ) -> Tensor:
-        """``value`` itself, but for a compiler, which would not see that it is changed."""
+        """``value`` itself; for a compiler a copy, because it would miss that ``value`` is changed in place."""
         ctx.save_for_backward(slope, cu_seqlens)
         ctx.tokens_shape, ctx.tokens_dtype, ctx.backend = logp.shape, logp.dtype, backend
         if torch.compiler.is_compiling():
@@ -215,7 +217,7 @@ class KnownGradientsFunction(torch.autograd.Function):
         shard: Shard | None,
         *gradients: Tensor | None,
     ) -> Tensor:
-        """0-d; ``loss`` itself, but for a compiler: whoever calls may have changed a state for it already."""
+        """The loss, 0-d: ``loss`` itself; for a compiler a copy, as of :class:`KnownSlopeFunction`."""
         ctx.backend, ctx.shard = backend, shard
         ctx.save_for_backward(hidden, weight, bias, *gradients)
         if torch.compiler.is_compiling():

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fused_pref import validate
 from fused_pref.head import budget as budgets
-from fused_pref.head.advice import advise, warn_of
+from fused_pref.head.advice import advice, ran_out, warn_of
 from fused_pref.head.budget import default_budget
 from fused_pref.head.plans import planner
 from fused_pref.head.plans.grouped import Grouped
-from fused_pref.head.plans.head import Gradients, Head, HeadCall
+from fused_pref.head.plans.head import Batch, Gradients, Head, HeadCall
 from fused_pref.head.plans.problem import Forward, Plan, Problem
 from fused_pref.head.plans.skipping import can_skip
 from fused_pref.layout import ValidRows, valid_rows
@@ -31,19 +31,13 @@ from fused_pref.ops.torch.chunk import Rows, block_rows, ranges
 Objective = PairObjective | UnpairedObjective | OpenObjective
 
 
-def begin(
-    call: HeadCall,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor | None,
-    token_weights: Tensor | None = None,
-) -> tuple[Head, ValidRows, Plan]:
+def begin(call: HeadCall, batch: Batch, token_weights: Tensor | None = None) -> tuple[Head, ValidRows, Plan]:
     """The head of a call, the rows it has to project, and its plan."""
     first = 0 if call.shard is None else call.shard.first
-    rows = valid_rows(targets, cu_seqlens, call.spec, first, token_weights)
-    head = Head(call, hidden, weight, bias)
+    rows = valid_rows(batch.targets, batch.cu_seqlens, call.spec, first)
+    if token_weights is not None:
+        rows = replace(rows, weights=rows.gather(token_weights))
+    head = Head(call, *batch[:3])
     return head, rows, plan_of(problem_of(head, rows))
 
 
@@ -91,9 +85,9 @@ def problem_of(head: Head, rows: ValidRows) -> Problem:
 
 
 def plan_of(problem: Problem) -> Plan:
-    """The plan of :func:`fused_pref.head.plans.planner.choose`, or within ``planning`` what that gives.
+    """The plan of :func:`fused_pref.head.plans.planner.choose`, or of the innermost ``planning``.
 
-    One that passes the default budget is warned of.
+    Warns if it exceeds the default budget.
     """
     plan = planner.choices[-1](problem)
     if plan.workspace > problem.budget:
@@ -108,8 +102,10 @@ def working(head: Head, rows: ValidRows) -> Iterator[None]:
         with torch.autocast(head.hidden.device.type, enabled=False):
             yield
     except RuntimeError as error:
-        advise(error, lambda: problem_of(head, rows))
-        raise
+        if not ran_out(error):
+            raise
+        kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+        raise kind(f"{error}\n{advice(problem_of(head, rows))}") from error
 
 
 def score(head: Head, rows: ValidRows, plan: Plan, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Forward]:
@@ -199,7 +195,7 @@ def means_of(head: Head, rows: ValidRows, targets: Tensor, totals: Tensor | None
 
 
 def _unscored(head: Head, rows: ValidRows, positions: int) -> int:
-    """Rows that are projected for the means alone: an activation leaves no way around the logits of all positions."""
+    """Rows that are projected for the means alone: with an activation, Σ z needs the logits of every position."""
     return positions - sum(rows.host_counts) if head.call.spec.logits_mean == "all" else 0
 
 
@@ -213,7 +209,7 @@ def unscored_logit_sums(head: Head, rows: ValidRows, targets: Tensor) -> Tensor 
     rows.scatter_(scored, valid)
     indices = torch.nonzero_static(~scored, size=number, fill_value=0)[:, 0]
     others = ValidRows(indices, torch.full((number,), head.ignore_index, device=targets.device), rows.counts)
-    plan = plan_of(replace(problem_of(head, rows), tokens=number, gradients=frozenset(), unscored=0))
+    plan = plan_of(replace(problem_of(head, rows), unscored=number).means_alone())
     found = others.scatter(plan.forward(head, others).statistics[LOGIT_SUM], targets)
     return found.masked_fill_(scored.view(targets.shape), 0)
 

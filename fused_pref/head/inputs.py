@@ -20,7 +20,7 @@ from fused_pref.head.autograd import (
 )
 from fused_pref.head.engine import Objective, begin, evaluate_groups
 from fused_pref.head.plans.grouped import Grouped
-from fused_pref.head.plans.head import GRADIENTS, HeadCall
+from fused_pref.head.plans.head import GRADIENTS, Batch, HeadCall
 from fused_pref.head.plans.shard import Shard
 from fused_pref.head.vocab_parallel import Agreement, agreed
 from fused_pref.layout import sequence_sums, targets_of, weighted, weights_of
@@ -191,10 +191,10 @@ class LinearInputs(Inputs):
             validate.tensor_or_none("bias", bias, "(V,)")
         batch = _batch("hidden", hidden, "D", labels, keywords, spec, pairs=pairs)
         hidden, labels, cu_seqlens, sequences = batch
-        dtype, dtypes, kind = hidden.dtype, (hidden.dtype,), hidden.device.type
+        dtype, dtypes, device = hidden.dtype, (hidden.dtype,), hidden.device.type
         # Autocast casts what enters a product, but for float64; elsewhere the dtypes must agree.
-        if dtype != torch.float64 and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
             dtypes = tuple(each for each in validate.FLOATS if each != torch.float64)
         symbol, features = f"(V, D={hidden.shape[-1]})", hidden.shape[-1]
         weight = validate.tensor("weight", weight, symbol, None, dtypes, hidden.device)
@@ -209,29 +209,31 @@ class LinearInputs(Inputs):
                 raise ValueError("tp_partial needs tp_group, or a weight whose rows a DTensor shards; got neither")
         asked = {"dtype": dtype, "device": hidden.device, "means": means}
         spec = _resolved({"spec": spec, "metrics": keywords.get("token_metrics", False), **asked})
-        targets, tensors, wanted = targets_of(labels, cu_seqlens, spec), (hidden, weight, bias), frozenset()
+        targets, accumulator, wanted = targets_of(labels, cu_seqlens, spec), ACCUMULATOR[dtype], frozenset()
         if torch.is_grad_enabled():  # and inside of a Function it is not
-            asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-            wanted = frozenset(itertools.compress(GRADIENTS, asked))
-        weights, kind = keywords.get("token_weight"), ACCUMULATOR[dtype]
+            requiring = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+            wanted = frozenset(itertools.compress(GRADIENTS, requiring))
+        weights = keywords.get("token_weight")
         if weights is not None:
-            weights = _weights(weights, labels, cu_seqlens, spec, kind)
-        return cls(targets, weights, cu_seqlens, spec, cp_group, sequences, kind, *tensors, dtype, wanted, agreement)
+            weights = _weights(weights, labels, cu_seqlens, spec, accumulator)
+        batch = (targets, weights, cu_seqlens, spec, cp_group, sequences, accumulator)
+        return cls(*batch, hidden, weight, bias, operand_dtype=dtype, wanted=wanted, agreement=agreement)
 
     @property
     def differentiable(self) -> bool:
         """See :class:`Inputs`."""
         return bool(self.wanted)
 
-    def begin_call(self, unit: int) -> HeadCall:
-        """Begin a call of the head, all arguments being valid; ``unit`` is as of :class:`HeadCall`."""
+    def begin_call(self, unit: int) -> tuple[HeadCall, Batch]:
+        """A call of the head, all arguments being valid, and its tensors; ``unit`` is as of :class:`HeadCall`."""
         shard = None if self.agreement is None else self.make_shard(self.agreement)
         # A graph skips nothing.
         spec = replace(self.spec, skip_mass=None) if torch.compiler.is_compiling() else self.spec
-        return HeadCall(spec, self.operand_dtype, self.wanted, unit, shard)
+        call = HeadCall(spec, self.operand_dtype, self.wanted, unit, shard)
+        return call, Batch(self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
 
     def make_shard(self, agreement: Agreement) -> Shard:
-        """The ranks of a vocab-parallel head meet here, for the first time in a call: what this rank holds of it."""
+        """This rank's shard. All ranks of a vocab-parallel head meet here first."""
         asked = {
             "D": self.weight.shape[1],
             "dtype": self.hidden.dtype,
@@ -247,11 +249,11 @@ class LinearInputs(Inputs):
 
     def tokens(self) -> Tokens:
         """See :class:`Inputs`."""
-        call, batch = self.begin_call(0), (self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
+        call, batch = self.begin_call(0)
         if torch.compiler.is_compiling():
-            found: Any = custom_ops.CompiledTokenLogpsFunction.apply(*batch, call)
+            found: Any = custom_ops.CompiledTokenLogpsFunction.apply(call, *batch)
             return Tokens(*found)
-        return Tokens(*LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, *batch)))  # type: ignore[misc]
+        return Tokens(*LinearTokenLogpsFunction.apply(*batch[:4], *begin(call, batch)))  # type: ignore[misc]
 
     def evaluate(
         self, objective: Objective, tokens: Tokens | None = None, known: tuple[Any, Tensor, Tensor] | None = None
@@ -260,21 +262,20 @@ class LinearInputs(Inputs):
         # Where sequences are spread over ranks, their slopes are known once all of them have been summed.
         unit = objective.unit if self.cp_group is None else 0
         compiling = torch.compiler.is_compiling()
-        batch = (self.hidden, self.weight, self.bias, self.targets, self.cu_seqlens)
         if compiling and (not unit or self.wanted <= {"hidden"}):
             return super().evaluate(objective)
-        call = self.begin_call(unit)
+        call, batch = self.begin_call(unit)
         if compiling:
             # In a graph the objective is evaluated on the whole batch.
-            detached = [None if tensor is None else tensor.detach() for tensor in batch]
-            arguments: Any = (*detached, self.weights, call, objective.settled())
+            detached: Any = [None if tensor is None else tensor.detach() for tensor in batch]
+            arguments = (Batch(*detached), self.weights, call, objective.settled())
             logp, means, metrics, *gradients = custom_ops.linear_known_gradients(*arguments)
             found = Tokens(logp, means, metrics)
             scores = self.scores(logp if self.weights is None else weighted(logp, self.weights), means)
             output, _ = objective.evaluate(scores, self.spec.backend, self.dtype)
             lengths = scores.counts
         else:
-            head, rows, plan = begin(call, *batch, self.weights)
+            head, rows, plan = begin(call, batch, self.weights)
             if not isinstance(plan, Grouped):
                 scored: Any = LinearTokenLogpsFunction.apply(*batch[:4], head, rows, plan)
                 return super().evaluate(objective, Tokens(*scored))
@@ -300,7 +301,7 @@ def on_all_ranks(function: Function) -> Function:
 
 
 def per_call(keywords: Mapping[str, Any]) -> None:
-    """Validate what kind of thing those keywords are that no constant of a call holds."""
+    """Check the keywords that a :class:`Spec` does not hold: tensors, groups, ``token_metrics``."""
     for name, symbol in (
         ("cu_seqlens", "(S+1,)"),
         ("bias", "(V,)"),

@@ -31,7 +31,7 @@ OWN = ("backend", "tp_group", "cp_group")
 class Agreement:
     """One call of the ranks of a group.
 
-    As a context it lets the others, which wait in :meth:`meet`, know of arguments that are refused on this rank.
+    As a context manager, it tells the ranks that wait in :meth:`meet` if this rank's arguments are refused.
     """
 
     def __init__(self, group: Any, asked: Mapping[str, Any], *arguments: Any) -> None:
@@ -91,7 +91,7 @@ def agreed(function: Callable[..., Any], tensors: tuple[Any, ...], keywords: Map
     """Call a function of (hidden, weight, labels, ...) and all keywords on each rank: an error on one reaches all.
 
     The function gets plain tensors, and the :class:`Agreement` of this call as one more keyword, ``agreement``, if
-    ranks share the head. They meet where :meth:`fused_pref.head.inputs.LinearInputs.call` says so.
+    ranks share the head. They meet in :meth:`fused_pref.head.inputs.LinearInputs.make_shard`.
     """
     hidden, weight, labels, *others = tensors
     group = head_group(weight, keywords["tp_group"])

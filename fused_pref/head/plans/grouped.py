@@ -151,7 +151,7 @@ class _GroupSums:
             if target_q is None:
                 target_q = head.kernels.take_targets(q, group.targets, 0)
             add_product(product, q, head.w, fresh=True)
-            head.scatter_hidden(group, product, factor, target_q, self.dh)
+            head.scatter_hidden(self.dh, group, product, factor, target_q)
         self.fresh = False
 
     def gradients(self) -> Gradients:

@@ -49,6 +49,17 @@ class HeadCall:
     shard: Shard | None = None
 
 
+@argument
+class Batch(NamedTuple):
+    """The tensors of a call of the head."""
+
+    hidden: Tensor  # (S, T, D) or (N_total, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (S, T) or (N_total,)
+    cu_seqlens: Tensor | None  # (S+1,)
+
+
 class Head:
     """A linear head at work.
 
@@ -69,8 +80,8 @@ class Head:
         accumulator: dtype of the token math.
         hidden_dtype: dtype in which the gradient of the hidden states is gathered up: sums over ranks are rounded once,
             after.
-        targets_apart: whether the targets' part of dW is added by itself, which a 16-bit product would round
-            beforehand. PyTorch has no sum of rows on a GPU that is the same every time and waits for nothing.
+        targets_apart: whether the targets' part of dW is added separately, so that a 16-bit product does not round it.
+            Not by PyTorch on a GPU: it has no deterministic sum of rows there without a wait.
         kernels: the backend's token math on a logits chunk.
     """
 
@@ -86,8 +97,7 @@ class Head:
         self.hidden_dtype = hidden.dtype
         if call.shard is not None:
             self.hidden_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        rounds = hidden.device.type == "cpu" and not self.arithmetic.upcast
-        self.targets_apart = call.dtype.itemsize == 2 and (self.triton or rounds)
+        self.targets_apart = self.arithmetic.rows_first or (self.triton and call.dtype.itemsize == 2)
         self.kernels: RowOps = torch_chunk
         if self.triton:
             from fused_pref.ops.triton import chunk as triton_chunk
@@ -177,28 +187,17 @@ class Head:
         h = h if h.stride(1) == 1 else h.contiguous()
         return Operands(h, self.w[columns], None if self.b is None else self.b[columns].contiguous(), indices)
 
-    def operands_of(self, rows: ValidRows, *, gather: bool) -> Operands:
-        """The same for these rows and the whole vocabulary; without ``gather`` read in place if they can be."""
-        flat = Rows(self.hidden.detach()).flat
-        if gather or flat is None:
-            return self.operands(self.take(rows))
-        # Padding stands for some row that is not scored: nobody asks for its statistics.
-        return self.operands(flat, indices=rows.indices)
-
     def finish(self, statistics: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(logp, 1 − p_y) of rows."""
         labels = targets if self.shard is None else targets + self.shard.first
         return self.kernels.finish(statistics, labels, self.vocabulary, self.ignore_index)
 
     def scatter_hidden(
-        self, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None, dh: Tensor | None = None
-    ) -> Tensor:
-        """Write rows of ``sums``, with their target rows, times ``factor`` to their rows of ``dh`` (None: of zeros)."""
-        if dh is None:
-            dh = torch.zeros_like(self.hidden, dtype=self.hidden_dtype, memory_format=torch.contiguous_format)
+        self, dh: Tensor, rows: ValidRows, sums: Tensor, factor: Tensor, target_q: Tensor | None
+    ) -> None:
+        """Write rows of ``sums``, with their target rows, times ``factor`` to their rows of ``dh``."""
         target_rows = None if target_q is None else TargetRows(rows.targets, target_q, self.w)
         self.kernels.scatter_rows(dh.view(-1, dh.shape[-1]), sums, factor, rows.indices, target_rows)
-        return dh
 
     def bias_gradient(self, q: Tensor, factor: Tensor) -> Tensor:
         """qᵀ factor, (v,) in the dtype of the token math."""
@@ -236,7 +235,8 @@ class Sums(NamedTuple):
         """The gradients, once all tiles are in; ``target_q`` as for :meth:`Head.scatter_hidden`."""
         dh = None
         if self.hidden is not None:
-            dh = head.scatter_hidden(rows, self.hidden, factor, target_q)
+            dh = torch.zeros_like(head.hidden, dtype=head.hidden_dtype, memory_format=torch.contiguous_format)
+            head.scatter_hidden(dh, rows, self.hidden, factor, target_q)
             if head.shard is not None:
                 dh = head.shard.reduce(dh).to(head.hidden.dtype)
         return Gradients(dh, self.dw, None if self.db is None or head.bias is None else self.db.to(head.bias.dtype))

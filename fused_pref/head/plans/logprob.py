@@ -9,7 +9,7 @@ from typing_extensions import Self
 from fused_pref.head.plans.head import Head
 from fused_pref.head.plans.problem import Forward, Plan, Problem, column_cuts, cuts, number, rounds
 from fused_pref.layout import ValidRows
-from fused_pref.ops.torch.chunk import ranges
+from fused_pref.ops.torch.chunk import Rows, ranges
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,14 @@ class Logprob(Plan):
         count = rounds(problem.tokens, self.rows) * rounds(problem.vocabulary, self.columns)
         return (f"forward: {number(count, 'chunk')} of {self.rows} x {self.columns} logits → log-probs",)
 
-    @property
-    def logits_fate(self) -> str:
-        """See :class:`~fused_pref.head.plans.problem.Plan`."""
-        return "never" if self.fused else "once"
-
     def forward(self, head: Head, rows: ValidRows) -> Forward:
         """A slice of the vocabulary at a time."""
         targets = rows.targets
         statistics = head.new_statistics(len(targets))
         if self.fused:
-            operands = head.operands_of(rows, gather=self.gather)
+            flat = None if self.gather else Rows(head.hidden.detach()).flat
+            # Read in place, padding stands for some row that is not scored: nobody asks for its statistics.
+            operands = head.operands(head.take(rows)) if flat is None else head.operands(flat, indices=rows.indices)
             head.fused.update_statistics(statistics, operands, targets, 0, head.transform, logit_sum=head.logit_sum)
         else:
             memory = head.new_chunk(self.rows, self.columns)

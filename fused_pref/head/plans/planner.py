@@ -7,7 +7,6 @@ module each; which of them compute what is wanted is said in :func:`candidates`.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from fused_pref.head.plans.frozen_head import FrozenHead
 from fused_pref.head.plans.grouped import Grouped
@@ -47,7 +46,7 @@ def choose(problem: Problem) -> Plan:
 def _best(problem: Problem) -> Plan | None:
     """The plan to take; None where none fits the budget that the caller set."""
     plans = list(candidates(problem))
-    least = max(_unscored_least(problem), min(plan.workspace for plan in plans))
+    least = least_budget(problem, plans)
     if least > problem.budget and problem.promised:
         return None
     allowed = problem.budget if problem.promised else max(problem.budget, least + least // 4)
@@ -57,7 +56,7 @@ def _best(problem: Problem) -> Plan | None:
     return min(alike, key=lambda plan: (plan.workspace, plan.seconds))
 
 
-# What calls ask for their plan, the last of them.
+# Functions that choose plans; a call asks the last one.
 choices: list[Choice] = [choose]
 
 
@@ -71,23 +70,17 @@ def planning(choice: Choice) -> Iterator[None]:
         choices.remove(choice)
 
 
-def least_budget(problem: Problem) -> int:
-    """Bytes below which no plan fits."""
-    return max(_unscored_least(problem), min(plan.workspace for plan in candidates(problem)))
+def least_budget(problem: Problem, plans: list[Plan] | None = None) -> int:
+    """Bytes below which no plan fits, or none of ``plans``; the means of unscored rows take a plan of their own."""
+    least = min(plan.workspace for plan in plans or candidates(problem))
+    return max(least, least_budget(problem.means_alone())) if problem.unscored else least
 
 
 def usable_budget(problem: Problem) -> int:
     """Bytes from which on a call takes less than twice the time of the fastest plan: the least is far slower."""
     plans = list(candidates(problem))
     fastest = min(plan.seconds for plan in plans)
-    return max(_unscored_least(problem), min(plan.workspace for plan in plans if plan.seconds <= 2 * fastest))
-
-
-def _unscored_least(problem: Problem) -> int:
-    if not problem.unscored:
-        return 0
-    alone = replace(problem, tokens=problem.unscored, gradients=frozenset(), unscored=0)
-    return min(plan.workspace for plan in candidates(alone))
+    return least_budget(problem, [plan for plan in plans if plan.seconds <= 2 * fastest])
 
 
 def candidates(problem: Problem) -> Iterator[Plan]:

@@ -40,7 +40,7 @@ class Problem:
         unscored: rows that are projected for the means of the logits alone, before anything else.
         cast_weight: bytes of the weight's copy in the dtype of the products (autocast), 0 if none.
         fused: whether the fused kernels can be taken.
-        wide_range: whether the entries' dtype reaches as far as float32, as exponentials do.
+        wide_range: whether the dtype has the exponents of float32, which exponentials need.
         indexed: whether a fused product can read the rows in place.
         skip_mass: the most probability that a row's backward may leave out; None: nothing is left out.
         budget: bytes of workspace allowed.
@@ -77,7 +77,7 @@ class Problem:
     sum_itemsize: int = 0
 
     def rounded(self) -> "Problem":
-        """About this problem, no smaller in anything, for which plans are ranked: so they are ranked once for many."""
+        """This problem with sizes rounded up, so that similar batches share one ranking of plans."""
         return replace(
             self,
             tokens=round_up(self.tokens),
@@ -86,6 +86,10 @@ class Problem:
             largest=round_up(self.largest_unit),
             units=(),
         )
+
+    def means_alone(self) -> "Problem":
+        """The problem of projecting the unscored rows, which comes first."""
+        return replace(self, tokens=self.unscored, gradients=frozenset(), unscored=0)
 
     @property
     def largest_unit(self) -> int:
@@ -229,7 +233,7 @@ class Plan(ABC):
     """
 
     name: ClassVar[str]
-    # What becomes of the logits that are not saved: "once", "again", "needed" (again, for some rows) or "never" made.
+    # How often unfused logits that are not saved are made: "once", "again", or "needed" (again, for some rows).
     logits: ClassVar[str] = "once"
 
     rows: int
@@ -269,11 +273,6 @@ class Plan(ABC):
         """This plan for a problem that is no larger than the one it was made for, with the costs that it has there."""
         return self.of(problem, self.rows, self.columns, fused=self.fused, saved=self.saved)
 
-    @property
-    def logits_fate(self) -> str:
-        """See ``logits``; where this form differs from its kind."""
-        return self.logits
-
 
 def round_up(size: int) -> int:
     """Up to a multiple of 1/32 of the next power of two; small numbers as they are."""
@@ -284,7 +283,7 @@ def round_up(size: int) -> int:
 def cuts(length: int, multiple: int, least: int = 1) -> list[int]:
     """Sizes of about equal parts of ``length``, the number of parts growing by a half or a third; ``multiple``s.
 
-    None is smaller than ``least`` but for a ``length`` that is.
+    None is below ``least``, unless ``length`` is.
     """
     sizes, parts = [], 1
     while parts * min(least, max(length, 1)) <= length:
@@ -295,7 +294,7 @@ def cuts(length: int, multiple: int, least: int = 1) -> list[int]:
 
 
 def column_cuts(vocabulary: int, multiple: int) -> list[int]:
-    """Columns of slices of the vocabulary, which are never of a few columns: such plans would never end."""
+    """Columns of slices of the vocabulary, never only a few columns wide: such plans would take forever."""
     return cuts(vocabulary, multiple, min(64, max(1, vocabulary // 16)))
 
 

@@ -36,22 +36,14 @@ UNITS = 2**40
 
 @dataclass(frozen=True)
 class Skipping(Plan):
-    """``vocab_major`` with nothing saved, whose backward leaves out the tiles of least probability.
-
-    Attributes:
-        skip_mass: the most probability that a row may lose.
-    """
+    """``vocab_major`` with nothing saved, whose backward leaves out the tiles of least probability."""
 
     name = "skipping"
     logits = "needed"
 
-    skip_mass: float = 0.0
-
     @classmethod
     def candidates(cls, problem: Problem) -> Iterator[Self]:
         """Products and time are what skipping nothing would take."""
-        if problem.skip_mass is None:
-            return
         for columns in column_cuts(problem.vocabulary, problem.multiple):
             # Tiles no wider than they must be.
             if columns <= problem.device.columns:
@@ -66,7 +58,7 @@ class Skipping(Plan):
         selected = p.tokens * p.hidden * (p.itemsize + (max(p.itemsize, 4) if "hidden" in p.gradients else 0))
         workspace = plan.workspace + selected + 48 * rounds(p.vocabulary, columns) * p.tokens
         seconds = plan.seconds if p.tokens else 0.0
-        return cls(plan.rows, columns, plan.products, workspace, seconds, fused, skip_mass=p.skip_mass or 0.0)
+        return cls(plan.rows, columns, plan.products, workspace, seconds, fused)
 
     def steps(self, problem: Problem, unit: str) -> tuple[str, ...]:
         """See :class:`~fused_pref.head.plans.problem.Plan`."""
@@ -94,7 +86,7 @@ class Skipping(Plan):
         # A row's sum is at least 1, or 0 with those of all its tiles.
         scale = one_minus_p / statistics[SUM_EXP].clamp(min=0.5)
         mass = parts[:, SUM_EXP] * (parts[:, ROW_MAX] - statistics[ROW_MAX]).exp_() * scale
-        live, lost = dropped(mass, rows.targets, self.columns, self.skip_mass)
+        live, lost = dropped(mass, rows.targets, self.columns, head.call.spec.skip_mass or 0.0)
         return Forward(statistics, (statistics, live), dropped=lost)
 
     def backward(
