@@ -32,6 +32,7 @@ from fused_pref.keywords import (
 from fused_pref.losses.pair import PairObjective, pair_normalizers
 from fused_pref.losses.pair_spec import cpo_spec, dpo_normalizers, dpo_shift, dpo_spec
 from fused_pref.losses.reward_shift import RewardShift, reward_shift
+from fused_pref.losses.scores import narrow
 from fused_pref.losses.unpaired import UnpairedObjective, bco_normalizers, bco_spec, kto_numbers, kto_spec
 from fused_pref.ops.interface import PairSpec, UnpairedSpec
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
@@ -378,9 +379,8 @@ def _dpo_loss(inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_l
     output = inputs.evaluate(PairObjective(spec, ref_logps, *normalizers, delta))
     if delta is not None:
         # A RewardShift that this batch moves is moved before it is used.
-        used: Any = delta.current() if isinstance(delta, RewardShift) else delta
-        used = used if isinstance(used, Tensor) else output.loss.new_full((), used)
-        output.delta = used.to(output.loss.dtype)
+        used = delta.current() if isinstance(delta, RewardShift) else delta
+        output.delta = narrow(output.loss.new_zeros((), dtype=torch.float64) + used, output.loss.dtype)
     return output
 
 
