@@ -63,19 +63,22 @@ def remembered(*names: str) -> Callable[[Callable[[Mapping[str, Any]], Result]],
 
     def decorate(function: Callable[[Mapping[str, Any]], Result]) -> Callable[[Mapping[str, Any]], Result]:
         @functools.lru_cache(maxsize=256, typed=True)
-        def known(*values: Any) -> Result:
-            return function(dict(zip(names, values, strict=True)))
+        def known(*key: Any) -> Result:
+            return function(dict(zip(names, key, strict=False)))
 
         @functools.wraps(function)
         def call(keywords: Mapping[str, Any]) -> Result:
             if torch.compiler.is_compiling():
                 return function(keywords)
-            values = tuple(map(keywords.__getitem__, names))
+            key = values = tuple(map(keywords.__getitem__, names))
+            for value in values:
+                if isinstance(value, tuple):  # into which ``typed`` does not look
+                    key += tuple(map(type, value))
             try:
-                hash(values)
-            except TypeError:  # malformed: the function says which
+                hash(key)
+            except TypeError:  # a list, or malformed: validated in every call
                 return function(keywords)
-            return known(*values)
+            return known(*key)
 
         return call
 
