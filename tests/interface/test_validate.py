@@ -388,5 +388,5 @@ def test_what_was_remembered_hides_no_bool_in_a_sequence(bad: dict[str, Any]) ->
     keywords = {**defaults(DPOKeywords), "loss_type": ("sigmoid", "sft")}
     good = {name: tuple(map(int, value)) for name, value in bad.items()}
     assert dpo_spec({**keywords, **good}) is dpo_spec({**keywords, **good})
-    with pytest.raises(TypeError, match="got (True|False)"):
+    with pytest.raises(TypeError, match=r"got (True|False)"):
         dpo_spec({**keywords, **bad})
