@@ -150,8 +150,9 @@ def bco_loss(
 ) -> BCOOutput:
     """Binary classifier optimisation (arXiv 2404.04656): −logσ(r − δ) for desirable, −ρ logσ(−(r − δ)) for others.
 
-    Rewards are r = β (logps − ref_logps), δ is ``delta`` and ρ is ``sample_weight``. No gradient flows through δ. A
-    :class:`RewardShift` is updated as the last thing of a successful call.
+    Rewards are r = β (logps − ref_logps), δ is ``delta`` and ρ is ``sample_weight``, which multiplies the loss of a
+    desirable sequence, too; in the paper it is 1 there. No gradient flows through δ. A :class:`RewardShift` is updated
+    as the last thing of a successful call.
 
     Args:
         logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order; floating, as of
@@ -391,8 +392,9 @@ def _unpaired_loss(
     ref_logps = inputs.per_sequence("ref_logps", ref_logps)
     if weight is not None:
         validate.tensor_or_none("sample_weight", weight, "(S,)")
-        good = {"good": lambda weight: weight.isfinite() & (weight >= 0), "expected": ">= 0"}
-        weight = inputs.per_sequence("sample_weight", weight, **good)
+        weight = inputs.per_sequence(
+            "sample_weight", weight, good=lambda weight: weight.isfinite() & (weight >= 0), expected=">= 0"
+        )
     output = inputs.evaluate(UnpairedObjective(spec, desirable, ref_logps, shift, weight, *normalizers))
     output.desirable = desirable
     return output
