@@ -2,10 +2,8 @@
 
 Everything works on float64 tensors and is a function of two things per sequence: ``sums``, the summed log-prob of its
 completion, and ``counts``, the number of scored tokens. The slope is ∂loss/∂sums, in closed form: the gradient of every
-logit is then ``slope[s] · (onehot − softmax)``, which is what lets a head form gradients in the forward. A new pair
-loss is one function in ``PAIR_LOSSES`` and what CONTRIBUTING.md's recipe names beside it. To offer it in CPO, too, add
-its name to ``CPOKeywords``, and a row to ``CPO`` in ``tests/losses/test_logits.py``. If it takes an ε, add its name to
-``test_where_smoothing_acts``.
+logit is then ``slope[s] · (onehot − softmax)``, which is what lets a head form gradients in the forward. For a new pair
+loss there is a recipe in CONTRIBUTING.md.
 """
 
 import math
