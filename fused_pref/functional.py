@@ -32,6 +32,7 @@ from fused_pref.keywords import (
 from fused_pref.losses.pair import PairObjective, pair_normalizers
 from fused_pref.losses.pair_spec import cpo_spec, dpo_normalizers, dpo_shift, dpo_spec
 from fused_pref.losses.reward_shift import RewardShift, reward_shift
+from fused_pref.losses.scores import narrow
 from fused_pref.losses.unpaired import UnpairedObjective, bco_normalizers, bco_spec, kto_numbers, kto_spec
 from fused_pref.ops.interface import PairSpec, UnpairedSpec
 from fused_pref.outputs import BCOOutput, KTOOutput, PairOutput
@@ -149,8 +150,9 @@ def bco_loss(
 ) -> BCOOutput:
     """Binary classifier optimisation (arXiv 2404.04656): −logσ(r − δ) for desirable, −ρ logσ(−(r − δ)) for others.
 
-    Rewards are r = β (logps − ref_logps), δ is ``delta`` and ρ is ``sample_weight``. No gradient flows through δ. A
-    :class:`RewardShift` is updated as the last thing of a successful call.
+    Rewards are r = β (logps − ref_logps), δ is ``delta`` and ρ is ``sample_weight``, which multiplies the loss of a
+    desirable sequence, too; in the paper it is 1 there. No gradient flows through δ. A :class:`RewardShift` is updated
+    as the last thing of a successful call.
 
     Args:
         logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; sequences in any order; floating, as of
@@ -378,9 +380,8 @@ def _dpo_loss(inputs: Inputs, spec: PairSpec, keywords: Mapping[str, Any], ref_l
     output = inputs.evaluate(PairObjective(spec, ref_logps, *normalizers, delta))
     if delta is not None:
         # A RewardShift that this batch moves is moved before it is used.
-        used: Any = delta.current() if isinstance(delta, RewardShift) else delta
-        used = used if isinstance(used, Tensor) else output.loss.new_full((), used)
-        output.delta = used.to(output.loss.dtype)
+        used = delta.current() if isinstance(delta, RewardShift) else delta
+        output.delta = narrow(output.loss.new_zeros((), dtype=torch.float64) + used, output.loss.dtype)
     return output
 
 
@@ -391,8 +392,9 @@ def _unpaired_loss(
     ref_logps = inputs.per_sequence("ref_logps", ref_logps)
     if weight is not None:
         validate.tensor_or_none("sample_weight", weight, "(S,)")
-        good = {"good": lambda weight: weight.isfinite() & (weight >= 0), "expected": ">= 0"}
-        weight = inputs.per_sequence("sample_weight", weight, **good)
+        weight = inputs.per_sequence(
+            "sample_weight", weight, good=lambda weight: weight.isfinite() & (weight >= 0), expected=">= 0"
+        )
     output = inputs.evaluate(UnpairedObjective(spec, desirable, ref_logps, shift, weight, *normalizers))
     output.desirable = desirable
     return output

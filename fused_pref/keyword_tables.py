@@ -23,7 +23,7 @@ class PerCall(Keyword):
 def table(keywords: type, *, per_call: bool = False) -> dict[str, tuple[Any, Keyword]]:
     """Name → (type, :class:`Keyword`) of a keyword table, in the order of definition.
 
-    With ``per_call``, of the :class:`PerCall` ones alone, as modules take them there: None is what the module has.
+    With ``per_call``, the :class:`PerCall` keywords alone, with default None: the value given at construction.
     """
     hints = get_type_hints(keywords, include_extras=True, localns={"RewardShift": Any})
     entries: dict[str, tuple[Any, Keyword]] = {}
@@ -51,7 +51,7 @@ def choices(keywords: type, name: str) -> tuple[str, ...]:
 def accepts(keywords: type, *, per_call: bool = False) -> Callable[[Function], Function]:
     """Decorate a function whose last parameter is ``**keywords`` with the names, defaults and meanings of a table.
 
-    ``per_call`` is for the ``forward`` of a module, and as of :func:`table`; its docstring is left as it is.
+    ``per_call``, as of :func:`table`, is for the ``forward`` of a module, whose docstring is left as it is.
     """
     entries = table(keywords, per_call=per_call)
     filled = {name: keyword.default for name, (_, keyword) in entries.items()}

@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from fused_pref.keyword_tables import Keyword as Keyword
-from fused_pref.keyword_tables import PerCall as PerCall
-from fused_pref.keyword_tables import accepts as accepts
-from fused_pref.keyword_tables import choices as choices
-from fused_pref.keyword_tables import defaults as defaults
-from fused_pref.keyword_tables import table as table
+from fused_pref.keyword_tables import Keyword, PerCall, accepts, choices, defaults, table  # noqa: F401 - re-exported
 
 if TYPE_CHECKING:
     from fused_pref.losses.reward_shift import RewardShift

@@ -48,11 +48,11 @@ class ObjectiveModule(nn.Module):
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the tensors that a call takes after its named ones, and cannot do without."""
+        """Names of the required tensors after the arguments of ``forward``."""
         return self.names_in({})
 
     def names_in(self, batch: Mapping[str, Any]) -> tuple[str, ...]:
-        """The same, with those that a call can do without where a batch has them."""
+        """The same, and the optional ones that ``batch`` has."""
         return ()
 
     def call_keywords(self, **given: Any) -> dict[str, Any]:

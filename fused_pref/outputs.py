@@ -12,7 +12,7 @@ class OutputAttributes:
         lengths: (S,) int64, scored tokens of each sequence.
         dropped_mass: shape of the labels, the probability that ``skip_mass`` leaves out of each token's gradient, 0
             where nothing is scored; None without ``skip_mass``.
-        entropy: (S,), of the softmax over the vocabulary in nats, the mean over the scored tokens of each sequence, 0
+        entropy: (S,) entropy of the softmax over the vocabulary, in nats: mean over each sequence's scored tokens, 0
             for an empty one; None without ``token_metrics``, as what follows.
         accuracy: (S,), share of the tokens whose logit no other is above.
         sum_sq: (S,), mean of the logarithm of the sum of squared probabilities.

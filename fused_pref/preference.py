@@ -19,6 +19,7 @@ from fused_pref.outputs import PreferenceOutput
 from fused_pref.spec import linear_spec, logits_spec
 
 Objective = Callable[..., Tensor]
+UNITS: tuple[Any, ...] = choices(PreferenceKeywords, "unit")
 
 
 @accepts(PreferenceLogitsKeywords)
@@ -33,15 +34,16 @@ def preference_loss(
 
     Arguments are :class:`fused_pref.Sequences`: ``logps``, ``lengths``, ``ref_logps``, ``average``. The function may be
     called on a part of the units, more than once: it must be deterministic, and the loss of a unit must not depend on
-    others, but with ``unit=None``. Gradients flow through ``logps`` alone; others are dropped. It runs without autocast
-    and outside of a compiler's graph. :func:`fused_pref.checks` tries whether units are independent and gradients lost.
+    other units, except with ``unit=None``. Gradients flow through ``logps`` alone; others are dropped. It runs without
+    autocast and outside of a compiler's graph. :func:`fused_pref.checks` tries whether units are independent and
+    gradients lost.
 
     Args:
         logits: (S, T, V), or (N_total, V) with ``cu_seqlens``; for pairs the chosen sequences first, then the rejected.
         labels: (S, T) or (N_total,) int64 or int32.
         objective: the function.
-        tensors: handed to it, on the device of the logits, without gradient: a first dimension of units is cut to those
-            that are asked for; a 0-d tensor, and with ``unit=None`` any, is handed whole.
+        tensors: handed to it, on the device of the logits, without gradient: cut along their first dimension, one entry
+            a unit, to the units of a call; 0-d tensors, and with ``unit=None`` all, are passed whole.
 
     Returns:
         :class:`PreferenceOutput`, float32 (float64 for float64 inputs); only ``loss`` carries a gradient. Without a
@@ -144,9 +146,7 @@ def constants(keywords: Mapping[str, Any]) -> tuple[int, float | Tensor | None]:
     """``unit``, 0 for None, and ``normalizer``; ``ref_logps`` is a tensor or None."""
     unit, normalizer = keywords["unit"], keywords["normalizer"]
     validate.tensor_or_none("ref_logps", keywords["ref_logps"], "(S,)")
-    if unit is not None and (
-        not isinstance(unit, int) or unit is True or unit not in choices(PreferenceKeywords, "unit")
-    ):
+    if unit is not None and (isinstance(unit, bool) or not isinstance(unit, int) or unit not in UNITS):
         raise validate.fail("unit", "2 (pairs), 1 (sequences) or None (the batch)", unit)
     if normalizer is None:
         return unit or 0, None

@@ -1,5 +1,6 @@
 """The validated constants of a call: the logits transform, which label each position scores, how a head may work."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +21,8 @@ PER_CALL = {"cu_seqlens", "bias", "cp_group", "tp_group"}
 def transform_of(keywords: Mapping[str, Any]) -> Transform:
     """Softcap(logit_scale · x) / temperature with softcap(x) = c·tanh(x/c), from the shared keywords, validated."""
     given = {**TOKEN_DEFAULTS, **keywords}
-    scale = validate.finite("logit_scale", given["logit_scale"], "a finite number other than 0")
-    if scale == 0:
-        raise validate.fail("logit_scale", "a finite number other than 0", given["logit_scale"])
+    expected = "a finite number other than 0"
+    scale = validate.finite("logit_scale", given["logit_scale"], expected, lambda scale: 0 < abs(scale) < math.inf)
     c = None if given["softcap"] is None else validate.positive("softcap", given["softcap"])
     temperature = validate.positive("temperature", given["temperature"])
     return Transform("linear", scale / temperature) if c is None else Transform("tanh", scale / c, c / temperature)
@@ -33,8 +33,8 @@ def transform_of(keywords: Mapping[str, Any]) -> Transform:
 class Spec:
     """Validated constants of a call; ``backend`` becomes the one that is chosen.
 
-    ``token_metrics``: whether entropy, accuracy and Σ p² of the scored tokens are wanted. ``inplace_backward`` is of
-    calls on logits; what follows is of linear heads, None in ``memory_budget`` the default.
+    ``token_metrics``: whether entropy, accuracy and Σ p² of the scored tokens are wanted. ``inplace_backward`` is for
+    calls on logits, the fields after it for linear heads; ``memory_budget`` None: the default budget.
     """
 
     backend: str

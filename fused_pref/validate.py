@@ -31,10 +31,11 @@ _checks = contextvars.ContextVar("fused_pref_checks", default=False)
 def checks() -> Iterator[None]:
     """Within this context, and in this thread, also check values on a device, at the price of host synchronisations.
 
-    Labels outside the vocabulary, malformed ``cu_seqlens``, ``ref_logps``, ``delta`` and ``kl`` that are NaN or
-    infinite, ``sample_weight`` below 0, normalizers that are not positive and log-probs that are NaN or infinite raise
-    ``ValueError`` there.
-    ``FUSED_PREF_CHECKS=1`` in the environment does the same for the whole process. Compiled graphs are not checked.
+    Labels outside the vocabulary, malformed ``cu_seqlens``, normalizers that are not positive, ``sample_weight`` below
+    0, and NaN or infinity in ``ref_logps``, ``delta``, ``kl``, ``sample_weight``, ``token_weight`` or log-probs raise
+    ``ValueError`` there, and so does an objective of your own whose gradients would be lost or whose units look at
+    others. ``FUSED_PREF_CHECKS=1`` in the environment does the same for the whole process. Compiled graphs are not
+    checked.
     """
     token = _checks.set(True)
     try:
@@ -63,19 +64,22 @@ def remembered(*names: str) -> Callable[[Callable[[Mapping[str, Any]], Result]],
 
     def decorate(function: Callable[[Mapping[str, Any]], Result]) -> Callable[[Mapping[str, Any]], Result]:
         @functools.lru_cache(maxsize=256, typed=True)
-        def known(*values: Any) -> Result:
-            return function(dict(zip(names, values, strict=True)))
+        def known(*key: Any) -> Result:
+            return function(dict(zip(names, key, strict=False)))
 
         @functools.wraps(function)
         def call(keywords: Mapping[str, Any]) -> Result:
             if torch.compiler.is_compiling():
                 return function(keywords)
-            values = tuple(map(keywords.__getitem__, names))
+            key = values = tuple(map(keywords.__getitem__, names))
+            for value in values:
+                if isinstance(value, tuple):  # into which ``typed`` does not look
+                    key += tuple(map(type, value))
             try:
-                hash(values)
-            except TypeError:  # malformed: the function says which
+                hash(key)
+            except TypeError:  # a list, or malformed: validated in every call
                 return function(keywords)
-            return known(*values)
+            return known(*key)
 
         return call
 
@@ -102,8 +106,10 @@ def fail(name: str, expected: str, value: Any, error: type[Exception] = ValueErr
     return error(f"{name} must be {expected}; got {describe(value)}")
 
 
-def finite(name: str, value: Any, expected: str = "a finite number") -> float:
-    """A finite real number (bools are not numbers)."""
+def finite(
+    name: str, value: Any, expected: str = "a finite number", good: Callable[[float], bool] = math.isfinite
+) -> float:
+    """A finite real number (bools are not numbers), or one that is ``good``, which ``expected`` describes."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise fail(name, expected, value, TypeError)
     try:
@@ -113,36 +119,24 @@ def finite(name: str, value: Any, expected: str = "a finite number") -> float:
     if torch.compiler.is_compiling():
         # A number that varies, which a compiler would keep symbolic, becomes a constant of the graph.
         number = math.fsum((number,))
-    if not math.isfinite(number):
+    if not good(number):
         raise fail(name, expected, value)
     return number
 
 
-def positive(name: str, value: Any) -> float:
+def positive(name: str, value: Any, expected: str = "a finite number > 0") -> float:
     """A finite number above 0."""
-    expected = "a finite number > 0"
-    number = finite(name, value, expected)
-    if number <= 0:
-        raise fail(name, expected, value)
-    return number
+    return finite(name, value, expected, lambda number: 0 < number < math.inf)
 
 
-def not_negative(name: str, value: Any) -> float:
+def not_negative(name: str, value: Any, expected: str = "a finite number >= 0") -> float:
     """A finite number of at least 0."""
-    expected = "a finite number >= 0"
-    number = finite(name, value, expected)
-    if number < 0:
-        raise fail(name, expected, value)
-    return number
+    return finite(name, value, expected, lambda number: 0 <= number < math.inf)
 
 
 def within(name: str, value: Any, low: float, high: float) -> float:
     """A number in [low, high)."""
-    expected = f"a number in [{low:g}, {high:g})"
-    number = finite(name, value, expected)
-    if not low <= number < high:
-        raise fail(name, expected, value)
-    return number
+    return finite(name, value, f"a number in [{low:g}, {high:g})", lambda number: low <= number < high)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -207,7 +201,7 @@ def tensor(
         error = fail(name, _kind_of(symbol, dtypes), value, TypeError)
         layer = name == "weight" and isinstance(getattr(value, "weight", None), Tensor)
         raise TypeError(f"{error}: pass its .weight") if layer else error
-    if type(value).__name__ == "DTensor":
+    if type(value) is not Tensor and is_dtensor(value):
         raise TypeError(
             f"{name} must be a plain tensor; got a DTensor: call .full_tensor() to gather it, inside FSDP run the head "
             "in the forward of the module that owns it"
@@ -234,8 +228,13 @@ def _kind_of(symbol: str, dtypes: tuple[torch.dtype, ...]) -> str:
     return f"{_article(kinds)} tensor {symbol}" if kinds else f"a tensor {symbol}"
 
 
+def is_dtensor(value: Any) -> bool:
+    """By name: importing DTensor takes longer than the rest of the library."""
+    return type(value).__name__ == "DTensor"
+
+
 def tensor_or_none(name: str, value: Any, symbol: str) -> None:
-    """A tensor, which is looked at where its shape is known, or None."""
+    """A tensor or None; shape and dtype are checked later, where they are known."""
     if value is not None and not isinstance(value, Tensor):
         raise fail(name, f"a tensor {symbol} or None", value, TypeError)
 
@@ -278,17 +277,14 @@ def saved(
 def normalizer(name: str, value: Any, *, zero: bool = False) -> float | Tensor:
     """A count to divide by: a number or a 0-d tensor, above 0 (``zero``: or 0)."""
     expected = f"a finite number or 0-d tensor {'>=' if zero else '>'} 0"
-    if isinstance(value, Tensor):
-        if tensor(name, value, "()", None, ()).dim() != 0 or value.dtype is torch.bool or value.is_complex():
-            raise fail(name, expected, value)
-        if not readable(value):
-            return value.detach()
-        checked: Any = value.item()
-    else:
-        checked = value
-    if finite(name, checked, expected) < 0 or (checked == 0 and not zero):
-        raise fail(name, expected, checked)
-    return value.detach() if isinstance(value, Tensor) else float(value)
+    check = not_negative if zero else positive
+    if not isinstance(value, Tensor):
+        return check(name, value, expected)
+    if tensor(name, value, "()", None, ()).dim() != 0 or value.dtype is torch.bool or value.is_complex():
+        raise fail(name, expected, value)
+    if readable(value):
+        check(name, value.item(), expected)
+    return value.detach()
 
 
 def scalar(name: str, value: Any, others: str = "") -> float | Tensor:

@@ -165,7 +165,8 @@ def evaluate_groups(
             if means is None:
                 means = means_of(head, rows, targets, totals.view(targets.shape), unscored)
                 late = mean_sums(means, rows.counts, targets, cu_seqlens, spec.logits_mean)
-                outputs = [objective.joined(outputs, Scores(whole_sums, rows.counts, *late), dtype)]
+                if len(outputs) > 1 or late[0] is not None:
+                    outputs = [objective.joined(outputs, Scores(whole_sums, rows.counts, *late), dtype)]
         # The last thing that can fail, and outside of `no_grad`, where nothing is learnt.
         objective.gather_statistics(whole_sums)
     return Tokens(logp.view(targets.shape), means, metrics), gradients, outputs[0]

@@ -120,14 +120,6 @@ class DensityRatio(ExactModule):
             self.coefficients = self.coefficients.new_zeros(size)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "generator": self.generator.get_state()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        generator = torch.Generator()
-        generator.set_state(state["generator"])
-        super().__setstate__({**state, "generator": generator})
-
     def extra_repr(self) -> str:
         """The clamps and the size of the embeddings."""
         return f"E={self.coefficients.numel()}, min_ratio={self.min_ratio}, max_ratio={self.max_ratio}"

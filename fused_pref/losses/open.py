@@ -45,7 +45,7 @@ class OpenObjective:
         unit: sequences of a unit: 2 (a pair), 1, or 0 where the whole batch is one.
         ref_logps: (S,) or None.
         normalizer: what the sum of the losses is divided by; None: the number of units.
-        wanted: whether gradients are.
+        wanted: whether gradients are needed.
     """
 
     function: Callable[..., Any]
@@ -86,8 +86,6 @@ class OpenObjective:
 
     def joined(self, parts: list[PreferenceOutput], scores: Scores, dtype: torch.dtype) -> PreferenceOutput:
         """The results of all groups as those of the batch, whose scores give the means of the logits."""
-        if len(parts) == 1 and scores.totals is None:
-            return parts[0]
         loss = narrow(torch.stack([part.loss for part in parts]).double().sum(), dtype)
         losses = torch.cat([part.losses for part in parts])
         return PreferenceOutput(loss, losses, narrow(scores.sums, dtype), scores.counts, _means(scores, dtype))
@@ -102,14 +100,14 @@ class OpenObjective:
             losses = self._call(leaf, counts)
             if not self.wanted:
                 return losses.detach(), losses.double().sum(), torch.zeros_like(sums)
-            if losses.grad_fn is None and not losses.requires_grad:
+            if not losses.requires_grad:
                 expected = "differentiable: losses that are computed from the log-probs of their arguments"
                 raise ValueError(f"objective must be {expected}; got losses without a gradient")
             total = losses.double().sum()
             if validate.checking():
                 self._check(leaf, counts, losses)
-            (slope,) = torch.autograd.grad(total, leaf, allow_unused=True)
-        return losses.detach(), total.detach(), torch.zeros_like(sums) if slope is None else slope
+            (slope,) = torch.autograd.grad(total, leaf, materialize_grads=True)
+        return losses.detach(), total.detach(), slope
 
     def _call(self, sums: Tensor, counts: Tensor) -> Tensor:
         """The function's losses, of the shape that they must have."""
@@ -165,12 +163,12 @@ class OpenObjective:
 
     @staticmethod
     def _slope(losses: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
-        """Slope of the losses' sum by ``weights``, which differ, so that what one gives another does not cancel."""
+        """Slope of Σ weights · losses; weights differ, so that what units add to each other's slopes cannot cancel."""
         total = (losses.double() * weights).sum()
         if not total.requires_grad:
             return torch.zeros_like(leaf)
-        (slope,) = torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(leaf) if slope is None else slope
+        (slope,) = torch.autograd.grad(total, leaf, retain_graph=True, materialize_grads=True)
+        return slope
 
 
 def _means(scores: Scores, dtype: torch.dtype) -> Tensor | None:

@@ -2,10 +2,8 @@
 
 Everything works on float64 tensors and is a function of two things per sequence: ``sums``, the summed log-prob of its
 completion, and ``counts``, the number of scored tokens. The slope is ∂loss/∂sums, in closed form: the gradient of every
-logit is then ``slope[s] · (onehot − softmax)``, which is what lets a head form gradients in the forward. A new pair
-loss is one function in ``PAIR_LOSSES`` and what CONTRIBUTING.md's recipe names beside it. To offer it in CPO, too, add
-its name to ``CPOKeywords``, and a row to ``CPO`` in ``tests/losses/test_logits.py``. If it takes an ε, add its name to
-``test_where_smoothing_acts``.
+logit is then ``slope[s] · (onehot − softmax)``, which is what lets a head form gradients in the forward. For a new pair
+loss there is a recipe in CONTRIBUTING.md.
 """
 
 import math
@@ -145,8 +143,8 @@ class PairLoss(NamedTuple):
         divergence: log-ratios are transformed first, as ``f_divergence_type`` says.
         shift: log-ratios are less δ/β.
         partners: (sums, ref_logps) → the log-ratio that each sequence is compared with; None: the other of its pair.
-        smoothing: ε has to be below; 0: it has no effect.
-        least: ε has to be above.
+        smoothing: upper bound of ε, exclusive; 0: ε has no effect.
+        least: lower bound of ε, exclusive.
     """
 
     function: Callable[[Tensor, Tensor, PairSpec, float], Losses]
@@ -211,12 +209,9 @@ class PairObjective:
 
     @property
     def unit(self) -> int:
-        """Sequences after which their slopes are known: a pair; 0 if not before the whole batch is."""
-        moves = (
-            isinstance(self.delta, RewardShift)
-            and self.delta.update == "forward"
-            and self.delta.updating(recomputed=True)
-        )
+        """How many sequences decide their own slopes: 2, a pair; 0 where the whole batch does."""
+        shift = self.delta
+        moves = isinstance(shift, RewardShift) and shift.update == "forward" and shift.updating(recomputed=True)
         return 0 if moves or True in [term.matched for term in self.spec.terms] else 2
 
     def settled(self) -> "PairObjective":
@@ -304,30 +299,20 @@ class PairObjective:
 
     @property
     def _reference(self) -> Tensor:
-        """``ref_logps``, which no loss that asks for it is without."""
+        """``ref_logps`` in float64; every loss that uses it has one."""
         ref_logps: Any = self.ref_logps
         return ref_logps.double()
 
     def _evaluate_triton(self, scores: Scores) -> tuple[PairOutput, Tensor]:
         partners = [self._partners(term, scores.sums) for term in self.spec.terms if term.matched]
-        delta: Any = self.delta
-        loss, scalars, logps, rewards, slope = pair_objective(
-            scores,
-            self.ref_logps,
-            torch.stack(partners) if partners else None,
-            self.pair_normalizer,
-            self.token_normalizer,
-            delta,
-            self.spec,
-        )
+        found = pair_objective(scores, torch.stack(partners) if partners else None, self)
+        loss, scalars, logps, rewards, slope = found
         nll, *means = scalars.unbind()
         sides: list[Any] = [*logps.chunk(2), *rewards.chunk(2), *(means if scores.totals is not None else (None, None))]
         return PairOutput(loss, nll, *sides), slope
 
     def joined(self, parts: list[PairOutput], scores: Scores, dtype: torch.dtype) -> PairOutput:
         """The results of all groups as those of the batch, whose scores give the means of the logits."""
-        if len(parts) == 1 and scores.totals is None:
-            return parts[0]
         losses, nlls, *sides = zip(*(part[:6] for part in parts), strict=True)
         sums = [narrow(torch.stack(values).double().sum(), dtype) for values in (losses, nlls)]
         fields: list[Any] = [*sums, *map(torch.cat, sides), *logits_means(scores, None, dtype)]
@@ -356,15 +341,11 @@ def _fake_objective(scores: Scores, *others: Any) -> tuple[Tensor, ...]:
 
 @opaque(fake=_fake_objective)
 def pair_objective(
-    scores: Scores,
-    ref_logps: Tensor | None,
-    partners: Tensor | None,
-    pair_normalizer: float | Tensor | None,
-    token_normalizer: float | Tensor | None,
-    delta: float | Tensor | None,
-    spec: PairSpec,
+    scores: Scores, partners: Tensor | None, objective: PairObjective
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fused_pref.ops.triton.pairs.pair_objective`."""
+    """See :func:`fused_pref.ops.triton.pairs.pair_objective`; δ is a number, a tensor or None by now."""
     from fused_pref.ops.triton import pairs
 
-    return pairs.pair_objective(scores, ref_logps, partners, pair_normalizer, token_normalizer, delta, spec)
+    delta: Any = objective.delta
+    numbers = (objective.pair_normalizer, objective.token_normalizer, delta)
+    return pairs.pair_objective(scores, objective.ref_logps, partners, *numbers, objective.spec)

@@ -1,5 +1,6 @@
 """BCO's reward shift δ as a module with exactly resumable state."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from fused_pref import validate
 from fused_pref.losses.state import ExactModule
@@ -176,16 +178,16 @@ class RewardShift(ExactModule):
             validate.saved(state_dict, prefix + name, "(2,)", (2,), validate.INTEGERS, negative=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RewardShift":
-        copied = RewardShift(
-            self.kind, decay=self.decay, value=self.value, update=self.update, process_group=self.process_group
-        ).to(self.mean.device)
-        copied.load_state_dict(self.state_dict())
-        return copied.train(self.training)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A process group cannot be copied: the copy keeps it."""
+        memo[id(self.process_group)] = self.process_group
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(super().__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """A process group belongs to a process: it is left out of pickles."""
-        return {**super().__getstate__(), "process_group": None} if self.process_group else super().__getstate__()
+        return {**super().__getstate__(), "process_group": None}
 
     def extra_repr(self) -> str:
         """The options that matter to the kind."""

@@ -1,4 +1,4 @@
-"""Sums per sequence of what was computed per token, what the objectives are functions of, and their arithmetic.
+"""Per-sequence sums of per-token results, from which objectives are computed, and the arithmetic that objectives share.
 
 The torch backend takes plain operations (:mod:`fused_pref.layout`), which any compiler can see through; the Triton
 backend one launch, which is opaque to it.

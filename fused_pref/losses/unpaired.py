@@ -107,12 +107,9 @@ class UnpairedObjective:
 
     @property
     def unit(self) -> int:
-        """Sequences after which their slopes are known: one, or 0 if not before the batch has moved δ."""
-        moves = (
-            isinstance(self.shift, RewardShift)
-            and self.shift.update == "forward"
-            and self.shift.updating(recomputed=True)
-        )
+        """How many sequences decide their own slopes: 1; 0 where the whole batch does, because it moves δ."""
+        shift = self.shift
+        moves = isinstance(shift, RewardShift) and shift.update == "forward" and shift.updating(recomputed=True)
         return 0 if moves else 1
 
     def settled(self) -> "UnpairedObjective":
@@ -150,7 +147,7 @@ class UnpairedObjective:
         if isinstance(shift, RewardShift):
             shift, state = shift.peek(rewards, desirable)
         # A number goes to the device with the launch that adds it: copying it there would wait.
-        given = rewards.new_zeros((), dtype=torch.float64) + shift
+        given = rewards.new_zeros(()) + shift
         used: Any = {"kto": spec.beta * given, "apo_zero_unpaired": 0.0}.get(spec.loss_type, given)
         sign = torch.where(desirable, 1.0, -1.0).to(rewards.dtype)
         losses, slopes = UNPAIRED_LOSSES[spec.loss_type](sign * (rewards - used))
@@ -180,8 +177,6 @@ class UnpairedObjective:
 
     def joined(self, parts: list[Output], scores: Scores, dtype: torch.dtype) -> Output:
         """The results of all groups as those of the batch, whose scores give the means of the logits."""
-        if len(parts) == 1 and scores.totals is None:
-            return parts[0]
         losses, shifts, *each = zip(*(part[:4] for part in parts), strict=True)
         loss = narrow(torch.stack(losses).double().sum(), dtype)
         means, counts = logits_means(scores, self.desirable, dtype), (self.desirable.sum(), (~self.desirable).sum())
@@ -195,20 +190,11 @@ class UnpairedObjective:
             self.shift.commit(state)
 
     def _evaluate_triton(self, scores: Scores) -> tuple[Output, Tensor]:
-        shift, memory = self.shift, None
-        if isinstance(shift, RewardShift):
-            shift, memory = shift.value, None if shift.kind == "fixed" else shift.memory
-        loss, scalars, numbers, logps, rewards, slope = unpaired_objective(
-            memory,
-            scores,
-            self.desirable,
-            self.ref_logps,
-            self.sample_weight,
-            shift,
-            self.sequence_normalizer,
-            self.class_normalizer,
-            self.spec,
-        )
+        objective, memory = self, None
+        if isinstance(self.shift, RewardShift):
+            objective = replace(self, shift=self.shift.value)
+            memory = None if self.shift.kind == "fixed" else self.shift.memory
+        loss, scalars, numbers, logps, rewards, slope = unpaired_objective(memory, scores, objective)
         given, *means = scalars.unbind()
         fields: list[Any] = [*(means if scores.totals is not None else (None, None)), *numbers.unbind()]
         return OUTPUTS[self.spec.loss_type](loss, given, logps, rewards, *fields), slope
@@ -223,28 +209,21 @@ def _fake_objective(memory: ShiftMemory | None, scores: Scores, *others: Any) ->
 
 @opaque(fake=_fake_objective, changes=1)
 def unpaired_objective(
-    memory: ShiftMemory | None,
-    scores: Scores,
-    desirable: Tensor,
-    ref_logps: Tensor,
-    sample_weight: Tensor | None,
-    shift: float | Tensor,
-    sequence_normalizer: float | Tensor | None,
-    class_normalizer: tuple[float | Tensor, float | Tensor] | None,
-    spec: UnpairedSpec,
+    memory: ShiftMemory | None, scores: Scores, objective: UnpairedObjective
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.ops.triton.objective.unpaired_objective`; a ``memory`` has the shift and is updated."""
-    from fused_pref.ops.triton import objective
+    from fused_pref.ops.triton import objective as kernels
 
-    return objective.unpaired_objective(
+    shift: Any = objective.shift if memory is None else memory
+    return kernels.unpaired_objective(
         scores.sums,
         scores.totals,
         scores.positions,
-        desirable,
-        ref_logps,
-        sample_weight,
-        shift if memory is None else memory,
-        sequence_normalizer,
-        class_normalizer,
-        spec,
+        objective.desirable,
+        objective.ref_logps,
+        objective.sample_weight,
+        shift,
+        objective.sequence_normalizer,
+        objective.class_normalizer,
+        objective.spec,
     )

@@ -1,4 +1,4 @@
-"""The same of hidden states and a head's weight, in plain PyTorch: the logits are made."""
+"""Log-probs and objectives of hidden states and a head's weight, in plain PyTorch: the logits are formed."""
 
 from collections.abc import Callable
 from typing import Any

@@ -117,7 +117,7 @@ def dpo_loss(logits: Tensor, labels: Tensor, ref_logps: Tensor, **keywords: Unpa
     delta, shift, state = _shift(keywords, rewards, torch.arange(2 * pairs, device=rewards.device) < pairs)
 
     nll = rewards.new_zeros(())
-    loss = rewards.where(torch.zeros_like(rewards, dtype=torch.bool), 0).sum()  # 0, with a gradient of 0
+    loss = tokens.sums[:0].sum()  # 0, with a gradient of 0
     for name, weight, epsilon in zip(names, weights, epsilons, strict=True):
         if weight and name == "sft":
             token_count = given(keywords["token_normalizer"], tokens.counts[:pairs].sum())
@@ -239,10 +239,10 @@ def preference_loss(
     means = None
     if keywords["logits_mean"] is not None:
         members = torch.eye(len(tokens.sums), dtype=torch.bool, device=labels.device)
-        each = [logits_mean(tokens, member, keywords["logits_mean"]) for member in members]
-        means = torch.stack(each) if each else tokens.logp.new_zeros(0)  # type: ignore[arg-type]
-    each = [cast(losses.detach().double(), dtype), cast(tokens.sums.detach(), dtype), tokens.counts]
-    return _with_metrics(PreferenceOutput(cast(loss, dtype), each[0], each[1], each[2], means), tokens, keywords)
+        found = [logits_mean(tokens, member, keywords["logits_mean"]) for member in members]
+        means = torch.stack(found) if found else tokens.logp.new_zeros(0)  # type: ignore[arg-type]
+    each = (cast(losses.detach().double(), dtype), cast(tokens.sums.detach(), dtype), tokens.counts)
+    return _with_metrics(PreferenceOutput(cast(loss, dtype), *each, means), tokens, keywords)
 
 
 def _shift(keywords: BCOKeywords | DPOKeywords, rewards: Tensor, desirable: Tensor) -> tuple[Tensor, Any, Any]:

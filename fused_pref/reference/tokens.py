@@ -7,8 +7,6 @@ from torch import Tensor
 
 from fused_pref.keywords import Number, TokenKeywords
 
-Cover = Literal["all", "completion"] | None
-
 
 class Tokens(NamedTuple):
     """A batch as one row of P positions: S·T padded, N_total packed."""
@@ -34,7 +32,7 @@ def score(logits: Tensor, labels: Tensor, keywords: TokenKeywords) -> Tokens:
     logp = torch.zeros_like(rows[:, 0]).masked_scatter(scored, label_logps)
     if keywords.get("token_weight") is not None:
         weight = keywords["token_weight"].detach().to(logp.dtype).flatten()  # type: ignore[typeddict-item]
-        weight = torch.cat((weight[1:], weight[:1])) if keywords["shift"] else weight
+        weight = weight.roll(-1) if keywords["shift"] else weight
         logp = torch.where((weight == 0) & ~logp.isnan(), 0, logp * weight)
     sums = torch.zeros(sequences, dtype=torch.float64, device=rows.device)
     sums = sums.index_add(0, sequence, cast(logp, torch.float64))
@@ -83,7 +81,7 @@ def ratio(total: Tensor, count: Number | Tensor) -> Tensor:
     return total / count.where(count > 0, torch.inf)
 
 
-def logits_mean(tokens: Tokens, members: Tensor, cover: Cover) -> Tensor | None:
+def logits_mean(tokens: Tokens, members: Tensor, cover: Literal["all", "completion"] | None) -> Tensor | None:
     """Mean of z over the vocabulary and the positions of the ``members`` (S,) bool; 0 where there is no position."""
     if cover is None:
         return None

@@ -17,6 +17,8 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from torch import nn
 from trl.data_utils import is_conversational
 
+from fused_pref.validate import is_dtensor
+
 FORMAT = "fused_pref ref-logps 1"
 KL_LOGPS = "ref_KL_logps"
 # TRL's columns.
@@ -213,7 +215,7 @@ def weights_hash(model: nn.Module) -> str | None:
     for name, parameter in base.named_parameters():
         if adapters & set(name.split(".")):
             continue
-        if parameter.is_meta or parameter.numel() == 0 or type(parameter.data).__name__ == "DTensor":
+        if parameter.is_meta or parameter.numel() == 0 or is_dtensor(parameter.data):
             return None
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].to(torch.bfloat16).float().cpu()

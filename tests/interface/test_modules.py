@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -108,6 +109,25 @@ def test_copies(copier: str) -> None:
     args = (BATCH.logits * 2, BATCH.labels, DESIRABLE, REF)
     assert same(copied(*args), module(*args))
     assert copied.delta is not module.delta
+
+
+def test_a_copied_shift_is_of_its_class() -> None:
+    """With what a subclass adds, its own state, and the group, which nothing can copy."""
+
+    class Noted(fp.RewardShift):
+        def __init__(self, note: str) -> None:
+            super().__init__("ema", update="step")
+            self.note, self.process_group = note, threading.Lock()
+
+    module = Noted("mine").eval()
+    module.mean += 2
+    copied = copy.deepcopy(module)
+    assert (type(copied), copied.note, copied.kind, copied.update) == (Noted, "mine", "ema", "step")
+    assert copied.process_group is module.process_group
+    assert not copied.training
+    module.mean += 1
+    assert copied.mean.tolist() == [2, 2]
+    assert module.__getstate__()["process_group"] is None
 
 
 def test_module_repr_shows_what_is_set() -> None:

@@ -13,6 +13,8 @@ from malformed import refusal
 
 import fused_pref as fp
 from fused_pref import validate
+from fused_pref.keywords import DPOKeywords, defaults
+from fused_pref.losses.pair_spec import dpo_spec
 
 # PyTorch's own words of tensors that are refused.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize", "ignore:The PyTorch API of nested")
@@ -378,3 +380,13 @@ def test_malformed_values_are_not_remembered() -> None:
         with pytest.raises(TypeError, match="x must be an integer"):
             double({"x": bad})
     assert seen == [1, True, [1], 1.0, True]
+
+
+@pytest.mark.parametrize("bad", [{"loss_weights": (1.0, True)}, {"label_smoothing": (0.0, False)}], ids=str)
+def test_what_was_remembered_hides_no_bool_in_a_sequence(bad: dict[str, Any]) -> None:
+    """(1.0, 1) equals (1.0, True), and is one key with it."""
+    keywords = {**defaults(DPOKeywords), "loss_type": ("sigmoid", "sft")}
+    good = {name: tuple(map(int, value)) for name, value in bad.items()}
+    assert dpo_spec({**keywords, **good}) is dpo_spec({**keywords, **good})
+    with pytest.raises(TypeError, match=r"got (True|False)"):
+        dpo_spec({**keywords, **bad})

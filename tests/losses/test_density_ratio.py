@@ -1,5 +1,6 @@
 """Density-ratio weights."""
 
+import copy
 import io
 import pickle
 import subprocess
@@ -80,6 +81,19 @@ def test_sampling_has_its_own_generator() -> None:
     other = fp.DensityRatio(sample_size=50, seed=4).fit(embeddings, desirable)
     assert torch.equal(first.coefficients, again.coefficients)
     assert not torch.equal(first.coefficients, other.coefficients)
+
+
+def test_copies_draw_on() -> None:
+    """Each from where the original was, and without a part in its draws."""
+    embeddings, desirable = prompts()
+    ratio = fp.DensityRatio(sample_size=50, seed=3).fit(embeddings, desirable)
+    first = ratio.coefficients
+    copies = [copy.deepcopy(ratio), pickle.loads(pickle.dumps(ratio))]
+    second = ratio.fit(embeddings, desirable).coefficients
+    assert not torch.equal(first, second)
+    for copied in copies:
+        assert torch.equal(copied.coefficients, first)
+        assert torch.equal(copied.fit(embeddings, desirable).coefficients, second)
 
 
 def test_scikit_learn_is_optional() -> None:

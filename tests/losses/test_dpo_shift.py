@@ -128,6 +128,30 @@ def test_numbers_and_tensors(delta: Any, backend: str) -> None:
     torch.testing.assert_close(ours.delta, torch.tensor(0.3))
 
 
+def test_the_reported_shift_is_a_tensor_of_its_own(device: str) -> None:
+    """On the device of the loss, whatever happens to the caller's."""
+    batch = make_batch(8, 6, 11, device=device)
+    given, ref = torch.tensor(0.3, device=device), near_reference(batch.logits, batch.labels)
+    output = fp.dpo_loss(batch.logits, batch.labels, ref, **MPO, delta=given)
+    given.zero_()
+    assert output.delta == torch.tensor(0.3)
+    elsewhere = fp.dpo_loss(batch.logits, batch.labels, ref, **MPO, delta=torch.tensor(0.3))
+    assert elsewhere.delta.device == elsewhere.loss.device
+
+
+@pytest.mark.parametrize("delta", [1e39, -1e39, torch.tensor(1e39, dtype=torch.float64)], ids=str)
+def test_a_shift_beyond_float32(delta: Any, backend: str) -> None:
+    """It saturates, as in the reference and in BCO."""
+    batch = make_batch(8, 6, 11)
+    ref = near_reference(batch.logits, batch.labels)
+    ours, truth = (
+        function(batch.logits, batch.labels, ref, loss_type="bco_pair", delta=delta, **given)
+        for function, given in ((fp.dpo_loss, {"backend": backend}), (fp.reference.dpo_loss, {}))
+    )
+    torch.testing.assert_close((ours.loss, ours.delta), (truth.loss, truth.delta))
+    assert torch.equal(ours.delta, fp.bco_loss(batch.logits, batch.labels, CLASSES, ref, delta=delta).delta)
+
+
 @pytest.mark.parametrize(
     ("keywords", "most"),
     [
