@@ -154,7 +154,6 @@ def token_logps_fwd(
     logits_mean: str | None,
     ignore_index: int,
     transform: Transform,
-    *,
     metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.autograd.token_logps_fwd`. One launch, and one to combine where rows are split."""
