@@ -78,11 +78,10 @@ def _gpu(
     measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, *,
     epilogue: float, by_index: float = 0.0,
 ) -> Device:  # fmt: skip
-    sizes = {"columns": 4096, "scratch": 2**25, "memory": gibibytes << 30, "processors": processors}
-    rates = {2: half, 4: single, 8: single / 10}
     return Device(
-        "gpu", rates, bandwidth, measured, mixed=True, epilogue=epilogue, by_index=by_index, launch=5e-6, **sizes
-    )
+        "gpu", {2: half, 4: single, 8: single / 10}, bandwidth, measured, columns=4096, mixed=True, scratch=2**25,
+        memory=gibibytes << 30, epilogue=epilogue, by_index=by_index, processors=processors, launch=5e-6,
+    )  # fmt: skip
 
 
 CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, "2 cores with AMX", outputs=768 * 1024)
