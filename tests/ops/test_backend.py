@@ -117,6 +117,14 @@ def test_properties_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [90, 91, current, current]
 
 
+def test_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(multi_processor_count=132, gpu_subslice_count=56)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "get_device_properties", lambda device: found)
+    devices = ("cuda", "xpu", "cpu")
+    assert [configs.processors(torch.device(name)) for name in devices] == [132, 56, configs.INTERPRETER_PROCESSORS]
+
+
 @pytest.mark.parametrize(
     ("hip", "capability", "expected"),
     [(None, (8, 0), "sm_80"), (None, (8, 9), "sm_80"), (None, (9, 0), "sm_90"), (None, (10, 0), "sm_100"),

@@ -164,9 +164,11 @@ INTERPRETER_PROCESSORS = 4
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors or compute units of a device."""
+    """Streaming multiprocessors, compute units or Xe cores of a device."""
     if device.type == "cuda":
         return properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
     return INTERPRETER_PROCESSORS
 
 
