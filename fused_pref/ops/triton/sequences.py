@@ -1,7 +1,4 @@
-"""The label that each position scores, sums per sequence of what was computed per token, and the way back.
-
-A batch has N_total positions, S·T where it is padded.
-"""
+"""The label that each position scores, sums per sequence of what was computed per token, and the way back."""
 
 import torch
 import triton
