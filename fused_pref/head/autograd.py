@@ -37,16 +37,16 @@ def token_logps_fwd(logits: Tensor, targets: Tensor, spec: Spec) -> tuple[Tensor
     Returns:
         logp, shape of ``targets``: 0 where nothing is scored, NaN for a label outside the vocabulary;
         statistics (3, *targets.shape): what the gradient needs of each row, by the same backend;
-        mean of z over the vocabulary, shape of ``targets``: 0 where ``logits_mean`` does not ask for it;
+        mean of z over the vocabulary, shape of ``targets``: 0 where ``logits_mean`` leaves it out, undefined without;
         with ``token_metrics`` those of :func:`fused_pref.ops.metrics.token_metrics`, (3, *targets.shape), else (3, 0).
         Float32, float64 for float64 logits.
     """
-    constants, metrics = (spec.ignore_index, spec.transform), spec.token_metrics
+    arguments = (logits, targets, spec.logits_mean, spec.ignore_index, spec.transform, spec.token_metrics)
     if spec.backend == "triton":
         from fused_pref.ops.triton import logprob
 
-        return logprob.token_logps_fwd(logits, targets, spec.logits_mean, *constants, metrics=metrics)
-    return torch_chunk.token_logps_fwd(logits, targets, *constants, spec.logits_mean, metrics)
+        return logprob.token_logps_fwd(*arguments)
+    return torch_chunk.token_logps_fwd(*arguments)
 
 
 @opaque(fake=lambda *arguments: None, changes=1)

@@ -123,8 +123,7 @@ def sequence_scores(
     """The scores of a batch by a Triton kernel."""
     from fused_pref.ops.triton import sequences
 
-    found = sequences.sequence_scores(logp, means, targets, cu_seqlens, logits_mean, ignore_index)
-    return Scores(*found) if logits_mean is not None else Scores(*found[:2], None, None)
+    return Scores(*sequences.sequence_scores(logp, means, targets, cu_seqlens, logits_mean, ignore_index))
 
 
 @opaque(fake=lambda *arguments: None, changes=1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 DEVICES = ("cuda", "xpu")
-# HIP devices like the one that kernels are compiled, inspected and executed in an emulator for.
+# HIP devices that run gfx942's configurations, which are compiled, inspected and emulated.
 HIP = ("gfx942", "gfx950")
 # The architecture that CPU tensors stand for, None outside of tests: kernels are compiled for it, and an emulator runs
 # the code (tests/gfx942). Without one, Triton's interpreter runs the kernels on CPU tensors.

@@ -26,12 +26,11 @@ class Device:
         scratch: bytes of the block that elementwise work goes through.
         measured: where the figures are from.
         memory: total bytes, as PyTorch reports them; None: the host's, which other work needs too.
-        epilogue: seconds that a fused product spends on a logit beyond multiplying: what the slowest of them is
-            predicted to take above the floor at D=4096 (``benchmarks/static.md``), not measured. Infinite where
-            kernels run for tests alone.
-        by_index: seconds that a fused product spends on a multiplication more where it reads rows by index and not by
-            descriptor: predicted for tiles of 256 columns and four instructions for 16 bytes, not measured. 0 where
-            there are no descriptors.
+        epilogue: seconds per logit that a fused product takes beyond its multiplications. Predicted, not measured: the
+            slowest kernel's time above the floor at D=4096 (``benchmarks/static.md``). Infinite where kernels run for
+            tests alone.
+        by_index: extra seconds per multiplication where rows are read by index instead of by descriptor. Predicted, not
+            measured: for tiles of 256 columns and four instructions for 16 bytes. 0 where there are no descriptors.
     """
 
     name: str
@@ -78,11 +77,10 @@ def _gpu(
     measured: str, gibibytes: int, half: float, single: float, bandwidth: float, processors: int, *,
     epilogue: float, by_index: float = 0.0,
 ) -> Device:  # fmt: skip
-    sizes = {"columns": 4096, "scratch": 2**25, "memory": gibibytes << 30, "processors": processors}
-    rates = {2: half, 4: single, 8: single / 10}
     return Device(
-        "gpu", rates, bandwidth, measured, mixed=True, epilogue=epilogue, by_index=by_index, launch=5e-6, **sizes
-    )
+        "gpu", {2: half, 4: single, 8: single / 10}, bandwidth, measured, columns=4096, mixed=True, scratch=2**25,
+        memory=gibibytes << 30, epilogue=epilogue, by_index=by_index, processors=processors, launch=5e-6,
+    )  # fmt: skip
 
 
 CPU = Device("cpu", {2: 2.2e12, 4: 4.0e11, 8: 2.0e11}, 5.0e10, "2 cores with AMX", outputs=768 * 1024)

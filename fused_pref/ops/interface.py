@@ -24,8 +24,8 @@ ALPHA_CLAMP = 80.0
 # Σ z over all entries. The maximum of nothing is the least finite number, where exp(z − maximum) is 0 for z = −inf.
 ROW_MAX, SUM_EXP, TARGET_LOGIT, LOGIT_SUM = range(4)
 # Four rows more, (8, n), where metrics of the tokens are wanted. With q the softmax over the other entries: its entropy
-# −Σ q log q and Σ q², which do not depend on the maximum; the highest z of the other entries, which a maximum may stand
-# for that is lower, the least finite number if there is none; the target's z as it came among them, −inf if it did not.
+# −Σ q log q and Σ q², which do not depend on the maximum; the highest z of the other entries (ROW_MAX may hold a lower
+# pivot instead), the least finite number if there are none; the target's z as it came among them, −inf if it did not.
 ENTROPY, SUM_SQ, HIGHEST, TARGET_SEEN = range(4, 8)
 # Dtype of the token math.
 ACCUMULATOR = {
@@ -100,14 +100,14 @@ class PairSpec:
     """Validated hyperparameters of a pairwise objective.
 
     Attributes:
-        terms: the losses; their sum is the mean over pairs.
+        terms: the weighted losses; the objective is the mean over pairs of their sum, and the NLL.
         beta: the factor β.
         nll_weight: of the NLL of the chosen completions; 0: not computed.
         simpo_gamma: of ``simpo``.
         alpha: what is transformed becomes −expm1(min(−α·x, 80))/α; 0: stays. It is AlphaPO's exponent, and 1 less the
             order of an α-divergence.
         nll_reduction: ``"token"`` or ``"sequence"``.
-        averaged: reported log-probs are averages, and without a reference these enter.
+        averaged: reported log-probs are averages, and without a reference they are what enters the losses.
         tau: of ``discopop``.
         jensen_shannon: what is transformed becomes log 2 + logσ(x) instead.
     """
@@ -287,49 +287,4 @@ class RowOps(Protocol):
             factor: (n,) in the dtype of the token math; 0 where the target is no row of ``dw``.
             targets: (n,).
         """
-        ...
-
-
-class FusedOps(Protocol):
-    """Operations on a chunk that never reaches memory: products with an epilogue, by :mod:`.triton.linear`."""
-
-    def update_statistics(
-        self,
-        statistics: Tensor,
-        operands: Operands,
-        targets: Tensor,
-        first: int,
-        transform: Transform,
-        *,
-        logit_sum: bool,
-        split_columns: int | None = None,
-    ) -> Tensor:
-        """As :meth:`RowOps.update_statistics`; gives the statistics of each split of the columns, (splits, ≥ 3, N)."""
-        ...
-
-    def gradient(
-        self,
-        out: Tensor,
-        operands: Operands,
-        statistics: Tensor,
-        targets: Tensor,
-        first: int,
-        transform: Transform,
-        count: Tensor | None = None,
-    ) -> None:
-        """As :meth:`RowOps.gradient`; ``count`` (0-d): only the first rows are wanted."""
-        ...
-
-    def exponentials(
-        self,
-        out: Tensor,
-        operands: Operands,
-        statistics: Tensor,
-        targets: Tensor,
-        transform: Transform,
-        ignore_index: int,
-        *,
-        logit_sum: bool,
-    ) -> FinishedRows:
-        """As :meth:`RowOps.exponentials`: writes exp(z − pivot), 0 at the targets, and the statistics."""
         ...

@@ -87,18 +87,18 @@ def test_auto_does_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 # Configurations
 
 
-@pytest.mark.parametrize("table", [configs.FORWARD, configs.BACKWARD], ids=["forward", "backward"])
-def test_every_architecture_has_a_configuration(table: dict[tuple[str, int], configs.Config]) -> None:
-    assert set(table) == {(a, size) for a in GPUS for size in (2, 4)}
-    for config in table.values():
-        assert config.block & (config.block - 1) == 0
-        # No thread is without an entry.
-        assert config.block >= 32 * config.num_warps
+def test_every_architecture_has_a_configuration() -> None:
+    assert list(configs.DEFAULTS) == list(GPUS)
+    for table in (table for own in configs.DEFAULTS.values() for table in (own.forward, own.backward)):
+        assert set(table) == {2, 4}
+        for config in table.values():
+            assert config.block & (config.block - 1) == 0
+            # No thread is without an entry.
+            assert config.block >= 32 * config.num_warps
 
 
-def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {("sm_90", 2): configs.Config(8192, 8), ("sm_90", 4): configs.Config(4096, 16)}
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+def test_choose() -> None:
+    table = {2: configs.Config(8192, 8), 4: configs.Config(4096, 16)}
     gpu = torch.device("cuda")
     assert configs.choose(table, gpu, torch.bfloat16, 128_256) == configs.Config(8192, 8)
     assert configs.choose(table, gpu, torch.float32, 128_256) == configs.Config(4096, 16)
@@ -115,6 +115,14 @@ def test_properties_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, current = torch.device("cuda:90"), torch.device("cuda:91"), torch.device("cuda")
     assert [backends.properties(device) for device in (first, second, first, current, current)] == [1, 2, 1, 3, 4]
     assert asked == [90, 91, current, current]
+
+
+def test_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(multi_processor_count=132, gpu_subslice_count=56)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "get_device_properties", lambda device: found)
+    devices = ("cuda", "xpu", "cpu")
+    assert [configs.processors(torch.device(name)) for name in devices] == [132, 56, configs.INTERPRETER_PROCESSORS]
 
 
 @pytest.mark.parametrize(

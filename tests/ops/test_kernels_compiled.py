@@ -87,9 +87,10 @@ def test_every_kernel_is_compiled_for_every_target(rows: list[dict[str, Any]]) -
 def test_every_configuration_is_compiled(rows: list[dict[str, Any]]) -> None:
     from fused_pref.ops.triton import configs
 
-    for kernel, table in (("_token_logps_fwd_kernel", configs.FORWARD), ("_token_logps_bwd_kernel", configs.BACKWARD)):
-        for (target, size), config in table.items():
-            for dtype in (dtype for dtype in BYTES if BYTES[dtype] == size and target in TARGETS):
+    fields = {"_token_logps_fwd_kernel": "forward", "_token_logps_bwd_kernel": "backward"}
+    for target, (kernel, field) in itertools.product(TARGETS, fields.items()):
+        for size, config in getattr(configs.DEFAULTS[target], field).items():
+            for dtype in (dtype for dtype in BYTES if BYTES[dtype] == size):
                 assert any(
                     (row["kernel"], row["target"], row["dtype"], row["num_warps"])
                     == (kernel, target, dtype, config.num_warps)
@@ -103,20 +104,20 @@ def test_every_tile_is_compiled(rows: list[dict[str, Any]]) -> None:
     from fused_pref.ops.triton import configs
 
     statistics, gradient = "_linear_statistics_kernel", "_linear_gradient_kernel"
-    tables = [
-        (statistics, "by index", configs.STATISTICS_TILE),
-        (statistics, "sums, softcap", configs.HIGH_PRESSURE_TILE),
-        ("_linear_exponentials_kernel", "exponentials", configs.EXPONENTIALS_TILE),
-        (gradient, "plain", configs.GRADIENT_TILE),
-        (gradient, "softcap", configs.HIGH_PRESSURE_TILE),
-        (gradient, "selected rows", configs.GRADIENT_TILE),
-        ("_selected_weight_kernel", "plain", configs.SELECTED_TILE),
-        ("_selected_hidden_kernel", "plain", configs.SELECTED_TILE),
+    tiles = [
+        (statistics, "by index", "statistics"),
+        (statistics, "sums, softcap", "high_pressure"),
+        ("_linear_exponentials_kernel", "exponentials", "exponentials"),
+        (gradient, "plain", "statistics"),
+        (gradient, "softcap", "high_pressure"),
+        (gradient, "selected rows", "statistics"),
+        ("_selected_weight_kernel", "plain", "selected"),
+        ("_selected_hidden_kernel", "plain", "selected"),
     ]
-    for kernel, case, table in tables:
-        for (target, size), tile in table.items():
-            if target not in TARGETS:
-                continue
+    for kernel, case, field in tiles:
+        for target, size in itertools.product(TARGETS, (2, 4)):
+            own = configs.DEFAULTS[target]
+            tile = own.exact if size == 4 else getattr(own, field)
             found = [
                 row
                 for row in rows

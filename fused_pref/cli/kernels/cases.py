@@ -225,7 +225,7 @@ def gradient_scale(dtype: torch.dtype) -> None:
     scale.scale_([meta(8192, 4096, dtype=dtype), meta(VOCABULARY, 4096, dtype=dtype), meta(VOCABULARY)], meta())
 
 
-def scores(dtype: torch.dtype, mean: str | None, packed: bool) -> tuple[Tensor, ...]:
+def scores(dtype: torch.dtype, mean: str | None, packed: bool) -> tuple[Tensor | None, ...]:
     """Launch the sums per sequence."""
     _, targets = batch(dtype, packed=packed)
     logp = meta(*targets.shape)

@@ -14,7 +14,7 @@ from fused_pref.head.plans.shard import Shard
 from fused_pref.layout import ValidRows
 from fused_pref.opaque import argument
 from fused_pref.ops.devices import GPU
-from fused_pref.ops.interface import ACCUMULATOR, FinishedRows, FusedOps, Operands, RowOps, TargetRows
+from fused_pref.ops.interface import ACCUMULATOR, FinishedRows, Operands, RowOps, TargetRows
 from fused_pref.ops.torch import chunk as torch_chunk
 from fused_pref.ops.torch.chunk import Rows, block_rows, padded, ranges
 from fused_pref.ops.torch.matmul import arithmetic, overlay, project
@@ -164,7 +164,7 @@ class Head:
         return q, FinishedRows(logp, one_minus_p, one_minus_p, None)
 
     @property
-    def fused(self) -> FusedOps:
+    def fused(self):
         """``update_statistics``, ``gradient`` and ``exponentials`` of products whose logits never leave the chip."""
         from fused_pref.ops.triton import linear as fused
 

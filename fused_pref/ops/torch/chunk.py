@@ -57,18 +57,18 @@ class Rows:
 
     def read(self, rows: Tensor) -> Tensor:
         """Copy of these rows, (number, n)."""
-        if self.flat is not None:
-            return self.flat.index_select(0, rows)
-        length = self.source.shape[1]
-        return self.source[torch.div(rows, length, rounding_mode="floor"), rows % length]
+        return self.source[self._index(rows)] if self.flat is None else self.flat.index_select(0, rows)
 
     def write(self, rows: Tensor, block: Tensor) -> None:
         """Overwrite these rows; a 0-d block fills them."""
-        if self.flat is not None:
-            self.flat[rows] = block
+        if self.flat is None:
+            self.source[self._index(rows)] = block
         else:
-            length = self.source.shape[1]
-            self.source[torch.div(rows, length, rounding_mode="floor"), rows % length] = block
+            self.flat[rows] = block
+
+    def _index(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        length = self.source.shape[1]
+        return torch.div(rows, length, rounding_mode="floor"), rows % length
 
 
 def padded(columns: int) -> int:
@@ -262,9 +262,8 @@ def scatter_rows(
         if target_rows is None:
             block = source[part].to(factor.dtype)
         else:
-            targets = target_rows.targets[part].long()
-            valid = (targets >= 0) & (targets < target_rows.weight.shape[0])
-            block = target_rows.weight.index_select(0, targets.where(valid, 0)).to(factor.dtype)
+            _, own = _local(target_rows.targets[part], 0, target_rows.weight.shape[0])
+            block = target_rows.weight.index_select(0, own).to(factor.dtype)
             block.mul_(target_rows.q[part, None]).add_(source[part].to(factor.dtype))
         if indices is None:
             torch.mul(block, factor[part, None], out=out[part])
@@ -276,9 +275,8 @@ def scatter_rows(
 
 def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> None:
     """See :meth:`fused_pref.ops.interface.RowOps.add_target_rows`."""
-    valid = (targets >= 0) & (targets < dw.shape[0])
-    indices, runs = targets.long().where(valid, 0), None
-    sums = dw
+    _, indices = _local(targets, 0, dw.shape[0])
+    runs, sums = None, dw
     if dw.dtype != factor.dtype:
         indices, runs = indices.unique(return_inverse=True)
         sums = factor.new_zeros(indices.shape[0], dw.shape[1])
@@ -298,13 +296,13 @@ def finish(statistics: Tensor, targets: Tensor, columns: int, ignore_index: int)
     far = target_logit - highest - torch.log(others_exp + target_exp)
     logp = torch.where(others_exp < target_exp, -torch.log1p(others_exp / target_exp), far)
     one_minus_p = others_exp / (others_exp + target_exp)
-    scored, valid = targets != ignore_index, (targets >= 0) & (targets < columns)
-    fill = torch.where(scored, torch.nan, 0).to(logp.dtype)
-    return torch.where(scored & valid, logp, fill), torch.where(scored & valid, one_minus_p, fill)
+    scored = targets != ignore_index
+    valid, fill = scored & (targets >= 0) & (targets < columns), torch.where(scored, torch.nan, 0).to(logp.dtype)
+    return torch.where(valid, logp, fill), torch.where(valid, one_minus_p, fill)
 
 
 def token_logps_fwd(
-    logits: Tensor, targets: Tensor, ignore_index: int, transform: Transform, logits_mean: str | None, metrics: bool
+    logits: Tensor, targets: Tensor, logits_mean: str | None, ignore_index: int, transform: Transform, metrics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.autograd.token_logps_fwd`."""
     source, labels, dtype = Rows(logits), targets.flatten(), ACCUMULATOR[logits.dtype]

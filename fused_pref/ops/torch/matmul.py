@@ -26,8 +26,8 @@ class Arithmetic:
     """How products of one dtype come out on one kind of device.
 
     Attributes:
-        mixed: in float32 though their entries are 16-bit.
-        upcast: of operands that are made float32 first: on a CPU that multiplies 16-bit entries more slowly, and
+        mixed: whether products of 16-bit entries come out in float32.
+        upcast: whether operands are made float32 first: on a CPU that multiplies 16-bit entries more slowly, and
             of float16, whose sums may overflow.
         logits: dtype of the logits.
         q: dtype of Q, which is written over them.

@@ -1,4 +1,4 @@
-"""The Triton twin of :mod:`fused_pref.ops.torch.chunk`, under the same names. One program walks a row."""
+"""The Triton twin of :mod:`fused_pref.ops.torch.chunk`, under the same names."""
 
 import torch
 import triton
@@ -42,19 +42,20 @@ def _chunk_statistics_kernel(
     row_max = tl.maximum(start_max, highest)
     target_logit = tl.load(base + column, mask=column >= 0, other=0.0).to(tl.float32)
     tl.debug_barrier()
+    before, here = start_sum * exp(start_max - row_max), sum_exp * exp(highest - row_max)
+    z = transform(target_logit, inner, outer, TRANSFORM)
     tl.store(seen, row_max)
-    tl.store(seen + statistics_stride, start_sum * exp(start_max - row_max) + sum_exp * exp(highest - row_max))
-    tl.store(seen + 2 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=column >= 0)
+    tl.store(seen + statistics_stride, before + here)
+    tl.store(seen + 2 * statistics_stride, z, mask=column >= 0)
     if WITH_LOGIT_SUM:
         tl.store(seen + 3 * statistics_stride, start_logit_sum + logit_sum)
     if WITH_METRICS:
-        before, here = start_sum * exp(start_max - row_max), sum_exp * exp(highest - row_max)
         total = tl.where(before + here == 0, 1.0, before + here)
         before, here = before / total, here / total
         tl.store(seen + 4 * statistics_stride, before * start_entropy + here * entropy + entr(before) + entr(here))
         tl.store(seen + 5 * statistics_stride, before * before * start_sum_sq + here * here * sum_sq)
         tl.store(seen + 6 * statistics_stride, row_max)
-        tl.store(seen + 7 * statistics_stride, transform(target_logit, inner, outer, TRANSFORM), mask=column >= 0)
+        tl.store(seen + 7 * statistics_stride, z, mask=column >= 0)
 
 
 @triton.jit
@@ -81,7 +82,8 @@ def _chunk_gradient_kernel(
         tl.debug_barrier()
         if start == 0:
             # Only the first block lies over itself. A barrier does not wait for loads under way, a sum of what was
-            # loaded does. That there are more NaNs than entries is never so, which a compiler does not know.
+            # loaded does: of NaNs there. The count never exceeds BLOCK, but the compiler does not know that, so it must
+            # wait for the loads.
             y -= tl.sum((x != x).to(tl.int32), 0) > BLOCK
         q = exp(transform(x, inner, outer, TRANSFORM) - row_max) * inverse
         q = activation_backward(tl.where(cols == y, -1.0, q), x, inner, outer, TRANSFORM)
@@ -191,7 +193,7 @@ def update_statistics(
     rows, columns = logits.shape
     if rows == 0:
         return
-    config = configs.choose(configs.FORWARD, logits.device, logits.dtype, columns)
+    config = configs.choose(configs.defaults(logits.device).forward, logits.device, logits.dtype, columns)
     launch(
         _chunk_statistics_kernel, (rows,), logits.device,
         logits, targets, statistics, columns, first, logits.stride(0), targets.stride(0), statistics.stride(0),
@@ -225,7 +227,7 @@ def gradient(
     rows, columns = logits.shape
     if rows == 0:
         return
-    config = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)
+    config = configs.choose(configs.defaults(logits.device).backward, logits.device, logits.dtype, columns)
     launch(
         _chunk_gradient_kernel, (rows,), logits.device,
         logits, targets, statistics, out, columns, first, logits.stride(0), targets.stride(0), statistics.stride(0),
@@ -273,7 +275,7 @@ def scatter_rows(
         if target_rows is None
         else (target_rows.weight.shape[0], target_rows.targets.stride(0), *target_rows.weight.stride())
     )
-    config = configs.choose(configs.BACKWARD, out.device, out.dtype, features)
+    config = configs.choose(configs.defaults(out.device).backward, out.device, out.dtype, features)
     launch(
         _scatter_rows_kernel, (rows,), out.device,
         source, factor, indices, targets, target_q, weight, out, features, *source.stride(), out.stride(0), *sizes,
@@ -289,7 +291,7 @@ def add_target_rows(dw: Tensor, h: Tensor, factor: Tensor, targets: Tensor) -> N
         return
     ordered, order = targets.sort(stable=True)
     ends = torch.searchsorted(ordered, ordered, right=True)
-    config = configs.choose(configs.BACKWARD, dw.device, dw.dtype, features)
+    config = configs.choose(configs.defaults(dw.device).backward, dw.device, dw.dtype, features)
     launch(
         _add_target_rows_kernel, (rows, cdiv(features, config.block)), dw.device,
         dw, h, factor, ordered, ends, order, features, dw.shape[0], dw.stride(0), *h.stride(), BLOCK=config.block,

@@ -4,7 +4,7 @@ The search is opt-in: :mod:`fused_pref.cli.tune`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Options of a launch; releases of Triton differ in whether products and sums are fused unless told."""
+        """Options of a launch; FMA fusion is set because its default differs between Triton releases."""
         return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
@@ -68,12 +68,12 @@ class Defaults:
         cache: bytes of the last cache before memory, by the data sheet.
     """
 
-    forward: dict[int, Config]
-    backward: dict[int, Config]
     statistics: Tile
     exponentials: Tile
     high_pressure: Tile
     selected: Tile
+    forward: dict[int, Config] = field(default_factory=lambda: {2: _LARGE, 4: _SMALL})
+    backward: dict[int, Config] = field(default_factory=lambda: {2: _LARGE, 4: _SMALL})
     exact: Tile = Tile(64, 64, 16, 16, 8, 3, False)
     cache: int = 40 << 20
 
@@ -86,8 +86,6 @@ _LARGE, _SMALL = Config(4096, 8), Config(2048, 8)
 # In the order of fused_pref.ops.devices.GPUS, which names the architectures.
 DEFAULTS = {
     "sm_80": Defaults(
-        forward={2: _LARGE, 4: _SMALL},
-        backward={2: _LARGE, 4: _SMALL},
         statistics=_POINTERS,
         exponentials=_POINTERS,
         high_pressure=Tile(64, 128, 64, 16, 8, 3, False),
@@ -95,7 +93,6 @@ DEFAULTS = {
     ),
     "sm_90": Defaults(
         forward={2: _LARGE, 4: _LARGE},
-        backward={2: _LARGE, 4: _SMALL},
         cache=50 << 20,
         statistics=_WIDE,
         exponentials=_WIDE,
@@ -104,7 +101,6 @@ DEFAULTS = {
     ),
     "sm_100": Defaults(
         forward={2: _LARGE, 4: _LARGE},
-        backward={2: _LARGE, 4: _SMALL},
         cache=126 << 20,
         statistics=_TWICE,
         exponentials=_TWICE,
@@ -112,8 +108,6 @@ DEFAULTS = {
         selected=_POINTERS,
     ),
     "gfx942": Defaults(
-        forward={2: _LARGE, 4: _SMALL},
-        backward={2: _LARGE, 4: _SMALL},
         cache=256 << 20,
         statistics=Tile(256, 128, 64, 16, 8, 2, False),
         exponentials=_MI300,
@@ -121,20 +115,6 @@ DEFAULTS = {
         selected=_MI300,
     ),
 }
-# The same by (architecture, bytes of an entry), a table for each kind of launch.
-FORWARD = {(name, size): config for name, own in DEFAULTS.items() for size, config in own.forward.items()}
-BACKWARD = {(name, size): config for name, own in DEFAULTS.items() for size, config in own.backward.items()}
-
-
-def _tiles(kind: str) -> dict[tuple[str, int], Tile]:
-    tiles = {2: kind, 4: "exact"}
-    return {(name, size): getattr(own, field) for name, own in DEFAULTS.items() for size, field in tiles.items()}
-
-
-STATISTICS_TILE = GRADIENT_TILE = _tiles("statistics")
-EXPONENTIALS_TILE = _tiles("exponentials")
-HIGH_PRESSURE_TILE = _tiles("high_pressure")
-SELECTED_TILE = _tiles("selected")
 # For rows that are read entry by entry, or whose end falls within a block.
 UNALIGNED_TILE = Tile(64, 128, 32, 16, 8, 2, False)
 INTERPRETER_TILE = Tile(16, 32, 16, 2, 1, 1, True)
@@ -164,36 +144,25 @@ INTERPRETER_PROCESSORS = 4
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors or compute units of a device."""
+    """Streaming multiprocessors, compute units or Xe cores of a device."""
     if device.type == "cuda":
         return properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
     return INTERPRETER_PROCESSORS
 
 
-def cache(device: torch.device) -> int:
-    """Bytes of the last cache before memory."""
-    return DEFAULTS[architecture(device)].cache
+def defaults(device: torch.device) -> Defaults:
+    """What the launches on a device take."""
+    return DEFAULTS[architecture(device)]
 
 
-def choose(table: dict[tuple[str, int], Config], device: torch.device, dtype: torch.dtype, columns: int) -> Config:
-    """The default configuration for a device, cut to the vocabulary."""
+def choose(table: dict[int, Config], device: torch.device, dtype: torch.dtype, columns: int) -> Config:
+    """The default configuration for entries of this dtype, cut to the vocabulary."""
     if interpreted(device):
         return INTERPRETER
-    config = table[architecture(device), dtype.itemsize]
+    config = table[dtype.itemsize]
     return Config(min(config.block, max(1024, next_power_of_2(columns))), config.num_warps)
-
-
-def tile(
-    table: dict[tuple[str, int], Tile], hidden: torch.Tensor, weight: torch.Tensor, *, high_pressure: bool
-) -> Tile:
-    """The default tile for hidden (n, D) · weight (v, D)ᵀ; ``high_pressure``: its epilogue needs more registers."""
-    if interpreted(hidden.device):
-        return INTERPRETER_TILE
-    own = (HIGH_PRESSURE_TILE if high_pressure or weight.shape[0] % 16 else table)[
-        architecture(hidden.device), hidden.dtype.itemsize
-    ]
-    aligned = rows_aligned(hidden) and rows_aligned(weight)
-    return own if aligned and hidden.shape[1] % own.depth == 0 else UNALIGNED_TILE
 
 
 # What chooses in place of the defaults, with the arguments of :func:`chosen`; None: nothing does.
@@ -211,14 +180,8 @@ def chosen(
 ) -> AnyConfig:
     """The default, or what :data:`chooser` takes.
 
-    Args:
-        kernel: its name, and what else its code depends on.
-        device: where it is launched.
-        dtype: of its input.
-        size: D of a product, V of a kernel that streams.
-        default: what is taken unless a search is asked for.
-        candidates: what is timed beside it.
-        run: launches the kernel; may be called any number of times.
+    ``kernel`` is its name, and what else its code depends on; ``size`` D of a product, V of a kernel that streams.
+    ``candidates`` are timed beside the default; ``run`` launches the kernel, any number of times.
     """
     return default if chooser is None else chooser(kernel, device, dtype, size, default, candidates, run)
 

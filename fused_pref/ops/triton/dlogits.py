@@ -1,7 +1,4 @@
-"""Gradient of the logits, a_n (onehot − softmax), in one read and one write, also in place.
-
-A batch has N_total positions, S·T where it is padded.
-"""
+"""Gradient of the logits, a_n (onehot − softmax), in one read and one write, also in place."""
 
 import triton
 import triton.language as tl
@@ -84,7 +81,7 @@ def token_logps_bwd(
             ALIGNED=aligned(logits) and aligned(dlogits), BLOCK=config.block, **config.options,
         )  # fmt: skip
 
-    default = configs.choose(configs.BACKWARD, logits.device, logits.dtype, columns)
+    default = configs.choose(configs.defaults(logits.device).backward, logits.device, logits.dtype, columns)
     if dlogits.data_ptr() != logits.data_ptr():  # in place it can be launched only once
         key = ("token_logps_bwd", logits.device, logits.dtype, columns)
         default = configs.chosen(*key, default, configs.CANDIDATES, with_config)

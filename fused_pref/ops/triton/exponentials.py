@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,6 @@ from fused_pref.ops.triton.statistics import (
     columns_of_a_split,
     join_metrics,
     statistics_partials,
-    store_metrics,
     store_partials,
     target_logit,
     target_options,
@@ -39,10 +39,7 @@ def _exponentials_of(
     UPCAST: tl.constexpr, TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, WITH_METRICS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the exponentials of columns ``begin`` to ``end``; their maximum and sum without the targets, and Σ z.
-
-    The last three are the metrics of :func:`store_metrics`, 0 without ``WITH_METRICS``.
-    """
+    """Write the exponentials of columns ``begin`` to ``end``; what :func:`store_partials` stores of them."""
     r = row + tl.arange(0, ROWS)
     place = gemm.indices_at(indices, r, rows)
     y = gemm.targets_at(targets, row, rows, 0, ROWS)
@@ -73,10 +70,8 @@ def _exponentials_of(
                 target_seen = tl.maximum(target_seen, seen_targets(part, own, inner, outer, TRANSFORM))
             e = activation_backward(tl.where(own, 0.0, e), part, inner, outer, TRANSFORM)
             gemm.store(out, e, row, r < rows, cols, width, out_stride, ROWS)
-    entropy, sum_sq = 0.0, 0.0
-    if WITH_METRICS:
-        entropy, _ = normalised(sum_exp, sum_exp_z, sum_exp_z)
-        _, sum_sq = normalised(sum_exp * SCALE, sum_exp_z, sum_exp_sq)
+    entropy, _ = normalised(sum_exp, sum_exp_z, sum_exp_z)
+    _, sum_sq = normalised(sum_exp * SCALE, sum_exp_z, sum_exp_sq)
     return row_max, sum_exp, logit_sum, entropy, sum_sq, target_seen
 
 
@@ -98,14 +93,12 @@ def _linear_exponentials_kernel(
     pivot = tl.load(pivots + r, mask=r < rows, other=0.0)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, columns)
-    row_max, sum_exp, logit_sum, entropy, sum_sq, target_seen = _exponentials_of(
+    found = _exponentials_of(
         hidden, weight, bias, indices, targets, pivot, out, row, begin, end, rows, columns, features, hidden_stride,
         weight_stride, width, out_stride, inner, outer, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST,
         TRANSFORM, WITH_LOGIT_SUM, WITH_METRICS, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum, WITH_METRICS)
-    if WITH_METRICS:
-        store_metrics(partials, split, r, rows, r < rows, entropy, sum_sq, target_seen)
+    store_partials(partials, split, r, rows, r < rows, found, WITH_METRICS)
 
 
 @triton.jit
@@ -127,15 +120,12 @@ def _linear_exponentials_again_kernel(
     moved = tl.max((pivot != tl.load(before + r, mask=r < rows, other=0.0)).to(tl.int32), 0) > 0
     begin = split * split_columns
     end = tl.where(moved, tl.minimum(begin + split_columns, columns), begin)
-    row_max, sum_exp, logit_sum, entropy, sum_sq, target_seen = _exponentials_of(
+    found = _exponentials_of(
         hidden, weight, bias, indices, targets, pivot, out, row, begin, end, rows, columns, features, hidden_stride,
         weight_stride, width, out_stride, inner, outer, HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST,
         TRANSFORM, WITH_LOGIT_SUM, WITH_METRICS, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    inside = r < tl.where(moved, rows, 0)
-    store_partials(partials, split, r, rows, inside, row_max, sum_exp, logit_sum, WITH_METRICS)
-    if WITH_METRICS:
-        store_metrics(partials, split, r, rows, inside, entropy, sum_sq, target_seen)
+    store_partials(partials, split, r, rows, r < tl.where(moved, rows, 0), found, WITH_METRICS)
 
 
 @triton.jit
@@ -144,7 +134,7 @@ def _linear_finish_kernel(
     targets,  # [N]
     partials,  # [splits, 3 or 6, N], of both passes
     pivots,  # [N]
-    statistics,  # [4, N], written
+    statistics,  # [4, N], or [8, N] with metrics, of which this writes the first four
     logp, one_minus_p, factor, target_q,  # [N], see FinishedRows
     rows, columns, features, hidden_stride, weight_stride, splits, parts, statistics_stride, ignore_index, inner, outer,
     TRANSFORM: tl.constexpr, WITH_LOGIT_SUM: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -185,7 +175,7 @@ def exponentials(
     *,
     logit_sum: bool,
 ) -> FinishedRows:
-    """Write exp(z − pivot) of whole rows into ``out`` (N, V), and their statistics, in one product.
+    """As :meth:`fused_pref.ops.interface.RowOps.exponentials`, in one product: exp(z − pivot) with 0 at the targets.
 
     A row's pivot is the maximum of its first columns. Rows that rise too far above it for the dtype are computed again
     with their own maximum: the device decides, nothing waits for it.
@@ -195,7 +185,8 @@ def exponentials(
             each row. Rows of whole 32 bytes are written faster: what is beyond V becomes 0 (or finite, with an
             activation).
         operands: the whole vocabulary.
-        statistics: (4, N) of rows of which nothing was seen yet; written, with the pivot in place of the maximum.
+        statistics: (4, N), or (8, N) with metrics, of rows of which nothing was seen yet; written, with the pivot in
+            place of the maximum.
         targets: (N,) labels of the rows.
         transform: the logits transform.
         ignore_index: label of rows that are not scored.
@@ -222,38 +213,35 @@ def _two_passes(
     out: Tensor, operands: Operands, targets: Tensor, transform: Transform, logit_sum: bool, metrics: bool
 ) -> tuple[Tensor, Tensor]:
     """Launch the exponentials, and again those that need another pivot; partials of the splits, and the pivots."""
-    flags = {"WITH_LOGIT_SUM": logit_sum, "WITH_METRICS": metrics}
     bias = None if operands.bias is None else operands.bias[:PROBE]
     probe = replace(operands, weight=operands.weight[:PROBE], bias=bias)
     # The maximum of nothing is the least finite number, as in other statistics.
-    probe_tile = gemm.tile_of(probe, configs.STATISTICS_TILE, transform)
+    defaults = configs.defaults(out.device)
+    probe_tile = gemm.tile_of(probe, defaults.statistics, transform)
     low = statistics_partials(probe, targets, 0, transform, False, False, probe_tile)[:, 0].amax(0)
     low.clamp_(min=torch.finfo(torch.float32).min)
 
-    def with_tile(tile: configs.Tile) -> Tensor:
-        split_columns = columns_of_a_split(operands, tile)
-        splits = cdiv(operands.columns, split_columns)
-        partials = torch.empty((splits, 6 if metrics else 3, operands.rows), dtype=torch.float32, device=out.device)
+    def run(kernel: Any, tile: configs.Tile, partials: Tensor, split_columns: int, **pivots: Tensor) -> Tensor:
+        splits = partials.shape[0]
         launch(
-            _linear_exponentials_kernel, (cdiv(operands.rows, tile.rows) * splits,), out.device,
-            indices=operands.indices, targets=targets, partials=partials, pivots=low, out=out, splits=splits,
-            split_columns=split_columns, width=out.shape[1], out_stride=out.stride(0), **flags,
-            **gemm.arguments(operands, tile), **factors(transform), **tile.options,
+            kernel, (cdiv(operands.rows, tile.rows) * splits,), out.device,
+            indices=operands.indices, targets=targets, partials=partials, out=out, splits=splits,
+            split_columns=split_columns, width=out.shape[1], out_stride=out.stride(0), WITH_LOGIT_SUM=logit_sum,
+            WITH_METRICS=metrics, **pivots, **gemm.arguments(operands, tile), **factors(transform), **tile.options,
         )  # fmt: skip
         return partials
 
-    table = configs.EXPONENTIALS_TILE
-    tile = gemm.tuned_tile("linear_exponentials", operands, table, transform, with_tile, metrics=metrics)
+    def with_tile(tile: configs.Tile) -> Tensor:
+        split_columns = columns_of_a_split(operands, tile)
+        shape = (cdiv(operands.columns, split_columns), 6 if metrics else 3, operands.rows)
+        partials = torch.empty(shape, dtype=torch.float32, device=out.device)
+        return run(_linear_exponentials_kernel, tile, partials, split_columns, pivots=low)
+
+    default = defaults.exponentials
+    tile = gemm.tuned_tile("linear_exponentials", operands, default, transform, with_tile, metrics=metrics)
     partials = with_tile(tile)
     row_max = partials[:, 0].amax(0)
     high = torch.where(row_max - low > REACH, row_max, low)
-    # This kernel also holds what tells it whether to do anything: smaller tiles leave registers for that.
-    small, splits = replace(tile, rows=min(tile.rows, 64)), partials.shape[0]
-    launch(
-        _linear_exponentials_again_kernel, (cdiv(operands.rows, small.rows) * splits,), out.device,
-        indices=operands.indices, targets=targets, partials=partials, pivots=high, before=low, out=out,
-        splits=splits, split_columns=columns_of_a_split(operands, tile), width=out.shape[1],
-        out_stride=out.stride(0), **flags, **gemm.arguments(operands, small), **factors(transform),
-        **small.options,
-    )  # fmt: skip
-    return partials, high
+    # Checking for moved pivots needs registers, too: hence smaller tiles.
+    small, split_columns = replace(tile, rows=min(tile.rows, 64)), columns_of_a_split(operands, tile)
+    return run(_linear_exponentials_again_kernel, small, partials, split_columns, pivots=high, before=low), high

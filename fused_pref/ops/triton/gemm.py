@@ -45,7 +45,7 @@ def logits_tile(
     for start in range(0, features, DEPTH):
         a = block(rows_of_hidden, row, start, features, HIDDEN_DESCRIPTOR, WHOLE, DEPTH)
         b = block(rows_of_weight, column, start, features, WEIGHT_DESCRIPTOR, WHOLE, DEPTH)
-        x = multiplied(a, b, x, PRECISION, UPCAST)
+        x = multiplied(a, b.T, x, PRECISION, UPCAST)
     return x
 
 
@@ -86,11 +86,11 @@ def block(rows, row, start, features, DESCRIPTOR: tl.constexpr, WHOLE: tl.conste
 
 @triton.jit
 def multiplied(a, b, x, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """x + a · bᵀ."""
+    """x + a · b."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b.T, x, input_precision=PRECISION)
+    return tl.dot(a, b, x, input_precision=PRECISION)
 
 
 @triton.jit
@@ -149,27 +149,33 @@ def store(out, x, row, inside, cols, end, stride, ROWS: tl.constexpr):
     tl.store(pointers, x.to(out.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
 
 
-def tile_of(
-    operands: Operands, table: dict[tuple[str, int], configs.Tile], transform: Transform, *, metrics: bool = False
-) -> configs.Tile:
-    """The tile of a table that suits them, their transform and what is asked for."""
-    high_pressure = transform.nonlinear or operands.bias is not None or metrics
-    return configs.tile(table, operands.hidden, operands.weight, high_pressure=high_pressure)
+def tile_of(operands: Operands, tile: configs.Tile, transform: Transform, *, metrics: bool = False) -> configs.Tile:
+    """The tile of 16-bit entries, or what suits these operands, their transform and what is asked for better."""
+    hidden, weight, own = operands.hidden, operands.weight, configs.defaults(operands.hidden.device)
+    if configs.interpreted(hidden.device):
+        return configs.INTERPRETER_TILE
+    if hidden.dtype.itemsize == 4:
+        tile = own.exact
+    elif transform.nonlinear or operands.bias is not None or metrics or operands.columns % 16:
+        tile = own.high_pressure
+    aligned = configs.rows_aligned(hidden) and configs.rows_aligned(weight)
+    return tile if aligned and hidden.shape[1] % tile.depth == 0 else configs.UNALIGNED_TILE
 
 
 def tuned_tile(
     kernel: str,
     operands: Operands,
-    table: dict[tuple[str, int], configs.Tile],
+    tile: configs.Tile,
     transform: Transform,
     with_tile: Callable[[configs.Tile], object],
     *,
     metrics: bool = False,
     flattened: bool = False,
 ) -> configs.Tile:
-    """The tile of a table, or what a search prefers; ``flattened``: the kernel has that form, too."""
-    default, hidden = tile_of(operands, table, transform, metrics=metrics), operands.hidden
-    if configs.chooser is None:
+    """What :func:`tile_of` or a search prefers; ``flattened``: the kernel has that form, too."""
+    default, hidden = tile_of(operands, tile, transform, metrics=metrics), operands.hidden
+    chooser = configs.chooser
+    if chooser is None:
         return default
     flags = {
         transform.activation: transform.nonlinear,
@@ -179,27 +185,27 @@ def tuned_tile(
     }
     name = ", ".join([kernel, *(flag for flag, value in flags.items() if value)])
     candidates = configs.tile_candidates(default, hidden.dtype, flattened=flattened)
-    return configs.chosen(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, with_tile)
+    return chooser(name, hidden.device, hidden.dtype, hidden.shape[1], default, candidates, with_tile)
 
 
 def arguments(operands: Operands, tile: configs.Tile) -> dict[str, Any]:
     """Keywords of a kernel that calls :func:`logits_tile`."""
-    hidden_descriptor = tile.descriptors and operands.indices is None and describable(operands.hidden)
-    weight_descriptor = tile.descriptors and describable(operands.weight)
-    features = operands.hidden.shape[1]
+    hidden, weight, features = operands.hidden, operands.weight, operands.hidden.shape[1]
+    hidden_descriptor = tile.descriptors and operands.indices is None and describable(hidden)
+    weight_descriptor = tile.descriptors and describable(weight)
     return {
-        "hidden": described(operands.hidden, tile.rows, tile.depth) if hidden_descriptor else operands.hidden,
-        "weight": described(operands.weight, tile.columns, tile.depth) if weight_descriptor else operands.weight,
+        "hidden": TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]) if hidden_descriptor else hidden,
+        "weight": TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if weight_descriptor else weight,
         "bias": operands.bias,
         "rows": operands.rows,
         "columns": operands.columns,
         "features": features,
-        "hidden_stride": operands.hidden.stride(0),
-        "weight_stride": operands.weight.stride(0),
+        "hidden_stride": hidden.stride(0),
+        "weight_stride": weight.stride(0),
         "HIDDEN_DESCRIPTOR": hidden_descriptor,
         "WEIGHT_DESCRIPTOR": weight_descriptor,
         "WHOLE": features % tile.depth == 0,
-        **constants(operands.hidden, tile),
+        **constants(hidden, tile),
     }
 
 
@@ -207,11 +213,11 @@ def arguments(operands: Operands, tile: configs.Tile) -> dict[str, Any]:
 def vocabulary_splits(
     blocks: int, tiles: int, processors: int, group: int, row_bytes: int, column_bytes: int, cache: int
 ) -> int:
-    """Into how many parts the vocabulary's tiles go: the last processor is done about the soonest, and little is read.
+    """Into how many parts the vocabulary's tiles go.
 
-    Of the numbers within 2% of the fewest tile steps, the one that reads the least from memory, by an estimate. A
-    program reads its row block again for every tile: from the cache, if that holds the row blocks at work and a tile
-    for each split.
+    So many that the last processor finishes nearly as early as possible, and little memory is read: of the numbers
+    within 2% of the fewest tile steps, the one that reads the least, by an estimate. A program reads its row block
+    again for every tile: from the cache, if that holds the row blocks at work and a tile for each split.
     ``benchmarks/static.md`` has what a simulation of the cache says of the choice.
 
     Args:
@@ -245,11 +251,6 @@ def describable(x: Tensor) -> bool:
     stride, step = x.stride()
     apart = stride * x.element_size()
     return step == 1 and 0 < apart < 2**40 and apart % 16 == 0 and x.data_ptr() % 16 == 0 and x.numel() > 0
-
-
-def described(x: Tensor, rows: int, depth: int) -> TensorDescriptor:
-    """The descriptor of blocks [rows, depth] of x."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, depth])
 
 
 def constants(x: Tensor, tile: configs.Tile) -> dict[str, Any]:

@@ -42,21 +42,19 @@ def transform(x, inner, outer, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def activation_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
-    """:func:`transform_backward` where the slope differs from entry to entry; where it is a constant, dz as it is."""
-    if TRANSFORM == "identity" or TRANSFORM == "linear":
-        return dz
+def transform_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
+    """∂/∂x from ∂/∂z."""
+    if TRANSFORM == "linear":
+        return dz * inner
     else:
-        return transform_backward(dz, x, inner, outer, TRANSFORM)
+        return activation_backward(dz, x, inner, outer, TRANSFORM)
 
 
 @triton.jit
-def transform_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
-    """∂/∂x from ∂/∂z; 1 − tanh² as 4u/(1+u)² does not cancel where the softcap saturates."""
-    if TRANSFORM == "identity":
+def activation_backward(dz, x, inner, outer, TRANSFORM: tl.constexpr):
+    """The same of an activation; dz as it is without one. 1 − tanh² as 4u/(1+u)² does not cancel where it saturates."""
+    if TRANSFORM == "identity" or TRANSFORM == "linear":
         return dz
-    elif TRANSFORM == "linear":
-        return dz * inner
     else:
         tl.static_assert(TRANSFORM == "tanh", "unknown activation")
         u = exp(-2.0 * tl.abs(inner * x))

@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from fused_pref.ops.backend import DEVICES
 
-# What is done where the device is the current one, as it nearly always is.
+# The context for the usual case: the device is already current.
 NOTHING = contextlib.nullcontext()
 
 
@@ -38,15 +38,7 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **keywords: Any) -> None:
-    """Launch a kernel.
-
-    Args:
-        kernel: a function of ``triton.jit``.
-        grid: programs along each dimension.
-        device: where its tensors are.
-        arguments: of the kernel.
-        keywords: arguments of the kernel, and options of the launch.
-    """
+    """Launch a kernel on the device of its tensors; ``keywords`` are arguments of it and options of the launch."""
     with on(device):
         kernel[grid](*arguments, **keywords)
 

@@ -68,7 +68,7 @@ def gradient(
     transform: Transform,
     count: Tensor | None = None,
 ) -> None:
-    """See :meth:`fused_pref.ops.interface.FusedOps.gradient`. One launch."""
+    """As :meth:`fused_pref.ops.interface.RowOps.gradient`, of the first ``count`` rows (0-d; None: all). One launch."""
     rows, columns = operands.rows, operands.columns
     if rows == 0 or columns == 0:
         return
@@ -81,4 +81,5 @@ def gradient(
             **factors(transform), **tile.options,
         )  # fmt: skip
 
-    with_tile(gemm.tuned_tile("linear_gradient", operands, configs.GRADIENT_TILE, transform, with_tile))
+    default = configs.defaults(out.device).statistics
+    with_tile(gemm.tuned_tile("linear_gradient", operands, default, transform, with_tile))

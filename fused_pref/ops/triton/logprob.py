@@ -1,7 +1,4 @@
-"""Log-softmax and gather in one read of the logits.
-
-A batch has N_total positions, S·T where it is padded.
-"""
+"""Log-softmax and gather in one read of the logits."""
 
 import torch
 import triton
@@ -154,7 +151,6 @@ def token_logps_fwd(
     logits_mean: str | None,
     ignore_index: int,
     transform: Transform,
-    *,
     metrics: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fused_pref.head.autograd.token_logps_fwd`. One launch, and one to combine where rows are split."""
@@ -189,7 +185,7 @@ def token_logps_fwd(
                 BLOCK=combine.block, **combine.options,
             )  # fmt: skip
 
-    default = configs.choose(configs.FORWARD, device, logits.dtype, columns)
+    default = configs.choose(configs.defaults(device).forward, device, logits.dtype, columns)
     key = ("token_logps_fwd", device, logits.dtype, columns)
     with_config(configs.chosen(*key, default, configs.CANDIDATES, with_config))
     return logp, statistics, means, found

@@ -53,7 +53,7 @@ def flattened(
         rows_of_weight = gemm.weight_rows(weight, column, columns, weight_stride, WEIGHT_DESCRIPTOR, COLUMNS, DEPTH)
         a = gemm.block(rows_of_hidden, row, step * DEPTH, features, HIDDEN_DESCRIPTOR, WHOLE, DEPTH)
         b = gemm.block(rows_of_weight, column, step * DEPTH, features, WEIGHT_DESCRIPTOR, WHOLE, DEPTH)
-        x = gemm.multiplied(a, b, x, PRECISION, UPCAST)
+        x = gemm.multiplied(a, b.T, x, PRECISION, UPCAST)
         last = step == steps - 1
         if last:
             seen = with_tile(

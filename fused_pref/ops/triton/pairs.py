@@ -14,6 +14,9 @@ from fused_pref.ops.triton.launch import launch
 from fused_pref.ops.triton.losses import pair_loss, saturate, transformed
 from fused_pref.ops.triton.objective import divisor, number, store_mean, value_and_pointer, with_logits, zeros
 
+# Fields of one of TERMS.
+WEIGHT, SMOOTHING, AVERAGE, DIVERGENCE, SHIFT, PARTNERS = map(tl.constexpr, range(6))
+
 
 @triton.jit
 def _chosen_tokens(counts, pairs, BLOCK: tl.constexpr):
@@ -36,17 +39,14 @@ def _half(
     total = tl.load(sums + s, mask=inside, other=0.0)
     length = tl.maximum(tl.load(counts + s, mask=inside, other=1), 1).to(tl.float64)
     reported = total / length if AVERAGED else total
+    ratio = reported
     if ref_logps is not None:
         ratio = total - tl.load(ref_logps + s, mask=inside, other=0.0).to(tl.float64)
-        score, rise = transformed(ratio, alpha, TRANSFORM)
-        reward = ratio
-    else:
-        ratio = reported
-        score, rise = transformed(ratio, alpha, TRANSFORM)
-        reward = score
-        if AVERAGED:
-            rise = rise / length
+    score, rise = transformed(ratio, alpha, TRANSFORM)
+    if AVERAGED and ref_logps is None:
+        rise = rise / length
     tl.store(logps + s, saturate(reported).to(tl.float32), mask=inside)
+    reward = score if ref_logps is None else ratio
     tl.store(rewards + s, saturate(beta * reward).to(tl.float32), mask=inside)
     return total, length, ratio, score, rise
 
@@ -54,16 +54,15 @@ def _half(
 @triton.jit
 def _enters(length, ratio, score, rise, offset, TERMS: tl.constexpr, T: tl.constexpr):
     """What enters a term, by its number, and its derivative in the log-ratio."""
-    if TERMS[T][3]:
+    x = ratio
+    growth = tl.zeros_like(ratio) + 1.0
+    if TERMS[T][DIVERGENCE]:
         x = score
         growth = rise
-    else:
-        x = ratio
-        growth = tl.zeros_like(ratio) + 1.0
-    if TERMS[T][2]:
+    if TERMS[T][AVERAGE]:
         x = x / length
         growth = growth / length
-    if TERMS[T][4]:
+    if TERMS[T][SHIFT]:
         x = x - offset
     return x, growth
 
@@ -75,15 +74,14 @@ def _term(
 ):  # fmt: skip
     """A term's losses and slopes, from what enters it of the sequences ``w`` and ``l`` of each pair."""
     NAME: tl.constexpr = NAMES[T]
-    smoothing = tl.full([], TERMS[T][1], tl.float64)
-    if TERMS[T][5] >= 0:
-        row = partners + TERMS[T][5] * 2 * tl.cast(pairs, tl.int64)
+    smoothing = tl.full([], TERMS[T][SMOOTHING], tl.float64)
+    w_other, l_other = l_x, w_x
+    if TERMS[T][PARTNERS] >= 0:
+        row = partners + TERMS[T][PARTNERS] * 2 * tl.cast(pairs, tl.int64)
         w_other = tl.load(row + w, mask=inside, other=0.0)
         l_other = tl.load(row + l, mask=inside, other=0.0)
-        losses, w_part, _ = pair_loss(w_x, w_other, beta, smoothing, gamma, tau, NAME)
-        _, _, l_part = pair_loss(l_other, l_x, beta, smoothing, gamma, tau, NAME)
-    else:
-        losses, w_part, l_part = pair_loss(w_x, l_x, beta, smoothing, gamma, tau, NAME)
+    losses, w_part, _ = pair_loss(w_x, w_other, beta, smoothing, gamma, tau, NAME)
+    _, _, l_part = pair_loss(l_other, l_x, beta, smoothing, gamma, tau, NAME)
     return losses, w_part, l_part
 
 
@@ -102,9 +100,9 @@ def _pair_objective_kernel(
     NAMES: tl.constexpr, TERMS: tl.constexpr, AVERAGED: tl.constexpr, TRANSFORM: tl.constexpr, NLL: tl.constexpr,
     TOKEN_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """NAMES of the terms, and TERMS their other fields, with the row of ``partners`` for ``matched``, -1 without one.
+    """NAMES of the terms, and TERMS their other fields, see :func:`constant_terms`.
 
-    Device functions get all terms and a number: Triton 3.6 hands on no tuple that comes out of another one.
+    Device functions get all terms and a number: Triton 3.6 cannot pass a tuple taken from another tuple to a function.
     """
     pair_number = divisor(number(pair_count, pair_normalizer))
     nll_number = pair_number
@@ -127,7 +125,7 @@ def _pair_objective_kernel(
         )
         w_slope, l_slope = zeros(tl.float64, BLOCK)
         for t in tl.static_range(len(NAMES)):
-            weight = tl.full([], TERMS[t][0], tl.float64)
+            weight = tl.full([], TERMS[t][WEIGHT], tl.float64)
             w_x, w_growth = _enters(w_length, w_ratio, w_score, w_rise, offset, TERMS, t)
             l_x, l_growth = _enters(l_length, l_ratio, l_score, l_rise, offset, TERMS, t)
             losses, w_part, l_part = _term(w, l, inside, w_x, l_x, partners, pairs, beta, gamma, tau, NAMES, TERMS, t)
@@ -193,7 +191,7 @@ def pair_objective(
 
 
 def constant_terms(spec: PairSpec) -> tuple[tuple[Any, ...], ...]:
-    """The terms without their names, as the kernel takes them."""
+    """The terms without their names, as the kernel takes them: for ``matched`` the row of ``partners``, −1 for none."""
     matched = [term for term in spec.terms if term.matched]
     rows = [matched.index(term) if term.matched else -1 for term in spec.terms]
     return tuple([(*astuple(term)[1:6], row) for term, row in zip(spec.terms, rows, strict=True)])

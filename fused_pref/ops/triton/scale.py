@@ -41,7 +41,7 @@ def scale_(gradients: list[Tensor], upstream: Tensor) -> None:
     """Multiply up to three contiguous tensors in place by a 0-d one, in float32 and rounded once. One launch."""
     numbers = [gradient.numel() for gradient in gradients]
     longest = max(gradients, key=Tensor.numel)
-    config = configs.choose(configs.BACKWARD, longest.device, longest.dtype, longest.numel())
+    config = configs.choose(configs.defaults(longest.device).backward, longest.device, longest.dtype, longest.numel())
     blocks = sum(cdiv(number, config.block) for number in numbers)
     if blocks:
         missing = 3 - len(gradients)

@@ -9,11 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_pref.ops.triton import configs
-from fused_pref.ops.triton.gemm import constants, tile_order
+from fused_pref.ops.triton.gemm import constants, multiplied, tile_order
 from fused_pref.ops.triton.launch import cdiv, launch
 
 
-# Counts are entries of one tensor: where they lie must not make code of its own.
+# Counts are entries of one tensor: their differing alignment must not compile the kernel again.
 @triton.jit(do_not_specialize_on_alignment=["count"])
 def _selected_weight_kernel(
     q,  # [N, v], row i belongs to the i-th of the indices
@@ -39,10 +39,7 @@ def _selected_weight_kernel(
         b = tl.load(
             hidden + place[:, None] * hidden_stride + d[None, :], mask=there & (d < features)[None, :], other=0.0
         )
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        x = tl.dot(a.T, b, x, input_precision=PRECISION)
+        x = multiplied(a.T, b, x, PRECISION, UPCAST)
     if scale is not None:
         x *= tl.load(scale)
     inside = (v < columns)[:, None] & (d < features)[None, :]
@@ -77,10 +74,7 @@ def _selected_hidden_kernel(
             weight + v.to(tl.int64)[:, None] * weight_stride + d[None, :],
             mask=(v < columns)[:, None] & (d < features)[None, :], other=0.0,
         )  # fmt: skip
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        x = tl.dot(a, b, x, input_precision=PRECISION)
+        x = multiplied(a, b, x, PRECISION, UPCAST)
     place = tl.load(indices + n, mask=n < selected, other=0)
     pointers = sums + place[:, None] * sums_stride + d[None, :]
     inside = (n < selected)[:, None] & (d < features)[None, :]
@@ -159,4 +153,5 @@ def _tile(q: Tensor, other: Tensor) -> configs.Tile:
         return configs.INTERPRETER_TILE
     if not (configs.rows_aligned(q) and configs.rows_aligned(other)):
         return configs.UNALIGNED_TILE
-    return configs.SELECTED_TILE[configs.architecture(q.device), q.dtype.itemsize]
+    own = configs.defaults(q.device)
+    return own.exact if q.dtype.itemsize == 4 else own.selected

@@ -1,7 +1,4 @@
-"""The label that each position scores, sums per sequence of what was computed per token, and the way back.
-
-A batch has N_total positions, S·T where it is padded.
-"""
+"""The label that each position scores, sums per sequence of what was computed per token, and the way back."""
 
 import torch
 import triton
@@ -76,10 +73,7 @@ def _sequence_scores_kernel(
     tl.store(counts + s, counted)
     if means is not None:
         tl.store(totals + s, tl.sum(mean, 0))
-        if EVERYWHERE:
-            tl.store(positions + s, number)
-        else:
-            tl.store(positions + s, counted)
+        tl.store(positions + s, number if EVERYWHERE else counted)
 
 
 @triton.jit
@@ -125,18 +119,18 @@ def sequence_scores(
     cu_seqlens: Tensor | None,
     logits_mean: str | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :func:`fused_pref.losses.scores.sequence_scores`. One launch."""
     sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sums = torch.empty(sequences, dtype=torch.float64, device=logp.device)
     counts = torch.empty(sequences, dtype=torch.int64, device=logp.device)
-    totals, positions = torch.empty_like(sums), torch.empty_like(counts)
-    asked = logits_mean is not None
+    totals = positions = None
+    if logits_mean is not None:
+        totals, positions = torch.empty_like(sums), torch.empty_like(counts)
     if sequences:
         launch(
             _sequence_scores_kernel, (sequences,), logp.device,
-            logp, means if asked else None, targets, cu_seqlens,
-            sums, counts, totals if asked else None, positions if asked else None,
+            logp, None if logits_mean is None else means, targets, cu_seqlens, sums, counts, totals, positions,
             length=targets.shape[-1], ignore_index=ignore_index, EVERYWHERE=logits_mean == "all",
             BLOCK=configs.REDUCTION.block, **configs.REDUCTION.options,
         )  # fmt: skip

@@ -39,28 +39,19 @@ def _linear_statistics_kernel(
         HIDDEN_DESCRIPTOR, WEIGHT_DESCRIPTOR, WHOLE, PRECISION, UPCAST, TRANSFORM, WITH_LOGIT_SUM, WITH_METRICS,
         ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    store_partials(partials, split, r, rows, r < rows, row_max, sum_exp, logit_sum, WITH_METRICS)
-    if WITH_METRICS:
-        entropy, sum_sq = normalised(sum_exp, sum_exp_z, sum_exp_sq)
-        store_metrics(partials, split, r, rows, r < rows, entropy, sum_sq, target_seen)
+    entropy, sum_sq = normalised(sum_exp, sum_exp_z, sum_exp_sq)
+    found = (row_max, sum_exp, logit_sum, entropy, sum_sq, target_seen)
+    store_partials(partials, split, r, rows, r < rows, found, WITH_METRICS)
 
 
 @triton.jit
-def store_partials(partials, split, r, rows, inside, row_max, sum_exp, logit_sum, WITH_METRICS: tl.constexpr):
-    """What a program found of rows ``r`` in its split."""
-    part = tl.cast(split, tl.int64) * (6 if WITH_METRICS else 3) * rows
-    tl.store(partials + part + r, row_max, mask=inside)
-    tl.store(partials + (part + rows) + r, sum_exp, mask=inside)
-    tl.store(partials + (part + rows + rows) + r, logit_sum, mask=inside)
-
-
-@triton.jit
-def store_metrics(partials, split, r, rows, inside, entropy, sum_sq, target_seen):
-    """The other half of what a program found."""
-    part = (tl.cast(split, tl.int64) * 6 + 3) * rows
-    tl.store(partials + part + r, entropy, mask=inside)
-    tl.store(partials + (part + rows) + r, sum_sq, mask=inside)
-    tl.store(partials + (part + rows + rows) + r, target_seen, mask=inside)
+def store_partials(partials, split, r, rows, inside, found, WITH_METRICS: tl.constexpr):
+    """What a program found of rows ``r`` in its split: the first three, or all six."""
+    NUMBER: tl.constexpr = 6 if WITH_METRICS else 3
+    part = tl.cast(split, tl.int64) * NUMBER * rows
+    for i in tl.static_range(NUMBER):
+        tl.store(partials + part + r, found[i], mask=inside)
+        part += rows
 
 
 @triton.jit
@@ -110,7 +101,7 @@ def update_statistics(
     logit_sum: bool,
     split_columns: int | None = None,
 ) -> Tensor:
-    """See :meth:`fused_pref.ops.interface.FusedOps.update_statistics`.
+    """As :meth:`fused_pref.ops.interface.RowOps.update_statistics`; gives those of each split, (splits, ≥ 3, N).
 
     ``split_columns`` is the width of the parts that a row is split into; None: what keeps the device busy.
     """
@@ -118,13 +109,13 @@ def update_statistics(
         return statistics.new_empty((0, 3, operands.rows))
     target_logits(statistics, operands, targets, first, transform)
 
-    metrics, table = len(statistics) > ENTROPY, configs.STATISTICS_TILE
+    metrics, tile = len(statistics) > ENTROPY, configs.defaults(statistics.device).statistics
 
     def with_tile(tile: configs.Tile) -> Tensor:
         asked = (logit_sum, metrics)
         return statistics_partials(operands, targets, first, transform, *asked, tile, split_columns)
 
-    tile = gemm.tuned_tile("linear_statistics", operands, table, transform, with_tile, metrics=metrics, flattened=True)
+    tile = gemm.tuned_tile("linear_statistics", operands, tile, transform, with_tile, metrics=metrics, flattened=True)
     partials = with_tile(tile)
     row_max = torch.maximum(statistics[ROW_MAX], partials[:, 0].amax(0))
     statistics[SUM_EXP] *= (statistics[ROW_MAX] - row_max).exp_()
@@ -181,7 +172,7 @@ def columns_of_a_split(operands: Operands, tile: configs.Tile) -> int:
     """Columns that a program walks, whole tiles: what keeps the device busy."""
     device, width = operands.hidden.device, operands.hidden.shape[1] * operands.hidden.itemsize
     blocks, tiles = cdiv(operands.rows, tile.rows), cdiv(operands.columns, tile.columns)
-    sizes = (tile.group, tile.rows * width, tile.columns * width, configs.cache(device))
+    sizes = (tile.group, tile.rows * width, tile.columns * width, configs.defaults(device).cache)
     return cdiv(tiles, gemm.vocabulary_splits(blocks, tiles, configs.processors(device), *sizes)) * tile.columns
 
 
