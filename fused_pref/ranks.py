@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_pref import validate
+from fused_pref.validate import is_dtensor
 
 
 def group_of(name: str, value: Any) -> Any:
@@ -54,7 +55,7 @@ def head_group(weight: Any, tp_group: Any) -> Any:
         TypeError, ValueError: no group that this rank is in, a weight that is placed otherwise, or both.
     """
     group = group_of("tp_group", tp_group)
-    if not _is_dtensor(weight):
+    if not is_dtensor(weight):
         return group
     rows = [number for number, placement in enumerate(weight.placements) if placement.is_shard(0)]
     whole = sum(placement.is_replicate() for placement in weight.placements)
@@ -75,19 +76,14 @@ def local_head(hidden: Any, weight: Any, bias: Any) -> tuple[Any, Any, Any]:
     Raises:
         ValueError: placements that do not go with that of the weight.
     """
-    if not _is_dtensor(weight):
+    if not is_dtensor(weight):
         return hidden, weight, bias
-    if _is_dtensor(hidden) and not all(placement.is_replicate() for placement in hidden.placements):
+    if is_dtensor(hidden) and not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(f"hidden must be replicated; got {hidden.placements}")
-    if _is_dtensor(bias) and (bias.device_mesh, bias.placements) != (weight.device_mesh, weight.placements):
+    if is_dtensor(bias) and (bias.device_mesh, bias.placements) != (weight.device_mesh, weight.placements):
         raise ValueError(
             f"bias must be placed like weight, {weight.placements} on {weight.device_mesh}; got {bias.placements} on "
             f"{bias.device_mesh}"
         )
-    hidden, weight, bias = (value.to_local() if _is_dtensor(value) else value for value in (hidden, weight, bias))
+    hidden, weight, bias = (value.to_local() if is_dtensor(value) else value for value in (hidden, weight, bias))
     return hidden, weight, bias
-
-
-def _is_dtensor(value: Any) -> bool:
-    """By name: importing DTensor takes longer than the rest of the library."""
-    return type(value).__name__ == "DTensor"
