@@ -182,12 +182,12 @@ class RewardShift(ExactModule):
         """A process group cannot be copied: the copy keeps it."""
         memo[id(self.process_group)] = self.process_group
         copied = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(super().__getstate__(), memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """A process group belongs to a process: it is left out of pickles."""
-        return {**self.__dict__, "process_group": None}
+        return {**super().__getstate__(), "process_group": None}
 
     def extra_repr(self) -> str:
         """The options that matter to the kind."""

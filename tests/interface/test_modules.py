@@ -130,6 +130,14 @@ def test_a_copied_shift_is_of_its_class() -> None:
     assert module.__getstate__()["process_group"] is None
 
 
+def test_a_compiled_shift_is_copied_without_its_graphs() -> None:
+    """As PyTorch copies other modules."""
+    module = fp.RewardShift("ema")
+    module._compiled_call_impl = lambda: None  # what ``module.compile()`` sets; it cannot be pickled
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert "_compiled_call_impl" not in vars(copied)
+
+
 def test_module_repr_shows_what_is_set() -> None:
     assert "beta=0.2" in repr(fp.CPOLoss(beta=0.2))
     assert "RewardShift('ema', decay=0.5" in repr(fp.BCOLoss(delta=fp.RewardShift("ema", decay=0.5)))
